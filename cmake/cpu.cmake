@@ -1,0 +1,29 @@
+# libstyleforge.so
+file(GLOB STYLEFORGE_CPU_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/ops/*.cpp ${PROJECT_SOURCE_DIR}/ops/cpu/*.cpp
+     ${PROJECT_SOURCE_DIR}/csrc/cpu/*.cpp)
+add_library(styleforge SHARED ${STYLEFORGE_CPU_SOURCES})
+target_link_libraries(styleforge PRIVATE styleforge_options ${STYLEFORGE_LIB_torch_cpu} ${STYLEFORGE_LIB_c10})
+install(TARGETS styleforge LIBRARY DESTINATION styleforge/lib)
+
+# csrc/cpu/kernels is compiled once for every instruction set, each time in a namespace of that name, and
+# csrc/cpu/dispatch.cpp chooses at run time. Kernels see no torch header and rely on no errno or floating-point traps;
+# NaN and infinities keep their meaning (no -ffast-math). The two -Wno-...uninitialized quiet GCC 12's own intrinsics
+# headers (GCC bug 105593).
+file(GLOB STYLEFORGE_CPU_KERNELS CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cpu/kernels/*.cpp)
+function(styleforge_add_cpu_kernels isa)
+  add_library(styleforge_cpu_${isa} OBJECT ${STYLEFORGE_CPU_KERNELS})
+  target_compile_definitions(styleforge_cpu_${isa} PRIVATE STYLEFORGE_CPU_ISA=${isa})
+  target_compile_options(styleforge_cpu_${isa} PRIVATE -Wall -Wextra -Wno-psabi
+                                                       -Wno-uninitialized -Wno-maybe-uninitialized
+                                                       -O3 -fno-math-errno -fno-trapping-math
+                                                       $<$<BOOL:${STYLEFORGE_WERROR}>:-Werror> ${ARGN})
+  target_sources(styleforge PRIVATE $<TARGET_OBJECTS:styleforge_cpu_${isa}>)
+endfunction()
+
+styleforge_add_cpu_kernels(baseline)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+  target_compile_definitions(styleforge PRIVATE STYLEFORGE_CPU_X86)
+  styleforge_add_cpu_kernels(avx2 -mavx2 -mfma -mf16c)
+  styleforge_add_cpu_kernels(avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c
+                             -mprefer-vector-width=512)
+endif()

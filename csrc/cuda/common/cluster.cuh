@@ -1,0 +1,85 @@
+// Thread-block clusters (sm_90+) and programmatic dependent launch, as the few PTX instructions that are used. On older
+// architectures a cluster is one block and there is nothing to wait for, so kernels need no second version.
+#pragma once
+
+#include <cstdint>
+
+namespace styleforge::cuda {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define STYLEFORGE_HAS_CLUSTER 1
+#endif
+
+__device__ __forceinline__ uint32_t cluster_size() {
+#ifdef STYLEFORGE_HAS_CLUSTER
+  uint32_t v;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(v));
+  return v;
+#else
+  return 1;
+#endif
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+#ifdef STYLEFORGE_HAS_CLUSTER
+  uint32_t v;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(v));
+  return v;
+#else
+  return 0;
+#endif
+}
+
+// All threads of all blocks of the cluster; what was written before arrive is seen after wait.
+__device__ __forceinline__ void cluster_arrive() {
+#ifdef STYLEFORGE_HAS_CLUSTER
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#ifdef STYLEFORGE_HAS_CLUSTER
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// The float or double at the address of `local` in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ float load_remote(const float* local, uint32_t rank) {
+#ifdef STYLEFORGE_HAS_CLUSTER
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
+  uint32_t remote;
+  float v;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
+  return v;
+#else
+  return *local;
+#endif
+}
+__device__ __forceinline__ double load_remote(const double* local, uint32_t rank) {
+#ifdef STYLEFORGE_HAS_CLUSTER
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
+  uint32_t remote;
+  double v;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(v) : "r"(remote) : "memory");
+  return v;
+#else
+  return *local;
+#endif
+}
+
+// Programmatic dependent launch: a kernel may start while its predecessor drains; nothing it reads or writes before
+// this call may depend on the predecessor.
+__device__ __forceinline__ void wait_for_predecessor() {
+#ifdef STYLEFORGE_HAS_CLUSTER
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the successor's blocks take up free space on the multiprocessors from now on.
+__device__ __forceinline__ void release_successor() {
+#ifdef STYLEFORGE_HAS_CLUSTER
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace styleforge::cuda

@@ -1,0 +1,76 @@
+// channels_last: sums over the rows of a block (thread t: lane = t % lanes, row = t / lanes), each thread with kWidth
+// channels of its lane. lanes is a power of two up to kMaxLanes.
+#pragma once
+
+#include "../common/reduce.cuh"
+#include "../common/types.cuh"
+
+namespace styleforge::cuda {
+
+constexpr int kMaxLanes = 8;
+
+template <int kWidth>
+constexpr int kSumScratch = kMaxWarps * kMaxLanes * kWidth;
+
+// Every thread gets the sums of its lane's channels, added in a fixed order: within warps, then warp by warp.
+template <int kWidth, typename Acc>
+__device__ __forceinline__ void sum_over_rows(Acc (&v)[kWidth], int lanes, Acc* scratch) {
+  const int warp = threadIdx.x / kWarp;
+  const int in_warp = threadIdx.x % kWarp;
+  const int lane = threadIdx.x % lanes;
+  const int warps = blockDim.x / kWarp;
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    for (int offset = kWarp / 2; offset >= lanes; offset /= 2) v[k] += __shfl_xor_sync(0xffffffffu, v[k], offset);
+  }
+  if (in_warp < lanes) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) scratch[(warp * lanes + lane) * kWidth + k] = v[k];
+  }
+  __syncthreads();
+  const int channels = lanes * kWidth;
+  for (int j = threadIdx.x; j < channels; j += blockDim.x) {
+    Acc total = 0;
+    for (int w = 0; w < warps; ++w) total += scratch[w * channels + j];
+    scratch[j] = total;  // row 0 of the scratch: only this thread reads column j
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) v[k] = scratch[lane * kWidth + k];
+  __syncthreads();
+}
+
+// Moments of kWidth channels at once over a stream of pixels: short batches about their own mean, merged into a running
+// (mean, M2). One division a batch, no cancellation, no second look at the data.
+template <int kWidth, typename Acc>
+struct ChannelMoments {
+  Acc count = 0;
+  Acc mean[kWidth] = {};
+  Acc m2[kWidth] = {};
+
+  template <int kBatch, typename V>
+  __device__ __forceinline__ void add(const V (&batch)[kBatch]) {
+    const Acc total = count + Acc(kBatch);
+    const Acc share = Acc(kBatch) * reciprocal(total);
+    const Acc weight = count * share;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      Acc s = 0;
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) s += to_acc(batch[u].data[k]);
+      const Acc m = s * (Acc(1) / Acc(kBatch));
+      Acc q = 0;
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const Acc d = to_acc(batch[u].data[k]) - m;
+        q += d * d;
+      }
+      const Acc delta = m - mean[k];
+      mean[k] += delta * share;
+      m2[k] += q + delta * delta * weight;
+    }
+    count = total;
+  }
+};
+
+}  // namespace styleforge::cuda

@@ -1,0 +1,62 @@
+// The gradient before the norm: g = grad_output * activation'(...), and xhat, for one vector of elements.
+#pragma once
+
+#include "../../instance_norm_params.h"
+#include "../common/activation.cuh"
+
+namespace styleforge::cuda {
+
+// mean, rstd, scale (= weight) and shift (= bias) of each element's channel.
+template <typename T, int kWidth>
+__device__ __forceinline__ void gradient_before_norm(const InstanceNormBackwardParams& p, int64_t index,
+                                                     const acc_t<T> (&mean)[kWidth], const acc_t<T> (&rstd)[kWidth],
+                                                     const acc_t<T> (&scale)[kWidth],
+                                                     const acc_t<T> (&shift)[kWidth], acc_t<T> (&g)[kWidth],
+                                                     acc_t<T> (&xhat)[kWidth]) {
+  using V = Vec<T, kWidth>;
+  using Acc = acc_t<T>;
+  const V x = load_const<V>(p.input, index);
+  const V dy = load_const<V>(p.grad_output, index);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    g[k] = to_acc(dy.data[k]);
+    xhat[k] = (to_acc(x.data[k]) - mean[k]) * rstd[k];
+  }
+  if (p.activation == Activation::kNone) return;
+  Acc at[kWidth];
+  if (p.saved_output != nullptr) {
+    const V y = load_const<V>(p.saved_output, index);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) at[k] = to_acc(y.data[k]);
+    activation_backward_from_output(g, at, p.activation, p.negative_slope);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) at[k] = (to_acc(x.data[k]) - mean[k]) * (rstd[k] * scale[k]) + shift[k];
+  if (p.residual != nullptr) {
+    const V r = load_const<V>(p.residual, index);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) at[k] += to_acc(r.data[k]);
+  }
+  activation_backward(g, at, p.activation, p.negative_slope);
+}
+
+// grad_input from g, xhat and the channel's means of g and g * xhat; also stores grad_residual where it is wanted.
+template <typename T, int kWidth>
+__device__ __forceinline__ void store_gradients(const InstanceNormBackwardParams& p, int64_t index,
+                                                const acc_t<T> (&factor)[kWidth], const acc_t<T> (&mean_g)[kWidth],
+                                                const acc_t<T> (&mean_gx)[kWidth], const acc_t<T> (&g)[kWidth],
+                                                const acc_t<T> (&xhat)[kWidth]) {
+  using V = Vec<T, kWidth>;
+  V dx;
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) dx.data[k] = from_acc<T>(factor[k] * (g[k] - mean_g[k] - xhat[k] * mean_gx[k]));
+  store(p.grad_input, index, dx);
+  if (p.grad_residual == nullptr) return;
+  V dr;
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) dr.data[k] = from_acc<T>(g[k]);
+  store(p.grad_residual, index, dr);
+}
+
+}  // namespace styleforge::cuda

@@ -1,0 +1,19 @@
+// The launches behind instance_norm/launch.h, one for each path.
+#pragma once
+
+#include "launch.h"
+
+namespace styleforge::cuda {
+
+cudaError_t launch_plane(const InstanceNormParams& params, const InstanceNormSchedule& schedule, cudaStream_t stream);
+cudaError_t launch_slab(const InstanceNormParams& params, const InstanceNormSchedule& schedule, cudaStream_t stream);
+cudaError_t launch_split_nchw(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,
+                              cudaStream_t stream);
+cudaError_t launch_split_channels_last(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
+                                       void* workspace, cudaStream_t stream);
+cudaError_t launch_backward_nchw(const InstanceNormBackwardParams& params, const InstanceNormSchedule& schedule,
+                                 void* workspace, cudaStream_t stream);
+cudaError_t launch_backward_channels_last(const InstanceNormBackwardParams& params,
+                                          const InstanceNormSchedule& schedule, void* workspace, cudaStream_t stream);
+
+}  // namespace styleforge::cuda

@@ -1,0 +1,158 @@
+// NCHW, one read and one write: a plane stays in shared memory, in one block or spread over a cluster.
+//
+//   plane:   |<------------------- pixels ------------------->|
+//   cluster: | block 0    | block 1    | block 2    | block 3  |   each block: `share` vectors in shared memory
+//   thread:   t, t + T, t + 2T ... (coalesced, and a thread reads back only what it wrote: no barrier between the phases)
+//
+// 1. load and sum -> the block's own mean; 2. M2 about that mean, from shared memory; 3. the blocks' (count, mean, M2)
+// are merged by every block in the same order through distributed shared memory (one cluster barrier); 4. normalise from
+// shared memory, add the residual, activate, write. The variance is taken about a mean, never as E[x^2] - E[x]^2, which
+// cancels.
+#include "../common/activation.cuh"
+#include "../common/cluster.cuh"
+#include "../common/launch.h"
+#include "../common/reduce.cuh"
+#include "kernels.h"
+
+namespace styleforge::cuda {
+namespace {
+
+constexpr int kUnroll = 8;  // loads in flight for each thread
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(1024) plane_kernel(const __grid_constant__ InstanceNormParams p, int share) {
+  using V = Vec<T, kWidth>;
+  using Acc = acc_t<T>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  V* held = reinterpret_cast<V*>(shared);
+  __shared__ Acc scratch[2][kMaxWarps];
+  __shared__ Acc part[2];  // this block's mean and M2, read by the whole cluster
+
+  const int blocks = static_cast<int>(cluster_size());
+  const int rank = static_cast<int>(cluster_rank());
+  const int64_t plane = blockIdx.x / blocks;
+  const int vectors = static_cast<int>(p.pixels / kWidth);
+  const int begin = min(rank * share, vectors);
+  const int count = min(share, vectors - begin);
+  const int64_t first = plane * vectors + begin;
+
+  wait_for_predecessor();
+  const int64_t param = plane / p.channels * p.param_batch_stride + plane % p.channels;
+  const Acc weight = load_param(p.weight, p.param_dtype, param, Acc(1));
+  const Acc shift = load_param(p.bias, p.param_dtype, param, Acc(0));
+
+  // 1. load and sum
+  Acc sum = 0;
+  const int stride = blockDim.x;
+  int i = threadIdx.x;
+  for (; i + (kUnroll - 1) * stride < count; i += kUnroll * stride) {
+    V v[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) v[u] = load_const<V>(p.input, first + i + u * stride);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      held[i + u * stride] = v[u];
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) sum += to_acc(v[u].data[k]);
+    }
+  }
+  for (; i < count; i += stride) {
+    const V v = load_const<V>(p.input, first + i);
+    held[i] = v;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) sum += to_acc(v.data[k]);
+  }
+  release_successor();
+  const Acc elements = static_cast<Acc>(count) * kWidth;
+  Acc mean = block_sum(sum, scratch[0]) / max(elements, Acc(1));
+
+  // 2. squares about the block's mean
+  Acc squares = 0;
+#pragma unroll 4
+  for (i = threadIdx.x; i < count; i += stride) {
+    const V v = held[i];
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      const Acc d = to_acc(v.data[k]) - mean;
+      squares += d * d;
+    }
+  }
+  Acc m2 = block_sum(squares, scratch[1]);
+
+  // 3. merge over the cluster
+  if (blocks > 1) {
+    if (threadIdx.x == 0) {
+      part[0] = mean;
+      part[1] = m2;
+    }
+    cluster_arrive();
+    cluster_wait();
+    // Lane r of every warp reads the part of rank r; the warp's butterfly adds them in the same order everywhere.
+    const int r = threadIdx.x % kWarp;
+    Acc rank_count = 0, rank_mean = 0, rank_m2 = 0;
+    if (r < blocks) {
+      rank_count = static_cast<Acc>(max(min(share, vectors - r * share), 0)) * kWidth;
+      rank_mean = load_remote(&part[0], r);
+      rank_m2 = load_remote(&part[1], r);
+    }
+    cluster_arrive();  // this block has read; the wait stands at the end, before any block may leave
+    mean = warp_sum(rank_count * rank_mean) / static_cast<Acc>(p.pixels);
+    const Acc d = rank_mean - mean;
+    m2 = warp_sum(rank_m2 + rank_count * d * d);
+  }
+  const Acc rstd = reciprocal_sqrt(m2 / static_cast<Acc>(p.pixels) + static_cast<Acc>(p.eps));
+
+  // 4. normalise
+  const Acc scale = rstd * weight;
+  if (rank == 0 && threadIdx.x == 0 && p.mean != nullptr) {
+    reinterpret_cast<Acc*>(p.mean)[plane] = mean;
+    reinterpret_cast<Acc*>(p.rstd)[plane] = rstd;
+  }
+  const auto finish = [&](const V& x, const V* r) {
+    Acc y[kWidth];
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      y[k] = (to_acc(x.data[k]) - mean) * scale + shift;
+      if (r != nullptr) y[k] += to_acc(r->data[k]);
+    }
+    activate(y, p.activation, p.negative_slope);
+    V out;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) out.data[k] = from_acc<T>(y[k]);
+    return out;
+  };
+  if (p.residual == nullptr) {
+#pragma unroll 4
+    for (i = threadIdx.x; i < count; i += stride) store(p.output, first + i, finish(held[i], nullptr));
+  } else {
+    constexpr int kBatch = 4;
+    for (i = threadIdx.x; i + (kBatch - 1) * stride < count; i += kBatch * stride) {
+      V r[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) r[u] = load_const<V>(p.residual, first + i + u * stride);
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) store(p.output, first + i + u * stride, finish(held[i + u * stride], &r[u]));
+    }
+    for (; i < count; i += stride) {
+      const V r = load_const<V>(p.residual, first + i);
+      store(p.output, first + i, finish(held[i], &r));
+    }
+  }
+  if (blocks > 1) cluster_wait();
+}
+
+}  // namespace
+
+cudaError_t launch_plane(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
+                         cudaStream_t stream) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  return switch_dtype(params.dtype, [&]<typename T>() {
+    const auto grid = dim3(static_cast<unsigned>(params.batch * params.channels * schedule.cluster));
+    auto* kernel = schedule.vectorized ? plane_kernel<T, kFullWidth<T>> : plane_kernel<T, 1>;
+    return launch(kernel, grid, dim3(schedule.threads), schedule.shared_bytes, schedule.cluster, facts, stream, params,
+                  static_cast<int>(schedule.share));
+  });
+}
+
+}  // namespace styleforge::cuda

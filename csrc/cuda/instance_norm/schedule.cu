@@ -1,0 +1,222 @@
+// Which path a call takes, and how it is cut. Everything here is a function of the shape and the device.
+#include <algorithm>
+#include <bit>
+#include <cstdlib>
+#include <cstring>
+
+#include "../common/launch.h"
+#include "channel_sums.cuh"
+#include "channel_tiles.cuh"
+#include "kernels.h"
+
+namespace styleforge::cuda {
+namespace {
+
+// Shared memory that plane and slab declare statically (reductions, the parts of a cluster); the rest holds the data.
+constexpr int64_t kStaticShared = 12 * 1024;
+// Three blocks of this size share a multiprocessor, so that one loads while another one stores.
+constexpr int64_t kPreferredShare = 64 * 1024;
+constexpr int64_t kLeastShare = 8 * 1024;
+constexpr int kSplitThreads = 256;
+constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
+
+int round_threads(int64_t wanted, int least, int most) {
+  return static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(wanted))), least,
+                                              most));
+}
+
+// STYLEFORGE_TUNE="cluster=8,lanes=4,threads=256,shared=120000,lead=500": what bench/tune.py tries; 0 or absent: as is.
+int64_t tuned(const char* key, int64_t chosen) {
+  const char* value = std::getenv("STYLEFORGE_TUNE");
+  const char* at = value == nullptr ? nullptr : std::strstr(value, key);
+  if (at == nullptr) return chosen;
+  const int64_t wanted = std::atoll(at + std::strlen(key) + 1);
+  return wanted > 0 ? wanted : chosen;
+}
+
+bool forced(const char* path) {
+  const char* value = std::getenv("STYLEFORGE_PATH");
+  return value != nullptr && std::strcmp(value, path) == 0;
+}
+
+int largest_cluster(const DeviceFacts& facts) {
+  if (!facts.has_cluster() || forced("portable")) return 1;
+  return facts.major == 9 || facts.major == 10 ? 16 : 8;  // 16 is the non-portable size of the data-centre chips
+}
+
+bool all_aligned(const InstanceNormParams& p) {
+  return aligned16(p.input) && aligned16(p.output) && aligned16(p.residual);
+}
+
+struct Shape {
+  int64_t width;         // elements of a vector
+  int64_t vector_bytes;
+  bool vectorized;
+};
+
+Shape shape_of(const InstanceNormParams& p, bool aligned) {
+  const int64_t element = static_cast<int64_t>(size_of(p.dtype));
+  const int64_t full = 16 / element;
+  const bool vectorized = aligned && (p.channels_last ? p.channels : p.pixels) % full == 0;
+  return {vectorized ? full : 1, vectorized ? 16 : element, vectorized};
+}
+
+// Blocks of a cluster are packed onto few multiprocessors if they fit. Where all blocks of the grid could have one each,
+// asking for more than half of its shared memory makes them.
+int64_t spread(int64_t blocks, int cluster, const DeviceFacts& facts) {
+  const int64_t with_cluster = cluster >= 16 ? facts.multiprocessors * 5 / 6 : facts.multiprocessors * 10 / 11;
+  const bool fits = cluster > 1 && blocks <= with_cluster;
+  return tuned("shared", fits ? facts.max_shared_per_block / 2 + 1024 : 0);
+}
+
+bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
+                    InstanceNormSchedule& s) {
+  const int64_t vectors = p.pixels / shape.width;
+  const int64_t bytes = vectors * shape.vector_bytes;
+  const int64_t planes = p.batch * p.channels;
+  const int most = largest_cluster(facts);
+  int cluster = 1;
+  while (cluster < most && bytes > kPreferredShare * cluster) cluster *= 2;
+  while (cluster < most && planes * cluster < 2 * facts.multiprocessors && bytes >= kLeastShare * cluster * 2) {
+    cluster *= 2;
+  }
+  cluster = static_cast<int>(tuned("cluster", cluster));
+  s.share = ceil_div(vectors, cluster);
+  if (s.share * shape.vector_bytes > facts.max_shared_per_block - kStaticShared) return false;
+  s.path = InstanceNormPath::kPlane;
+  s.cluster = cluster;
+  s.threads = static_cast<int>(tuned("threads", round_threads(ceil_div(s.share, 8), 64, 1024)));
+  s.shared_bytes = static_cast<size_t>(std::max(s.share * shape.vector_bytes, spread(planes * cluster, cluster, facts)));
+  s.name = cluster > 1 ? "instance_norm:cuda:plane:cluster" : "instance_norm:cuda:plane:block";
+  return true;
+}
+
+int lanes_for(int64_t vectors) {
+  return static_cast<int>(std::min<int64_t>(kMaxLanes, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(vectors)))));
+}
+
+bool schedule_slab(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
+                   InstanceNormSchedule& s) {
+  const int64_t vectors = p.channels / shape.width;
+  const int most = largest_cluster(facts);
+  int lanes = lanes_for(vectors);
+  // Wide slabs read whole cache lines, narrow ones (32 bytes) give more blocks and need less memory each.
+  const int least_lanes = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(lanes, 32 / shape.vector_bytes)));
+  const int64_t room = facts.max_shared_per_block - kStaticShared;
+  const auto units = [&](int l) { return p.batch * ceil_div(vectors, l); };
+  const auto slab_bytes = [&](int l) { return p.pixels * l * shape.vector_bytes; };
+  while (lanes > least_lanes &&
+         (units(lanes) * most < 2 * facts.multiprocessors || slab_bytes(lanes) > kPreferredShare * most)) {
+    lanes /= 2;
+  }
+  lanes = static_cast<int>(tuned("lanes", lanes));
+  int cluster = 1;
+  while (cluster < most && slab_bytes(lanes) > kPreferredShare * cluster) cluster *= 2;
+  while (cluster < most && units(lanes) * cluster < 2 * facts.multiprocessors &&
+         slab_bytes(lanes) >= kLeastShare * cluster * 2) {
+    cluster *= 2;
+  }
+  cluster = static_cast<int>(tuned("cluster", cluster));
+  s.share = ceil_div(p.pixels, cluster);
+  const int64_t bytes = s.share * lanes * shape.vector_bytes;
+  if (bytes > room) return false;
+  s.path = InstanceNormPath::kSlab;
+  s.cluster = cluster;
+  s.lanes = lanes;
+  s.threads = static_cast<int>(tuned("threads", round_threads(ceil_div(s.share * lanes, 8), 128, 512)));
+  s.shared_bytes = static_cast<size_t>(std::max(bytes, spread(units(lanes) * cluster, cluster, facts)));
+  s.name = cluster > 1 ? "instance_norm:cuda:slab:cluster" : "instance_norm:cuda:slab:block";
+  return true;
+}
+
+void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
+                    InstanceNormSchedule& s) {
+  const size_t acc = p.dtype == DType::kFloat64 ? 8 : 4;
+  s.path = InstanceNormPath::kSplit;
+  s.threads = kSplitThreads;
+  if (!p.channels_last) {
+    const int64_t vectors = p.pixels / shape.width;
+    s.share = std::min(kSplitShare, vectors);
+    s.parts = ceil_div(vectors, s.share);
+    s.workspace_bytes = static_cast<size_t>(2 * p.batch * p.channels * s.parts) * acc;
+    return;
+  }
+  const int64_t vectors = p.channels / shape.width;
+  s.lanes = lanes_for(vectors);
+  const int64_t blocks = p.batch * ceil_div(vectors, s.lanes);
+  const int64_t rows = kTileThreads / s.lanes;
+  const int64_t wanted = std::max<int64_t>(1, 8 * facts.multiprocessors / blocks);  // tiles of a sample
+  s.share = std::max(rows * 4, ceil_div(p.pixels, wanted));
+  s.parts = ceil_div(p.pixels, s.share);
+  s.workspace_bytes = static_cast<size_t>(2 * p.batch * p.channels * (s.parts + 1)) * acc;
+}
+
+}  // namespace
+
+cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const Shape shape = shape_of(params, all_aligned(params));
+  schedule = {};
+  schedule.vectorized = shape.vectorized;
+  if (!forced("split")) {
+    if (params.channels_last ? schedule_slab(params, facts, shape, schedule)
+                             : schedule_plane(params, facts, shape, schedule)) {
+      return cudaSuccess;
+    }
+  }
+  schedule_tiles(params, facts, shape, schedule);
+  if (params.channels_last) {
+    schedule.name = "instance_norm:cuda:split:channels_last";
+    return cudaSuccess;
+  }
+  schedule.name = "instance_norm:cuda:split:nchw";
+  const int64_t bytes = params.batch * params.channels * params.pixels * static_cast<int64_t>(size_of(params.dtype));
+  if (bytes > facts.l2_bytes / 2 || forced("ticket")) {
+    schedule.lead = std::min(params.batch * params.channels * schedule.parts,
+                             std::max<int64_t>(schedule.parts, tuned("lead", 4 * facts.multiprocessors)));
+    const size_t planes = static_cast<size_t>(params.batch * params.channels);
+    schedule.workspace_bytes *= 2;  // at least as many bytes again as the moments of the tiles: the planes' statistics
+    schedule.workspace_bytes += sizeof(unsigned) * (1 + planes);
+    schedule.name = "instance_norm:cuda:split:nchw:ticket";
+  }
+  return cudaSuccess;
+}
+
+cudaError_t launch_instance_norm(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
+                                 void* workspace, cudaStream_t stream) {
+  switch (schedule.path) {
+    case InstanceNormPath::kPlane:
+      return launch_plane(params, schedule, stream);
+    case InstanceNormPath::kSlab:
+      return launch_slab(params, schedule, stream);
+    case InstanceNormPath::kSplit:
+      return params.channels_last ? launch_split_channels_last(params, schedule, workspace, stream)
+                                  : launch_split_nchw(params, schedule, workspace, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& params, InstanceNormSchedule& schedule) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const bool aligned = aligned16(params.input) && aligned16(params.residual) && aligned16(params.saved_output) &&
+                       aligned16(params.grad_output) && aligned16(params.grad_input) &&
+                       aligned16(params.grad_residual);
+  const Shape shape = shape_of(params, aligned);
+  schedule = {};
+  schedule.vectorized = shape.vectorized;
+  schedule_tiles(params, facts, shape, schedule);
+  schedule.name = params.channels_last ? "instance_norm_backward:cuda:split:channels_last"
+                                       : "instance_norm_backward:cuda:split:nchw";
+  return cudaSuccess;
+}
+
+cudaError_t launch_instance_norm_backward(const InstanceNormBackwardParams& params,
+                                          const InstanceNormSchedule& schedule, void* workspace,
+                                          cudaStream_t stream) {
+  return params.channels_last ? launch_backward_channels_last(params, schedule, workspace, stream)
+                              : launch_backward_nchw(params, schedule, workspace, stream);
+}
+
+}  // namespace styleforge::cuda

@@ -1,0 +1,188 @@
+// channels_last tensors whose slabs do not fit on chip: pass 1 takes (mean, M2) of every channel in tiles of pixels, a
+// small kernel merges a channel's tiles in a fixed order, pass 2 normalises, last tile first, so that it starts with
+// what the L2 cache still holds. Blocks are cut as in slab.cu: lanes x 16 bytes of channels by rows of pixels.
+#include "../common/activation.cuh"
+#include "../common/cluster.cuh"
+#include "../common/launch.h"
+#include "channel_sums.cuh"
+#include "channel_tiles.cuh"
+#include "kernels.h"
+#include "phases.cuh"
+
+namespace styleforge::cuda {
+namespace {
+
+constexpr int kBatch = 8;
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kTileThreads)
+    moments_kernel(const __grid_constant__ InstanceNormParams p, int lanes, int tiles, int share,
+                   acc_t<T>* partials) {
+  using V = Vec<T, kWidth>;
+  using Acc = acc_t<T>;
+  __shared__ Acc scratch[kSumScratch<kWidth>];
+  const auto at = channel_tile<kWidth>(p, lanes, tiles, share, blockIdx.x);
+  wait_for_predecessor();
+  release_successor();
+  ChannelMoments<kWidth, Acc> own;
+  if (at.active) {
+    int i = at.row;
+    for (; i + (kBatch - 1) * at.rows < at.count; i += kBatch * at.rows) {
+      V v[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) v[u] = load_const<V>(p.input, source_vector(p, at, i + u * at.rows));
+      own.add(v);
+    }
+    for (; i < at.count; i += at.rows) {
+      const V v[1] = {load_const<V>(p.input, source_vector(p, at, i))};
+      own.add(v);
+    }
+  }
+  Acc sum[kWidth], mean[kWidth], m2[kWidth];
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) sum[k] = own.mean[k] * own.count;
+  sum_over_rows<kWidth>(sum, lanes, scratch);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    mean[k] = sum[k] / max(static_cast<Acc>(at.count), Acc(1));
+    const Acc d = own.mean[k] - mean[k];
+    m2[k] = own.m2[k] + own.count * d * d;
+  }
+  sum_over_rows<kWidth>(m2, lanes, scratch);
+  if (at.active && at.row == 0) {
+    Acc* out = partials + (at.n * tiles + at.tile) * 2 * p.channels + static_cast<int64_t>(at.vector) * kWidth;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      out[k] = mean[k];
+      out[p.channels + k] = m2[k];
+    }
+  }
+}
+
+// Block: 32 channels (threadIdx.x) by kMergeWarps groups of tiles (threadIdx.y).
+template <typename T>
+__global__ void __launch_bounds__(kWarp* kMergeWarps)
+    merge_moments_kernel(const __grid_constant__ InstanceNormParams p, int tiles, int share,
+                         const acc_t<T>* partials, acc_t<T>* mean_out, acc_t<T>* rstd_out) {
+  using Acc = acc_t<T>;
+  __shared__ Acc groups[3][kMergeWarps][kWarp];  // count, mean, M2
+  const int blocks_per_sample = static_cast<int>((p.channels + kWarp - 1) / kWarp);
+  const int64_t n = blockIdx.x / blocks_per_sample;
+  const int64_t c = static_cast<int64_t>(blockIdx.x % blocks_per_sample) * kWarp + threadIdx.x;
+  wait_for_predecessor();
+  release_successor();
+  Moments<Acc> all;
+  if (c < p.channels) {
+#pragma unroll 4
+    for (int tile = threadIdx.y; tile < tiles; tile += kMergeWarps) {
+      const Acc* in = partials + (n * tiles + tile) * 2 * p.channels + c;
+      all.merge(static_cast<Acc>(min(static_cast<int64_t>(share), p.pixels - static_cast<int64_t>(tile) * share)),
+                in[0], in[p.channels]);
+    }
+  }
+  groups[0][threadIdx.y][threadIdx.x] = all.count;
+  groups[1][threadIdx.y][threadIdx.x] = all.mean;
+  groups[2][threadIdx.y][threadIdx.x] = all.m2;
+  __syncthreads();
+  if (threadIdx.y != 0 || c >= p.channels) return;
+  for (int g = 1; g < kMergeWarps; ++g) {
+    all.merge(groups[0][g][threadIdx.x], groups[1][g][threadIdx.x], groups[2][g][threadIdx.x]);
+  }
+  mean_out[n * p.channels + c] = all.mean;
+  rstd_out[n * p.channels + c] =
+      reciprocal_sqrt(all.m2 / static_cast<Acc>(p.pixels) + static_cast<Acc>(p.eps));
+}
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kTileThreads)
+    apply_kernel(const __grid_constant__ InstanceNormParams p, int lanes, int tiles, int share,
+                 const acc_t<T>* mean_in, const acc_t<T>* rstd_in) {
+  using V = Vec<T, kWidth>;
+  using Acc = acc_t<T>;
+  const auto at = channel_tile<kWidth>(p, lanes, tiles, share, gridDim.x - 1 - blockIdx.x);
+  wait_for_predecessor();
+  release_successor();
+  if (!at.active) return;
+  Acc mean[kWidth], scale[kWidth], shift[kWidth];
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    const int64_t c = static_cast<int64_t>(at.vector) * kWidth + k;
+    const int64_t param = at.n * p.param_batch_stride + c;
+    mean[k] = mean_in[at.n * p.channels + c];
+    scale[k] = rstd_in[at.n * p.channels + c] * load_param(p.weight, p.param_dtype, param, Acc(1));
+    shift[k] = load_param(p.bias, p.param_dtype, param, Acc(0));
+  }
+  const bool has_residual = p.residual != nullptr;
+  const auto finish = [&](const V& x, const V& r) {
+    Acc y[kWidth];
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      y[k] = (to_acc(x.data[k]) - mean[k]) * scale[k] + shift[k];
+      if (has_residual) y[k] += to_acc(r.data[k]);
+    }
+    activate(y, p.activation, p.negative_slope);
+    V out;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) out.data[k] = from_acc<T>(y[k]);
+    return out;
+  };
+  constexpr int kApplyBatch = 4;
+  int i = at.row;
+  for (; i + (kApplyBatch - 1) * at.rows < at.count; i += kApplyBatch * at.rows) {
+    V x[kApplyBatch], r[kApplyBatch];
+#pragma unroll
+    for (int u = 0; u < kApplyBatch; ++u) x[u] = load_const<V>(p.input, source_vector(p, at, i + u * at.rows));
+#pragma unroll
+    for (int u = 0; u < kApplyBatch; ++u) r[u] = x[u];  // never used uninitialised, never read without a residual
+    if (has_residual) {
+#pragma unroll
+      for (int u = 0; u < kApplyBatch; ++u) r[u] = load_const<V>(p.residual, at.index(i + u * at.rows));
+    }
+#pragma unroll
+    for (int u = 0; u < kApplyBatch; ++u) {
+      store(p.output, at.index(i + u * at.rows), finish(x[u], r[u]));
+    }
+  }
+  for (; i < at.count; i += at.rows) {
+    const V x = load_const<V>(p.input, source_vector(p, at, i));
+    V r = x;
+    if (has_residual) r = load_const<V>(p.residual, at.index(i));
+    store(p.output, at.index(i), finish(x, r));
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_split_channels_last(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
+                                       void* workspace, cudaStream_t stream) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const int tiles = static_cast<int>(schedule.parts);
+  const int share = static_cast<int>(schedule.share);
+  const int lanes = schedule.lanes;
+  return switch_dtype(params.dtype, [&]<typename T>() -> cudaError_t {
+    using Acc = acc_t<T>;
+    auto* partials = static_cast<Acc*>(workspace);
+    Acc* mean = partials + params.batch * tiles * 2 * params.channels;
+    Acc* rstd = mean + params.batch * params.channels;
+    if (params.mean != nullptr) {
+      mean = static_cast<Acc*>(params.mean);
+      rstd = static_cast<Acc*>(params.rstd);
+    }
+    const int64_t vectors = params.channels / (schedule.vectorized ? kFullWidth<T> : 1);
+    const auto grid = dim3(static_cast<unsigned>(params.batch * ceil_div(vectors, lanes) * tiles));
+    auto* moments = schedule.vectorized ? moments_kernel<T, kFullWidth<T>> : moments_kernel<T, 1>;
+    auto* apply = schedule.vectorized ? apply_kernel<T, kFullWidth<T>> : apply_kernel<T, 1>;
+    if (const auto error =
+            launch(moments, grid, dim3(kTileThreads), 0, 1, facts, stream, params, lanes, tiles, share, partials))
+      return error;
+    if (const auto error = launch(merge_moments_kernel<T>,
+                                  dim3(static_cast<unsigned>(params.batch * ceil_div(params.channels, kWarp))),
+                                  dim3(kWarp, kMergeWarps), 0, 1, facts, stream, params, tiles, share, partials, mean,
+                                  rstd))
+      return error;
+    return launch(apply, grid, dim3(kTileThreads), 0, 1, facts, stream, params, lanes, tiles, share, mean, rstd);
+  });
+}
+
+}  // namespace styleforge::cuda

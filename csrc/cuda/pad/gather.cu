@@ -1,0 +1,112 @@
+// Padding + nearest upsampling: one thread writes one vector of the output and looks up where it comes from.
+//
+//   channels_last: vectors of neighbouring channels of one pixel: the whole vector has one source pixel
+//   NCHW:          single elements of a row, neighbouring threads write neighbouring elements; a grid row is one
+//                  output row, so that the row's source is worked out once
+#include "../common/cluster.cuh"
+#include "../common/launch.h"
+#include "launch.h"
+
+namespace styleforge::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// Source coordinate on the upsampled axis of `size` elements, or -1 for a zero.
+__device__ __forceinline__ int source(int position, int size, PaddingMode mode) {
+  if (position >= 0 && position < size) return position;
+  switch (mode) {
+    case PaddingMode::kReflect:
+      return position < 0 ? -position : 2 * (size - 1) - position;
+    case PaddingMode::kReplicate:
+      return position < 0 ? 0 : size - 1;
+    default:
+      return -1;
+  }
+}
+
+// Element: what a thread moves. `per_pixel` and `out_per_pixel` count those in a pixel of the input and the output.
+template <typename Element>
+__global__ void __launch_bounds__(kThreads)
+    gather_channels_last(const __grid_constant__ PadParams p, int per_pixel, int out_per_pixel) {
+  wait_for_predecessor();
+  release_successor();
+  const int row = blockIdx.y;  // output row of all samples
+  const int64_t n = row / p.out_height;
+  const int up = p.upsample;
+  const int y = source(static_cast<int>(row % p.out_height - p.pad_top), static_cast<int>(p.height * up), p.mode);
+  const auto* in = static_cast<const Element*>(p.input);
+  auto* out = static_cast<Element*>(p.output) + row * p.out_width * out_per_pixel;
+  const int count = static_cast<int>(p.out_width) * out_per_pixel;
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
+    const int x = source(static_cast<int>(i / out_per_pixel - p.pad_left), static_cast<int>(p.width * up), p.mode);
+    const int c = i % out_per_pixel;
+    Element value{};
+    if (x >= 0 && y >= 0 && c < per_pixel) {
+      value = in[((n * p.height + y / up) * p.width + x / up) * per_pixel + c];
+    }
+    out[i] = value;
+  }
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(kThreads) gather_nchw(const __grid_constant__ PadParams p) {
+  wait_for_predecessor();
+  release_successor();
+  const int64_t rows = p.batch * p.channels * p.out_height;
+  const int up = p.upsample;
+  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+    const int64_t plane = row / p.out_height;
+    const int y = source(static_cast<int>(row % p.out_height - p.pad_top), static_cast<int>(p.height * up), p.mode);
+    const auto* in = static_cast<const Element*>(p.input) + (plane * p.height + y / up) * p.width;
+    auto* out = static_cast<Element*>(p.output) + row * p.out_width;
+    for (int i = blockIdx.x * kThreads + threadIdx.x; i < p.out_width; i += gridDim.x * kThreads) {
+      const int x = source(static_cast<int>(i - p.pad_left), static_cast<int>(p.width * up), p.mode);
+      Element value{};
+      if (x >= 0 && y >= 0) value = in[x / up];
+      out[i] = value;
+    }
+  }
+}
+
+template <typename Element>
+cudaError_t launch_as(const PadParams& params, const DeviceFacts& facts, cudaStream_t stream) {
+  if (params.channels_last) {
+    const int ratio = static_cast<int>(sizeof(Element)) / params.element_size;
+    const int per_pixel = static_cast<int>(params.channels) / ratio;
+    const int out_per_pixel = static_cast<int>(params.out_channels) / ratio;
+    const int64_t rows = params.batch * params.out_height;
+    if (rows > 65535) return cudaErrorInvalidConfiguration;
+    const auto grid = dim3(static_cast<unsigned>(ceil_div(params.out_width * out_per_pixel, kThreads * 2)),
+                           static_cast<unsigned>(rows));
+    return launch(gather_channels_last<Element>, grid, dim3(kThreads), 0, 1, facts, stream, params, per_pixel,
+                  out_per_pixel);
+  }
+  const int64_t rows = params.batch * params.channels * params.out_height;
+  const auto grid = dim3(static_cast<unsigned>(ceil_div(params.out_width, kThreads)),
+                         static_cast<unsigned>(rows < 65535 ? rows : 65535));
+  return launch(gather_nchw<Element>, grid, dim3(kThreads), 0, 1, facts, stream, params);
+}
+
+}  // namespace
+
+cudaError_t launch_pad_upsample(const PadParams& params, cudaStream_t stream) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const int64_t pixel = params.channels * params.element_size;
+  const int64_t out_pixel = params.out_channels * params.element_size;
+  const bool vectors = params.channels_last && pixel % 16 == 0 && out_pixel % 16 == 0 && aligned16(params.input) &&
+                       aligned16(params.output);
+  if (vectors) return launch_as<uint4>(params, facts, stream);
+  switch (params.element_size) {
+    case 2:
+      return launch_as<uint16_t>(params, facts, stream);
+    case 4:
+      return launch_as<uint32_t>(params, facts, stream);
+    case 8:
+      return launch_as<uint2>(params, facts, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace styleforge::cuda

@@ -1,0 +1,56 @@
+// Argument checks and shape rules that the CPU and the CUDA side share. Every failed check throws one line that names
+// the operator, the argument, what was expected and what was given.
+#pragma once
+
+#include "../csrc/instance_norm_params.h"
+#include "stable.h"
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#if defined(__GNUC__)
+#define STYLEFORGE_API __attribute__((visibility("default")))
+#else
+#define STYLEFORGE_API
+#endif
+
+namespace styleforge {
+
+template <typename... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << op << ": ";
+  ((message << parts), ...);
+  throw std::runtime_error(message.str());
+}
+
+// "[2, 64, 32, 32]"
+std::string shape_text(const Tensor& tensor);
+std::string dtype_text(ScalarType dtype);
+
+Activation parse_activation(const char* op, const std::string& name);
+
+// Floating dtype that the kernels know; throws otherwise.
+DType kernel_dtype(const char* op, const char* argument, ScalarType dtype);
+
+// PyTorch's suggest_memory_format for a 4-d tensor (c10/core/MemoryFormat.h, compute strides-like-channels-last):
+// whether the result of an operator on this tensor is channels_last.
+bool prefers_channels_last(const Tensor& tensor);
+// Whether the elements lie densely in exactly that format.
+bool is_dense(const Tensor& tensor, bool channels_last);
+std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool channels_last);
+Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes, bool channels_last, ScalarType dtype);
+
+// What both norm operators accept for weight and bias: [C] or [N, C], of the input's dtype or float32.
+void check_norm_params(const char* op, const char* weight_name, const char* bias_name, const Tensor& input,
+                       const OptionalTensor& weight, const OptionalTensor& bias, int64_t batch, int64_t channels);
+
+// A second tensor next to `input`: same device and dtype, and for `sizes` non-null exactly these sizes.
+void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& input,
+                const std::vector<int64_t>* sizes);
+
+// Records which path the most recent operator call took; literals only. Shown by styleforge.last_path().
+STYLEFORGE_API void record_path(const char* path);
+
+}  // namespace styleforge

@@ -1,0 +1,33 @@
+// What every CUDA operator needs around a launch: the tensor's device, PyTorch's current stream, errors, workspace.
+#pragma once
+
+#include "../stable.h"
+
+#include <cuda_runtime.h>
+
+#include <optional>
+
+namespace styleforge {
+
+// Makes the tensor's device current for its lifetime and holds PyTorch's current stream of it.
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& tensor);
+  ~CudaScope();
+  CudaScope(const CudaScope&) = delete;
+  CudaScope& operator=(const CudaScope&) = delete;
+
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  int previous_ = -1;  // the device to go back to, -1 where it was the right one
+  cudaStream_t stream_ = nullptr;
+};
+
+// Throws "<op>: <what CUDA says>" on an error.
+void check_cuda(const char* op, cudaError_t error);
+
+// Device memory from PyTorch's allocator; null for 0 bytes. Kept by `holder`.
+void* workspace(const Tensor& like, size_t bytes, std::optional<Tensor>& holder);
+
+}  // namespace styleforge

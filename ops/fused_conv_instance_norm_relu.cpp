@@ -1,0 +1,131 @@
+#include "fused_conv_instance_norm_relu.h"
+
+namespace styleforge {
+
+namespace {
+
+constexpr const char* kOp = "fused_conv_instance_norm_relu";
+
+std::vector<int64_t> pair(const char* name, const std::vector<int64_t>& values, int64_t least) {
+  std::vector<int64_t> result = values.size() == 1 ? std::vector<int64_t>{values[0], values[0]} : values;
+  if (result.size() != 2 || result[0] < least || result[1] < least) {
+    std::ostringstream given;
+    for (size_t i = 0; i < values.size(); ++i) given << (i ? ", " : "") << values[i];
+    fail(kOp, name, " must be one or two integers >= ", least, ", got [", given.str(), "]");
+  }
+  return result;
+}
+
+PaddingMode parse_padding_mode(const std::string& name) {
+  if (name == "zeros") return PaddingMode::kZeros;
+  if (name == "reflect") return PaddingMode::kReflect;
+  if (name == "replicate") return PaddingMode::kReplicate;
+  fail(kOp, "padding_mode must be one of zeros, reflect, replicate, got \"", name, "\"");
+}
+
+}  // namespace
+
+ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormArgs& args) {
+  ConvInstanceNormPlan plan;
+  const Tensor& input = args.input;
+  const Tensor& weight = args.weight;
+  if (input.dim() != 4) fail(kOp, "input must have shape [N, C, H, W], got ", shape_text(input));
+  kernel_dtype(kOp, "input", input.scalar_type());
+  if (weight.dim() != 4 || weight.size(1) != input.size(1)) {
+    fail(kOp, "weight must have shape [out_channels, ", input.size(1), ", kernel_height, kernel_width], got ",
+         shape_text(weight));
+  }
+  check_like(kOp, "weight", weight, input, nullptr);
+  const int64_t out_channels = weight.size(0);
+  if (out_channels == 0 || input.size(1) == 0 || weight.size(2) == 0 || weight.size(3) == 0) {
+    fail(kOp, "weight must have no empty dimension, got ", shape_text(weight));
+  }
+  if (args.bias) {
+    const std::vector<int64_t> expected{out_channels};
+    check_like(kOp, "bias", *args.bias, input, &expected);
+  }
+  plan.stride = pair("stride", args.stride, 1);
+  plan.padding = pair("padding", args.padding, 0);
+  plan.mode = parse_padding_mode(args.padding_mode.value);
+  if (args.upsample != 1 && args.upsample != 2) fail(kOp, "upsample must be 1 or 2, got ", args.upsample);
+  plan.activation = parse_activation(kOp, args.activation.value);
+  if (args.precision.value != "ieee" && args.precision.value != "tf32") {
+    fail(kOp, "precision must be ieee or tf32, got \"", args.precision.value, "\"");
+  }
+  plan.tf32 = args.precision.value == "tf32" && input.scalar_type() == ScalarType::Float;
+  check_norm_params(kOp, "norm_weight", "norm_bias", input, args.norm_weight, args.norm_bias, input.size(0),
+                    out_channels);
+
+  plan.output_sizes = {input.size(0), out_channels, 0, 0};
+  for (int d = 0; d < 2; ++d) {
+    const int64_t size = input.size(2 + d) * args.upsample;
+    if (plan.mode == PaddingMode::kReflect && plan.padding[d] >= size) {
+      fail(kOp, "padding must be smaller than the (upsampled) input for padding_mode reflect, got padding ",
+           plan.padding[d], " for input ", shape_text(input));
+    }
+    if (plan.mode == PaddingMode::kReplicate && plan.padding[d] > 0 && size == 0) {
+      fail(kOp, "padding_mode replicate needs a non-empty input, got ", shape_text(input));
+    }
+    const int64_t room = size + 2 * plan.padding[d] - weight.size(2 + d);
+    if (room < 0) {
+      fail(kOp, "weight's kernel [", weight.size(2), ", ", weight.size(3),
+           "] must not be larger than the padded input, got input ", shape_text(input), " with padding [",
+           plan.padding[0], ", ", plan.padding[1], "]");
+    }
+    plan.output_sizes[2 + d] = room / plan.stride[d] + 1;
+  }
+  plan.channels_last = prefers_channels_last(input);
+  if (args.residual) check_like(kOp, "residual", *args.residual, input, &plan.output_sizes);
+  return plan;
+}
+
+Tensor pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input, int64_t upsample, PaddingMode mode,
+                    const std::vector<int64_t>& padding, bool channels_last) {
+  if (upsample == 1 && padding[0] == 0 && padding[1] == 0) return input;
+  const Tensor dense = is_dense(input, channels_last) ? input : to_contiguous(input, channels_last);
+  PadParams params;
+  params.batch = input.size(0);
+  params.channels = params.out_channels = input.size(1);
+  params.height = input.size(2);
+  params.width = input.size(3);
+  params.out_height = params.height * upsample + 2 * padding[0];
+  params.out_width = params.width * upsample + 2 * padding[1];
+  params.pad_top = padding[0];
+  params.pad_left = padding[1];
+  params.upsample = static_cast<int>(upsample);
+  params.mode = mode;
+  params.element_size = static_cast<int>(input.element_size());
+  params.channels_last = channels_last;
+  Tensor padded = empty_dense(input, {params.batch, params.channels, params.out_height, params.out_width},
+                              channels_last, input.scalar_type());
+  params.input = dense.const_data_ptr();
+  params.output = padded.mutable_data_ptr();
+  backend.pad_upsample(params, input);
+  return padded;
+}
+
+Tensor run_conv_instance_norm(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args) {
+  const ConvInstanceNormPlan plan = plan_conv_instance_norm(args);
+  if (plan.empty()) return empty_dense(args.input, plan.output_sizes, plan.channels_last, args.input.scalar_type());
+
+  // Zero padding is left to the convolution; the other modes, and upsampling, are one gather before it.
+  const bool zeros = plan.mode == PaddingMode::kZeros;
+  const std::vector<int64_t> none{0, 0};
+  const Tensor padded = pad_upsample(backend, args.input, args.upsample, plan.mode, zeros ? none : plan.padding,
+                                     plan.channels_last);
+  const Tensor conv =
+      backend.convolution(padded, args.weight, plan.stride, zeros ? plan.padding : none, plan.tf32);
+
+  InstanceNormRequest request;
+  request.op = kOp;
+  request.eps = args.eps;
+  request.activation = plan.activation;
+  request.negative_slope = args.negative_slope;
+  request.output_channels_last = plan.channels_last;
+  request.in_place = is_dense(conv, plan.channels_last);  // the convolution's result is ours to overwrite
+  auto call = prepare_instance_norm(request, conv, args.norm_weight, args.norm_bias, args.residual);
+  backend.instance_norm(call);
+  return call.output;
+}
+
+}  // namespace styleforge

@@ -1,0 +1,58 @@
+// fused_conv_instance_norm_relu, the part that CPU and CUDA share: checks, the output's shape, the order of the stages
+//
+//   pad(upsample(input)) -> convolution (ATen) -> norm + activation + residual (fused_instance_norm's kernels)
+//
+// The convolution's bias is checked and then left out: the mean that the norm subtracts contains it.
+#pragma once
+
+#include "../csrc/pad_params.h"
+#include "fused_instance_norm.h"
+
+namespace styleforge {
+
+struct ConvInstanceNormArgs {
+  const Tensor& input;
+  const Tensor& weight;
+  const OptionalTensor& bias;
+  const OptionalTensor& norm_weight;
+  const OptionalTensor& norm_bias;
+  const std::vector<int64_t>& stride;
+  const std::vector<int64_t>& padding;
+  const Text& padding_mode;
+  int64_t upsample;
+  double eps;
+  const Text& activation;
+  double negative_slope;
+  const OptionalTensor& residual;
+  const Text& precision;
+};
+
+struct ConvInstanceNormPlan {
+  std::vector<int64_t> stride, padding;
+  PaddingMode mode = PaddingMode::kZeros;
+  Activation activation = Activation::kRelu;
+  bool tf32 = false;
+  bool channels_last = false;           // of the result
+  std::vector<int64_t> output_sizes;    // [N, Co, Ho, Wo]
+
+  bool empty() const { return output_sizes[0] * output_sizes[1] * output_sizes[2] * output_sizes[3] == 0; }
+};
+
+// Throws on anything the operator does not accept.
+ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormArgs& args);
+
+// What a device has to offer.
+struct ConvInstanceNormBackend {
+  void (*pad_upsample)(const PadParams& params, const Tensor& like);
+  Tensor (*convolution)(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& padding, bool tf32);
+  void (*instance_norm)(const InstanceNormCall& call);
+};
+
+// input padded and upsampled by the device's gather kernel; input itself where nothing is to do.
+Tensor pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input, int64_t upsample, PaddingMode mode,
+                    const std::vector<int64_t>& padding, bool channels_last);
+
+Tensor run_conv_instance_norm(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args);
+
+}  // namespace styleforge

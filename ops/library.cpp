@@ -1,0 +1,26 @@
+// Every operator's schema. The public ones are API (DESIGN: schemas are public); the ones that start with `_` are how
+// the public ones are built and may change.
+#include "stable.h"
+
+STABLE_TORCH_LIBRARY(styleforge, m) {
+  m.def(
+      "fused_instance_norm(Tensor input, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, "
+      "str activation=\"none\", float negative_slope=0.01, Tensor? residual=None) -> Tensor");
+  m.def(
+      "fused_conv_instance_norm_relu(Tensor input, Tensor weight, Tensor? bias=None, Tensor? norm_weight=None, "
+      "Tensor? norm_bias=None, int[2] stride=1, int[2] padding=0, str padding_mode=\"zeros\", int upsample=1, "
+      "float eps=1e-05, str activation=\"relu\", float negative_slope=0.01, Tensor? residual=None, "
+      "str precision=\"ieee\") -> Tensor");
+
+  // The differentiable pair under fused_instance_norm. mean and rstd are float32 (float64 for float64 input) [N, C].
+  m.def(
+      "_fused_instance_norm_forward(Tensor input, Tensor? weight, Tensor? bias, float eps, str activation, "
+      "float negative_slope, Tensor? residual) -> (Tensor output, Tensor mean, Tensor rstd)");
+  // `output` is given where the activation's derivative is taken from the result, `residual` where it has to be
+  // recomputed. Returns grad_input, grad_weight, grad_bias ([C] or [N, C], the shape of weight; [0] without weight),
+  // grad_residual ([0] where there is no residual or the activation is none: it equals grad_output then).
+  m.def(
+      "_fused_instance_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, "
+      "Tensor? bias, str activation, float negative_slope, Tensor? residual, Tensor? output) -> "
+      "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+}

@@ -1,0 +1,46 @@
+#include "stable.h"
+
+#include <stdexcept>
+
+namespace styleforge {
+
+void check_shim(AOTITorchError error, const char* what) {
+  if (error != AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error(std::string("styleforge: the call to ") + what + " failed; PyTorch's own message is above");
+  }
+}
+
+Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                     ScalarType dtype) {
+  int32_t device_type = 0;
+  check_shim(aoti_torch_get_device_type(like.get(), &device_type), "get_device_type");
+  AtenTensorHandle handle = nullptr;
+  const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  check_shim(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), shim_dtype,
+                                      device_type, like.get_device_index(), &handle),
+             "empty_strided");
+  return Tensor(handle);
+}
+
+bool grad_mode_enabled() { return aoti_torch_grad_mode_is_enabled(); }
+
+Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& padding) {
+  using torch::stable::detail::from;
+  const std::vector<int64_t> dilation{1, 1};
+  const std::vector<int64_t> output_padding{0, 0};
+  std::array<StableIValue, 9> stack{from(input),          from(weight),         from(std::nullopt),
+                                    from(stride),         from(padding),        from(dilation),
+                                    from(false),          from(output_padding), from(int64_t{1})};
+  check_shim(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION), "aten::convolution");
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor to_contiguous(const Tensor& input, bool channels_last) {
+  return torch::stable::contiguous(input, channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
+                                                        : torch::headeronly::MemoryFormat::Contiguous);
+}
+
+Tensor to_dtype(const Tensor& input, ScalarType dtype) { return torch::stable::to(input, dtype); }
+
+}  // namespace styleforge

@@ -1,0 +1,63 @@
+// What the operator layer uses of LibTorch: the stable ABI only (C shims and header-only types), never ATen or c10.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace styleforge {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// A `str` argument. The stock conversion to std::string (PyTorch 2.13 headers) leaks one string a call, so operators
+// take this type, whose conversion below does not.
+struct Text {
+  std::string value;
+};
+
+// Throws std::runtime_error when a C-shim call failed; `what` names it.
+void check_shim(AOTITorchError error, const char* what);
+
+// sizes.size() elements of `dtype` on the device of `like`, uninitialised, from PyTorch's allocator.
+Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                     ScalarType dtype);
+
+bool grad_mode_enabled();
+
+// aten::convolution (no transposition, dilation 1, groups 1). Used where the convolution itself is ATen's.
+Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
+                        const std::vector<int64_t>& padding);
+
+// aten::contiguous in the given memory format; returns the same tensor when nothing is to do.
+Tensor to_contiguous(const Tensor& input, bool channels_last);
+
+// aten::to(dtype)
+Tensor to_dtype(const Tensor& input, ScalarType dtype);
+
+}  // namespace styleforge
+
+HIDDEN_NAMESPACE_BEGIN(torch, stable, detail)
+template <>
+struct ToImpl<styleforge::Text> {
+  static styleforge::Text call(StableIValue val, uint64_t, bool) {
+    auto handle = torch::stable::detail::to<StringHandle>(val);
+    size_t length = 0;
+    const char* data = nullptr;
+    styleforge::check_shim(torch_string_length(handle, &length), "torch_string_length");
+    styleforge::check_shim(torch_string_c_str(handle, &data), "torch_string_c_str");
+    styleforge::Text text{std::string(data, length)};
+    styleforge::check_shim(torch_delete_string(handle), "torch_delete_string");
+    return text;
+  }
+};
+HIDDEN_NAMESPACE_END(torch, stable, detail)

@@ -1,0 +1,24 @@
+"""styleforge: fused PyTorch operators for real-time style transfer.
+
+``styleforge.ops`` holds the operators as functions (``torch.ops.styleforge.*`` by schema), ``styleforge.nn`` the modules,
+``styleforge.models`` the networks.
+"""
+
+from __future__ import annotations
+
+from styleforge import ops
+from styleforge._library import StyleforgeCudaWarning, StyleforgeLibraryError, diagnostics, last_path
+from styleforge._version import __version__
+from styleforge.nn import FusedConvInstanceNormReLU, FusedInstanceNorm2d, ResidualBlock
+
+__all__ = [
+    "FusedConvInstanceNormReLU",
+    "FusedInstanceNorm2d",
+    "ResidualBlock",
+    "StyleforgeCudaWarning",
+    "StyleforgeLibraryError",
+    "__version__",
+    "diagnostics",
+    "last_path",
+    "ops",
+]

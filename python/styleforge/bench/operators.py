@@ -1,0 +1,312 @@
+"""The cases of the performance tables: ``python -m styleforge.bench.operators [norm conv net host backward] [--no-compile]``.
+
+Prints one line a case: microseconds of GPU time for eager PyTorch, ``torch.compile`` and styleforge, and the ratios. Every
+styleforge result is compared with eager before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import styleforge
+from styleforge.bench.timing import cpu_times, graph_time, host_time
+from styleforge.ops import fused_conv_instance_norm_relu, fused_instance_norm
+
+NORM_SHAPES = [(4, 64, 256, 256), (1, 3, 512, 512), (1, 64, 1024, 1024), (16, 128, 128, 128)]
+
+# batch, in, out, size, kernel, stride
+CONV_CASES = [
+    (1, 64, 64, 64, 3, 1),
+    (1, 128, 128, 128, 3, 1),
+    (1, 64, 64, 256, 3, 1),
+    (1, 128, 128, 32, 3, 1),
+    (1, 256, 256, 64, 1, 1),
+    (1, 64, 128, 128, 3, 2),
+    (8, 128, 128, 64, 3, 1),
+]
+
+Baselines = dict[str, float]
+
+
+def _formatted(x: Tensor, channels_last: bool) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _check(ours: Tensor, reference: Tensor, tolerance: float) -> None:
+    difference = (ours.double() - reference.double()).norm() / reference.double().norm()
+    if not difference < tolerance:
+        raise SystemExit(f"wrong result: relative difference {difference:.3g}, allowed {tolerance:.3g}")
+
+
+def _line(name: str, ours: float, baselines: Baselines, note: str = "") -> None:
+    columns = [f"{name:44s} ours {ours:8.2f}"]
+    columns += [f"{key} {value:8.2f} ({ours / value:4.2f}x)" for key, value in baselines.items()]
+    print("  ".join(columns), note, flush=True)
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True)
+
+
+def copy_rate() -> float:
+    """TB/s of a device-to-device copy by kernel, read plus write, over rotated buffers."""
+    sources = [torch.randn(16, 128, 128, 128, device="cuda") for _ in range(3)]
+    targets = [torch.empty_like(s) for s in sources]
+    calls = [lambda s=s, t=t: torch.add(s, 1.0, out=t) for s, t in zip(sources, targets, strict=True)]
+    return 2 * sources[0].nbytes / graph_time(calls) / 1e6
+
+
+def bench_norm(compile: bool) -> None:
+    """Instance norm + affine + ReLU, NCHW and channels_last, against the better format of each baseline."""
+    rate = copy_rate()
+    print(f"copy rate {rate:.2f} TB/s")
+    for shape in NORM_SHAPES:
+        for dtype in (torch.float32, torch.float16):
+            bytes_once = torch.empty(shape, dtype=dtype, device="meta").nbytes
+            rotate = max(1, min(4, int(2e8 // bytes_once)))
+            weight = torch.randn(shape[1], device="cuda", dtype=dtype)
+            bias = torch.randn(shape[1], device="cuda", dtype=dtype)
+
+            def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+                return F.relu(F.instance_norm(x, weight=w, bias=b))
+
+            compiled = _compiled(eager)
+            best: Baselines = {}
+            results: dict[str, float] = {}
+            for channels_last in (False, True):
+                xs = [
+                    _formatted(torch.randn(shape, device="cuda", dtype=dtype), channels_last)
+                    for _ in range(rotate)
+                ]
+                _check(
+                    fused_instance_norm(xs[0], weight, bias, activation="relu"),
+                    eager(xs[0].double(), weight.double(), bias.double()),
+                    2e-3 if dtype == torch.float16 else 1e-5,
+                )
+                times = {"eager": graph_time([lambda x=x: eager(x, weight, bias) for x in xs])}
+                if compile:
+                    times["compile"] = graph_time([lambda x=x: compiled(x, weight, bias) for x in xs])
+                for key, value in times.items():
+                    best[key] = min(best.get(key, value), value)
+                ours = graph_time(
+                    [lambda x=x: fused_instance_norm(x, weight, bias, activation="relu") for x in xs]
+                )
+                results["channels_last" if channels_last else "nchw"] = ours
+                path = styleforge.last_path()
+                share = 2 * bytes_once / ours / 1e6 / rate
+                results[f"note_{channels_last}"] = share
+                results[f"path_{channels_last}"] = path  # type: ignore[assignment]
+            for channels_last, key in ((False, "nchw"), (True, "channels_last")):
+                name = f"norm {'x'.join(map(str, shape))} {str(dtype)[6:]} {key}"
+                note = f"{100 * results[f'note_{channels_last}']:.0f}% of copy, {results[f'path_{channels_last}']}"
+                _line(name, results[key], best, note)
+
+
+def bench_conv(compile: bool, precisions: Sequence[str] = ("fp16", "tf32", "ieee")) -> None:
+    """Conv + instance norm + ReLU, both formats, against the better format of each baseline."""
+    for batch, cin, cout, size, kernel, stride in CONV_CASES:
+        for precision in precisions:
+            dtype = torch.float16 if precision == "fp16" else torch.float32
+            torch.backends.cudnn.allow_tf32 = precision == "tf32"
+            weight = (
+                torch.randn(cout, cin, kernel, kernel, device="cuda", dtype=dtype) / (cin * kernel**2) ** 0.5
+            )
+            scale = torch.randn(cout, device="cuda", dtype=dtype)
+            shift = torch.randn(cout, device="cuda", dtype=dtype)
+            bias = torch.randn(cout, device="cuda", dtype=dtype)
+
+            def eager(
+                x: Tensor, w: Tensor, b: Tensor, s: Tensor, t: Tensor, k: int = kernel, st: int = stride
+            ) -> Tensor:
+                return F.relu(F.instance_norm(F.conv2d(x, w, b, st, k // 2), weight=s, bias=t))
+
+            compiled = _compiled(eager)
+            best: Baselines = {}
+            results: dict[bool, float] = {}
+            paths: dict[bool, str] = {}
+            for channels_last in (False, True):
+                x = _formatted(torch.randn(batch, cin, size, size, device="cuda", dtype=dtype), channels_last)
+                w = _formatted(weight, channels_last)
+
+                def ours(
+                    x: Tensor = x, w: Tensor = w, k: int = kernel, s: int = stride, p: str = precision
+                ) -> Tensor:
+                    return fused_conv_instance_norm_relu(
+                        x,
+                        w,
+                        bias,
+                        scale,
+                        shift,
+                        stride=s,
+                        padding=k // 2,
+                        precision="tf32" if p == "tf32" else "ieee",
+                    )
+
+                tolerance = {"fp16": 3e-3, "tf32": 2e-3, "ieee": 1e-5}[precision]
+                _check(ours(), eager(*(t.double() for t in (x, w, bias, scale, shift))), tolerance)
+                times = {"eager": graph_time([lambda x=x, w=w: eager(x, w, bias, scale, shift)])}
+                if compile:
+                    times["compile"] = graph_time([lambda x=x, w=w: compiled(x, w, bias, scale, shift)])
+                for key, value in times.items():
+                    best[key] = min(best.get(key, value), value)
+                results[channels_last] = graph_time([ours])
+                paths[channels_last] = styleforge.last_path()
+            for channels_last, time in results.items():
+                name = f"conv {batch}x{cin}->{cout} @{size} k{kernel}s{stride} {precision} "
+                _line(name + ("nhwc" if channels_last else "nchw"), time, best, paths[channels_last])
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def bench_net(compile: bool, cases: Sequence[tuple[int, int, int]] = ((1, 512, 512),)) -> None:
+    """TransformerNet in half precision and float32 (TF32)."""
+    from styleforge.models import TransformerNet
+
+    for batch, height, width in cases:
+        for dtype in (torch.float16, torch.float32):
+            net = TransformerNet().cuda().to(dtype).eval()
+            plain = net.to_torch().eval()
+            best: Baselines = {}
+            x = torch.rand(batch, 3, height, width, device="cuda", dtype=dtype) * 255
+            with torch.no_grad():
+                reference = plain(x)
+                _check(net(x), reference, 2e-2)
+                for channels_last in (False, True):
+                    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+                    plain = plain.to(memory_format=memory_format)
+                    xf = _formatted(x, channels_last)
+                    times = {"eager": graph_time([lambda xf=xf, plain=plain: plain(xf)], calls_per_graph=3)}
+                    if compile:
+                        torch._dynamo.reset()
+                        compiled = torch.compile(plain, fullgraph=True)
+                        times["compile"] = graph_time([lambda xf=xf, c=compiled: c(xf)], calls_per_graph=3)
+                    for key, value in times.items():
+                        best[key] = min(best.get(key, value), value)
+                ours = graph_time([lambda net=net, x=x: net(x)], calls_per_graph=3)
+                _line(f"TransformerNet {batch}x3x{height}x{width} {str(dtype)[6:]}", ours, best)
+
+
+def bench_host() -> None:
+    """Host time of eager calls against ``torch.relu``."""
+    x = torch.randn(1, 4, 8, 8, device="cuda")
+    weight = torch.randn(4, device="cuda")
+    conv_weight = torch.randn(4, 4, 3, 3, device="cuda")
+    norm = styleforge.FusedInstanceNorm2d(4).cuda()
+    block = styleforge.FusedConvInstanceNormReLU(4, 4).cuda()
+    plain_norm = torch.nn.InstanceNorm2d(4, affine=True).cuda()
+    calls: dict[str, Callable[[], Any]] = {
+        "relu": lambda: torch.relu(x),
+        "fused_instance_norm (input)": lambda: torch.ops.styleforge.fused_instance_norm(x),
+        "fused_instance_norm (all)": lambda: torch.ops.styleforge.fused_instance_norm(
+            x, weight, weight, 1e-5, "relu", 0.01, x
+        ),
+        "fused_instance_norm.default (all)": lambda: torch.ops.styleforge.fused_instance_norm.default(
+            x, weight, weight, 1e-5, "relu", 0.01, x
+        ),
+        "fused_conv_instance_norm_relu": lambda: torch.ops.styleforge.fused_conv_instance_norm_relu(
+            x, conv_weight, None, weight, weight, (1, 1), (1, 1)
+        ),
+        "conv2d": lambda: F.conv2d(x, conv_weight, None, 1, 1),
+        "FusedInstanceNorm2d": lambda: norm(x),
+        "nn.InstanceNorm2d": lambda: plain_norm(x),
+        "FusedConvInstanceNormReLU": lambda: block(x),
+    }
+    for mode, context in (("inference_mode", torch.inference_mode), ("no_grad", torch.no_grad)):
+        with context():
+            base = host_time(calls["relu"])
+            for name, call in calls.items():
+                time = host_time(call)
+                print(f"host {mode:15s} {name:36s} {time:7.2f} us  {time / base:5.2f} x relu", flush=True)
+
+
+def bench_backward() -> None:
+    """Forward and backward of norm + ReLU, eager against styleforge."""
+    for shape in [(4, 64, 256, 256), (8, 128, 64, 64)]:
+        for channels_last in (False, True):
+            x = _formatted(torch.randn(shape, device="cuda"), channels_last).requires_grad_()
+            weight = torch.randn(shape[1], device="cuda", requires_grad=True)
+            bias = torch.randn(shape[1], device="cuda", requires_grad=True)
+            grad = torch.randn_like(x)
+
+            def eager(x: Tensor = x, w: Tensor = weight, b: Tensor = bias, g: Tensor = grad) -> Any:
+                return torch.autograd.grad(F.relu(F.instance_norm(x, weight=w, bias=b)), (x, w, b), g)
+
+            def ours(x: Tensor = x, w: Tensor = weight, b: Tensor = bias, g: Tensor = grad) -> Any:
+                return torch.autograd.grad(fused_instance_norm(x, w, b, activation="relu"), (x, w, b), g)
+
+            for a, b in zip(ours(), eager(), strict=True):
+                _check(a, b, 1e-4)
+            name = f"norm fwd+bwd {'x'.join(map(str, shape))} {'nhwc' if channels_last else 'nchw'}"
+            _line(name, graph_time([ours]), {"eager": graph_time([eager])})
+
+
+def bench_cpu() -> None:
+    """The CPU cases, with the threads PyTorch has (milliseconds)."""
+    from styleforge.models import TransformerNet
+
+    with torch.no_grad():
+        norm = torch.nn.InstanceNorm2d(64, affine=True)
+        for channels_last in (False, True):
+            x = _formatted(torch.randn(4, 64, 256, 256), channels_last)
+
+            def eager(x: Tensor = x) -> Tensor:
+                return F.relu(norm(x))
+
+            compiled = _compiled(eager)
+            times = cpu_times(
+                [
+                    lambda x=x: fused_instance_norm(x, norm.weight, norm.bias, activation="relu"),
+                    eager,
+                    compiled,
+                    lambda x=x: x.clone(),
+                ]
+            )
+            name = f"cpu norm 4x64x256x256 {'nhwc' if channels_last else 'nchw'} (ms)"
+            _line(name, times[0], dict(zip(("eager", "compile", "copy"), times[1:], strict=True)))
+        net = TransformerNet().eval()
+        plain = net.to_torch().eval()
+        x = torch.rand(1, 3, 512, 512) * 255
+        compiled_net = torch.compile(plain, fullgraph=True)
+        times = cpu_times([lambda: net(x), lambda: plain(x), lambda: compiled_net(x)], repeats=7)
+        _line(
+            "cpu TransformerNet 1x3x512x512 (ms)",
+            times[0],
+            dict(zip(("eager", "compile"), times[1:], strict=True)),
+        )
+
+
+def main() -> None:
+    """Runs the groups named on the command line, all GPU groups by default."""
+    groups = ("norm", "conv", "net", "host", "backward", "cpu")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "groups", nargs="*", choices=groups, default=["norm", "conv", "net", "host", "backward"]
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    arguments = parser.parse_args()
+    compile = not arguments.no_compile
+    if torch.cuda.is_available():
+        print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
+    with torch.no_grad():
+        if "norm" in arguments.groups:
+            bench_norm(compile)
+        if "conv" in arguments.groups:
+            bench_conv(compile)
+    if "net" in arguments.groups:
+        bench_net(compile)
+    if "host" in arguments.groups:
+        bench_host()
+    if "backward" in arguments.groups:
+        bench_backward()
+    if "cpu" in arguments.groups:
+        bench_cpu()
+
+
+if __name__ == "__main__":
+    main()

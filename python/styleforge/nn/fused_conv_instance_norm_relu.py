@@ -1,0 +1,267 @@
+"""``FusedConvInstanceNormReLU``: convolution, instance norm and activation as one module."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from styleforge.ops import conv_precision
+from styleforge.ops._common import ACTIVATIONS, PADDING_MODES, PRECISIONS, pair
+
+
+class FusedConvInstanceNormReLU(nn.Module):
+    """``activation(instance_norm(conv2d(pad(upsample(input)))) + residual)`` as one operator.
+
+    See ``styleforge.ops.fused_conv_instance_norm_relu``.
+
+    Args:
+        in_channels: Ci.
+        out_channels: Co.
+        kernel_size: one or two integers, in pixels.
+        stride: one or two integers, in pixels.
+        padding: on each side, one or two integers; None takes ``(kernel_size - 1) // 2`` (0, 1, 1, 2 for 1, 3, 4, 5).
+        eps: added to the variance.
+        bias: whether the convolution has one. The norm cancels it; it is there for checkpoints that have it.
+        affine: learnable scale and shift after the norm.
+        padding_mode: zeros, reflect or replicate.
+        upsample: 1, or 2 for nearest-neighbour upsampling before the padding.
+        activation: none, relu, leaky_relu, silu, sigmoid or tanh.
+        negative_slope: of leaky_relu.
+        precision: of float32 on the GPU: "ieee", "tf32", or None: what ``torch.backends.cudnn`` says at every call
+            (a scripted module keeps what it said when the module was built).
+
+    Attributes:
+        weight: [Co, Ci, kh, kw]; bias: [Co] or None; norm_weight, norm_bias: [Co] or None. State dicts with the older
+        names ``gamma`` and ``beta`` load as well.
+
+    Shape:
+        input [N, Ci, H, W], residual and output [N, Co, Ho, Wo]; channels_last where the input is.
+
+    Raises:
+        ValueError: a constructor argument is not one of those above.
+        RuntimeError: from the operator, when the input does not fit.
+    """
+
+    __constants__ = [
+        "activation",
+        "eps",
+        "negative_slope",
+        "padding",
+        "padding_mode",
+        "scripted_precision",
+        "stride",
+        "upsample",
+    ]
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | None = None,
+        eps: float = 1e-5,
+        bias: bool = True,
+        affine: bool = True,
+        *,
+        padding_mode: str = "zeros",
+        upsample: int = 1,
+        activation: str = "relu",
+        negative_slope: float = 0.01,
+        precision: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_choice("activation", activation, ACTIVATIONS)
+        _check_choice("padding_mode", padding_mode, PADDING_MODES)
+        if precision is not None:
+            _check_choice("precision", precision, PRECISIONS)
+        if upsample not in (1, 2):
+            raise ValueError(f"upsample must be 1 or 2, got {upsample}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = pair(kernel_size)
+        self.stride = pair(stride)
+        self.padding = (
+            ((self.kernel_size[0] - 1) // 2, (self.kernel_size[1] - 1) // 2)
+            if padding is None
+            else pair(padding)
+        )
+        self.eps = eps
+        self.affine = affine
+        self.padding_mode = padding_mode
+        self.upsample = upsample
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.precision = precision
+        self.scripted_precision = conv_precision(precision)
+
+        def parameter(*sizes: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(sizes, device=device, dtype=dtype))
+
+        self.weight = parameter(out_channels, in_channels, *self.kernel_size)
+        self.register_parameter("bias", parameter(out_channels) if bias else None)
+        self.register_parameter("norm_weight", parameter(out_channels) if affine else None)
+        self.register_parameter("norm_bias", parameter(out_channels) if affine else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights and bias as ``nn.Conv2d`` draws them; scale one, shift zero."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_channels * self.kernel_size[0] * self.kernel_size[1])
+            nn.init.uniform_(self.bias, -bound, bound)
+        if self.norm_weight is not None and self.norm_bias is not None:
+            nn.init.ones_(self.norm_weight)
+            nn.init.zeros_(self.norm_bias)
+
+    @classmethod
+    def from_torch(
+        cls,
+        conv: nn.Conv2d,
+        norm: nn.InstanceNorm2d,
+        activation: str = "relu",
+        *,
+        negative_slope: float = 0.01,
+        padding: int | Sequence[int] | None = None,
+        padding_mode: str | None = None,
+        upsample: int = 1,
+        precision: str | None = None,
+    ) -> "FusedConvInstanceNormReLU":
+        """The fused form of existing layers, sharing their parameters.
+
+        Args:
+            conv: no groups, no dilation, integer padding.
+            norm: the instance norm after it, without running statistics.
+            activation: what follows the norm.
+            negative_slope: of leaky_relu.
+            padding: of a padding layer before ``conv``, in place of the convolution's own.
+            padding_mode: of that padding layer; None takes the convolution's.
+            upsample: of a nearest upsampling before it.
+            precision: as in the constructor.
+
+        Raises:
+            ValueError: the layers have something that the fused operator does not.
+        """
+        _check_layers(conv, norm)
+        new = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding if padding is None else padding,  # type: ignore[arg-type]
+            norm.eps,
+            bias=conv.bias is not None,
+            affine=norm.affine,
+            padding_mode=conv.padding_mode if padding_mode is None else padding_mode,
+            upsample=upsample,
+            activation=activation,
+            negative_slope=negative_slope,
+            precision=precision,
+            device="meta",
+        )
+        new.weight = conv.weight
+        new.bias = conv.bias
+        new.norm_weight = norm.weight
+        new.norm_bias = norm.bias
+        return new.train(conv.training)
+
+    def load_from_pytorch(self, conv: nn.Conv2d, instance_norm: nn.InstanceNorm2d) -> None:
+        """Copies the parameters of existing layers into this one.
+
+        Raises:
+            ValueError: the layers have something that this module does not, or other shapes.
+        """
+        _check_layers(conv, instance_norm)
+        if conv.weight.shape != self.weight.shape:
+            raise ValueError(
+                f"conv.weight must have shape {list(self.weight.shape)}, got {list(conv.weight.shape)}"
+            )
+        with torch.no_grad():
+            self.weight.copy_(conv.weight)
+            if self.bias is not None and conv.bias is not None:
+                self.bias.copy_(conv.bias)
+            if self.norm_weight is not None and instance_norm.weight is not None:
+                self.norm_weight.copy_(instance_norm.weight)
+            if self.norm_bias is not None and instance_norm.bias is not None:
+                self.norm_bias.copy_(instance_norm.bias)
+
+    def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045 (TorchScript)
+        if torch.jit.is_scripting():
+            precision = self.scripted_precision
+        else:
+            precision = conv_precision(self.precision)
+        return torch.ops.styleforge.fused_conv_instance_norm_relu(
+            input,
+            self.weight,
+            self.bias,
+            self.norm_weight,
+            self.norm_bias,
+            self.stride,
+            self.padding,
+            self.padding_mode,
+            self.upsample,
+            self.eps,
+            self.activation,
+            self.negative_slope,
+            residual,
+            precision,
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for old, new in (("gamma", "norm_weight"), ("beta", "norm_bias")):
+            if prefix + old in state_dict and prefix + new not in state_dict:
+                value = state_dict.pop(prefix + old)
+                if self.affine:
+                    state_dict[prefix + new] = value
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        )
+        text += f", padding={self.padding}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode}"
+        if self.upsample != 1:
+            text += f", upsample={self.upsample}"
+        if self.bias is None:
+            text += ", bias=False"
+        if not self.affine:
+            text += ", affine=False"
+        return f"{text}, activation={self.activation}"
+
+
+def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f'{argument} must be one of {", ".join(choices)}, got "{value}"')
+
+
+def _check_layers(conv: nn.Conv2d, norm: nn.InstanceNorm2d) -> None:
+    if conv.groups != 1 or pair(conv.dilation) != (1, 1):
+        raise ValueError(
+            f"conv must have groups=1 and dilation=1, got groups={conv.groups}, dilation={conv.dilation}"
+        )
+    if isinstance(conv.padding, str):
+        raise ValueError(f'conv.padding must be integers, got "{conv.padding}"')
+    if conv.padding_mode not in PADDING_MODES:
+        raise ValueError(
+            f'conv.padding_mode must be one of {", ".join(PADDING_MODES)}, got "{conv.padding_mode}"'
+        )
+    if norm.track_running_stats:
+        raise ValueError(
+            "norm must not track running statistics: the fused operator always takes the input's own"
+        )
+    if norm.num_features != conv.out_channels:
+        raise ValueError(
+            f"norm must have {conv.out_channels} features (conv's channels), got {norm.num_features}"
+        )

@@ -1,0 +1,118 @@
+"""``FusedInstanceNorm2d``: ``nn.InstanceNorm2d`` with an activation and a residual in the same pass."""
+
+from typing import Any, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from styleforge.ops._common import ACTIVATIONS
+from styleforge.ops._composite import activate
+
+
+class FusedInstanceNorm2d(nn.InstanceNorm2d):
+    """Drop-in for ``nn.InstanceNorm2d`` (same state dict), optionally with the activation that follows it.
+
+    ``output = activation(instance_norm(input) + residual)``, see ``styleforge.ops.fused_instance_norm``.
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance.
+        momentum: of the running statistics.
+        affine: learnable scale and shift. True by default (``nn.InstanceNorm2d`` has False).
+        track_running_stats: as in ``nn.InstanceNorm2d``: in eval mode the running statistics are used. Both modes then
+            run on PyTorch's own operators, since there is no reduction to fuse (eval) or statistics to update (train).
+        activation: none, relu, leaky_relu, silu, sigmoid or tanh.
+        negative_slope: of leaky_relu.
+
+    Shape:
+        input [N, C, H, W] or [C, H, W], residual the same; output the same, channels_last where the input is.
+
+    Raises:
+        ValueError: unknown activation; input of another rank or number of channels.
+    """
+
+    __constants__ = [*nn.InstanceNorm2d.__constants__, "activation", "negative_slope"]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "none",
+        negative_slope: float = 0.01,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f'activation must be one of {", ".join(ACTIVATIONS)}, got "{activation}"')
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    @classmethod
+    def from_torch(
+        cls, norm: nn.InstanceNorm2d, activation: str = "none", negative_slope: float = 0.01
+    ) -> "FusedInstanceNorm2d":
+        """The same layer, sharing its parameters and buffers."""
+        new = cls(
+            norm.num_features,
+            norm.eps,
+            0.1 if norm.momentum is None else norm.momentum,
+            norm.affine,
+            norm.track_running_stats,
+            device="meta",
+            activation=activation,
+            negative_slope=negative_slope,
+        )
+        new._parameters = dict(norm._parameters)
+        new._buffers = dict(norm._buffers)
+        return new.train(norm.training)
+
+    def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045 (TorchScript)
+        if self.track_running_stats:
+            return self._forward_with_running_stats(input, residual)
+        if input.dim() == 3:
+            batched = torch.ops.styleforge.fused_instance_norm(
+                input.unsqueeze(0),
+                self.weight,
+                self.bias,
+                self.eps,
+                self.activation,
+                self.negative_slope,
+                residual.unsqueeze(0) if residual is not None else None,
+            )
+            return batched.squeeze(0)
+        if not torch.jit.is_scripting():
+            self._check_input_dim(input)
+        return torch.ops.styleforge.fused_instance_norm(
+            input, self.weight, self.bias, self.eps, self.activation, self.negative_slope, residual
+        )
+
+    def _forward_with_running_stats(self, input: Tensor, residual: Optional[Tensor]) -> Tensor:  # noqa: UP045
+        x = input.unsqueeze(0) if input.dim() == 3 else input
+        output = F.instance_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum if self.momentum is not None else 0.0,
+            self.eps,
+        )
+        if input.dim() == 3:
+            output = output.squeeze(0)
+        if residual is not None:
+            output = output + residual
+        return activate(output, self.activation, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        text: str = super().extra_repr()
+        if self.activation != "none":
+            text += f", activation={self.activation}"
+        return text

@@ -1,0 +1,161 @@
+"""What the operators' Python sides share: memory formats, argument checks for fakes, registration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")
+PADDING_MODES = ("zeros", "reflect", "replicate")
+PRECISIONS = ("ieee", "tf32")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# One handle for all Python registrations; it must live as long as the process.
+_library = torch.library.Library("styleforge", "IMPL")
+
+
+def register_kernel(name: str, key: str, kernel: Callable[..., Any], *, with_keyset: bool = False) -> None:
+    """Registers a Python kernel of ``styleforge::name`` for a dispatch key."""
+    _library.impl(name, kernel, key, with_keyset=with_keyset)
+
+
+def prefers_channels_last(input: Tensor) -> bool:
+    """Whether an operator on this [N, C, H, W] tensor gives a channels_last result.
+
+    The rule of c10/core/MemoryFormat.h (``is_channels_last_strides_2d``), as the C++ side has it in ``ops/checks.cpp``.
+    """
+    if input.dim() != 4:
+        return False
+    sizes, strides = input.shape, input.stride()
+    least: Any = 0
+    if strides[1] == 0:
+        return False
+    for d in (1, 3, 2, 0):
+        if sizes[d] == 0 or strides[d] < least:
+            return False
+        if d == 0 and least == strides[1]:
+            return False
+        least = strides[d]
+        if sizes[d] > 1:
+            least = least * sizes[d]
+    return True
+
+
+def empty_like_format(input: Tensor, sizes: Sequence[Any], channels_last: bool) -> Tensor:
+    """An uninitialised tensor of ``sizes`` in one of the two dense formats, with the input's dtype and device."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(tuple(sizes), dtype=input.dtype, device=input.device, memory_format=memory_format)
+
+
+def check(op: str, condition: Any, message: Callable[[], str]) -> None:
+    """``torch._check`` with the operator's name in front, worded as the C++ checks."""
+    torch._check(condition, lambda: f"{op}: {message()}")
+
+
+def check_choice(op: str, argument: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise RuntimeError(f'{op}: {argument} must be one of {", ".join(choices)}, got "{value}"')
+
+
+def check_input(op: str, input: Tensor) -> None:
+    check(op, input.dim() == 4, lambda: f"input must have shape [N, C, H, W], got {list(input.shape)}")
+    if input.dtype not in DTYPES:
+        raise RuntimeError(
+            f"{op}: input must be float32, float16, bfloat16 or float64, got {_name(input.dtype)}"
+        )
+
+
+def check_norm_param(op: str, argument: str, param: Tensor | None, input: Tensor, channels: Any) -> None:
+    """``param`` is [C] or [N, C], of the input's dtype or float32."""
+    if param is None:
+        return
+    if param.dtype not in (input.dtype, torch.float32):
+        raise RuntimeError(
+            f"{op}: {argument} must be {_name(input.dtype)} (the dtype of input) or float32, got {_name(param.dtype)}"
+        )
+    batch = input.shape[0]
+    expected = (batch, channels) if param.dim() == 2 else (channels,)
+    check(
+        op,
+        param.dim() in (1, 2) and all(a == b for a, b in zip(param.shape, expected, strict=False)),
+        lambda: f"{argument} must have shape [{channels}] or [{batch}, {channels}], got {list(param.shape)}",
+    )
+
+
+def check_like(op: str, argument: str, tensor: Tensor | None, input: Tensor, sizes: Sequence[Any]) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype != input.dtype:
+        raise RuntimeError(
+            f"{op}: {argument} must have the dtype of input, {_name(input.dtype)}, got {_name(tensor.dtype)}"
+        )
+    check(
+        op,
+        tensor.dim() == len(sizes) and all(a == b for a, b in zip(tensor.shape, sizes, strict=False)),
+        lambda: f"{argument} must have shape {list(sizes)}, got {list(tensor.shape)}",
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def register_autocast(name: str, kernel: Callable[..., Any]) -> None:
+    """Registers a Python kernel that runs while autocast is on, for both devices."""
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        register_kernel(name, key, kernel)
+
+
+def no_autocast(input: Tensor) -> Any:
+    """Context in which the same operator can be called from its own autocast kernel."""
+    key = torch._C.DispatchKey.AutocastCUDA if input.is_cuda else torch._C.DispatchKey.AutocastCPU
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key))
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype:
+    """What autocast computes in for this tensor; float64 stays as it is, as in PyTorch."""
+    if input.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return input.dtype
+    return torch.get_autocast_dtype(input.device.type)
+
+
+def norm_params_for(
+    dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Norm parameters next to an input of ``dtype``: as they are where the operator takes them, else in float32."""
+    params = [p for p in (weight, bias) if p is not None]
+    fits = all(p.dtype in (dtype, torch.float32) for p in params) and len({p.dtype for p in params}) <= 1
+    if fits:
+        return weight, bias
+    return (
+        None if weight is None else weight.float(),
+        None if bias is None else bias.float(),
+    )
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """One or two integers as two."""
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+
+
+def fold(tensor: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
+    """[.., size, .., N, ...] with the vmapped dimension at ``dim`` (None: not vmapped) as [size * N, ...]."""
+    if tensor is None:
+        return None
+    moved = tensor.movedim(dim, 0) if dim is not None else tensor.expand(size, *tensor.shape)
+    return moved.reshape(size * batch, *moved.shape[2:])
+
+
+def fold_param(tensor: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
+    """A [C] or [N, C] parameter, vmapped or not, as [size * N, C]."""
+    if tensor is None:
+        return None
+    moved = tensor.movedim(dim, 0) if dim is not None else tensor.expand(size, *tensor.shape)
+    if moved.dim() == 2:
+        moved = moved[:, None].expand(size, batch, moved.shape[-1])
+    return moved.reshape(size * batch, moved.shape[-1])

@@ -1,0 +1,99 @@
+"""The operators in plain PyTorch: the definition in twenty lines, and what CUDA tensors take without the CUDA library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def activate(x: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """The activation by its name in the operators' schemas."""
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "leaky_relu":
+        return F.leaky_relu(x, negative_slope)
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "sigmoid":
+        return torch.sigmoid(x)
+    if activation == "tanh":
+        return torch.tanh(x)
+    return x
+
+
+def per_channel(param: Tensor) -> Tensor:
+    """[C] or [N, C] as something that broadcasts over [N, C, H, W]."""
+    return param[..., None, None]
+
+
+def instance_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``fused_instance_norm`` by PyTorch operators; statistics in float32 or better."""
+    x = input if input.dtype in (torch.float32, torch.float64) else input.float()
+    variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
+    y = (x - mean) * torch.rsqrt(variance + eps)
+    if weight is not None:
+        y = y * per_channel(weight).to(x.dtype)
+    if bias is not None:
+        y = y + per_channel(bias).to(x.dtype)
+    if residual is not None:
+        y = y + residual.to(x.dtype)
+    return activate(y, activation, negative_slope).to(input.dtype)
+
+
+def pad_upsample(input: Tensor, padding: Sequence[int], padding_mode: str, upsample: int) -> Tensor:
+    """Nearest upsampling, then padding by (rows, columns) on both sides."""
+    x = input
+    if upsample != 1:
+        x = F.interpolate(x, scale_factor=float(upsample), mode="nearest")
+    if padding[0] or padding[1]:
+        mode = "constant" if padding_mode == "zeros" else padding_mode
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), mode=mode)
+    return x
+
+
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    padding_mode: str,
+    upsample: int,
+) -> Tensor:
+    """pad(upsample(input)) convolved, without bias. Zero padding is left to the convolution."""
+    if padding_mode == "zeros":
+        return F.conv2d(
+            pad_upsample(input, (0, 0), "zeros", upsample), weight, None, tuple(stride), tuple(padding)
+        )
+    return F.conv2d(pad_upsample(input, padding, padding_mode, upsample), weight, None, tuple(stride))
+
+
+def conv_instance_norm_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    padding_mode: str = "zeros",
+    upsample: int = 1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """``fused_conv_instance_norm_relu`` by PyTorch operators. TF32 follows PyTorch's own flags here, not ``precision``."""
+    z = convolution(input, weight, stride, padding, padding_mode, upsample)
+    return instance_norm(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)

@@ -1,0 +1,131 @@
+"""CUDA tensors without the CUDA library: every operator as its composite in plain PyTorch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from styleforge import _library
+from styleforge.ops import _common as common
+from styleforge.ops import _composite as composite
+
+_logger = logging.getLogger("styleforge")
+
+
+def register() -> None:
+    """Registers the composites for the CUDA key, if PyTorch has CUDA and ``libstyleforge_cuda.so`` was not loaded."""
+    if torch.version.cuda is None or _library.cuda_available:
+        return
+    _logger.debug("CUDA tensors take the composite path: %s", _library.cuda_error)
+    common.register_kernel("fused_instance_norm", "CUDA", _instance_norm)
+    common.register_kernel("_fused_instance_norm_forward", "CUDA", _instance_norm_forward)
+    common.register_kernel("_fused_instance_norm_backward", "CUDA", _instance_norm_backward)
+    common.register_kernel("fused_conv_instance_norm_relu", "CUDA", _conv_instance_norm_relu)
+
+
+def _match(output: Tensor, input: Tensor) -> Tensor:
+    channels_last = common.prefers_channels_last(input)
+    return output.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _instance_norm(input: Tensor, *args: Any) -> Tensor:
+    return _match(composite.instance_norm(input, *args), input)
+
+
+def _instance_norm_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = input.double() if input.dtype == torch.float64 else input.float()
+    variance, mean = torch.var_mean(x, dim=(2, 3), correction=0)
+    output = composite.instance_norm(input, weight, bias, eps, activation, negative_slope, residual)
+    return _match(output, input), mean, torch.rsqrt(variance + eps)
+
+
+def _instance_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    negative_slope: float,
+    residual: Tensor | None,
+    output: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = mean.dtype
+    xhat = (input.to(dtype) - composite.per_channel(mean)) * composite.per_channel(rstd)
+    pre = xhat
+    if weight is not None:
+        pre = pre * composite.per_channel(weight).to(dtype)
+    if bias is not None:
+        pre = pre + composite.per_channel(bias).to(dtype)
+    if residual is not None:
+        pre = pre + residual.to(dtype)
+    g = grad_output.to(dtype)
+    if activation == "none":
+        pass
+    elif output is not None:
+        y = output.to(dtype)
+        if activation == "sigmoid":
+            g = g * (y * (1 - y))
+        elif activation == "tanh":
+            g = g * (1 - y * y)
+        else:
+            slope = negative_slope if activation == "leaky_relu" else 0.0
+            g = torch.where(y > 0, g, g * slope)
+    else:
+        with torch.enable_grad():
+            leaf = pre.detach().requires_grad_()
+            (g,) = torch.autograd.grad(composite.activate(leaf, activation, negative_slope), leaf, g)
+    grad_bias = g.sum((2, 3))
+    grad_weight = (g * xhat).sum((2, 3))
+    pixels = max(input.shape[2] * input.shape[3], 1)
+    centred = (
+        g - composite.per_channel(grad_bias) / pixels - xhat * (composite.per_channel(grad_weight) / pixels)
+    )
+    grad_input = centred * composite.per_channel(rstd)
+    if weight is not None:
+        grad_input = grad_input * composite.per_channel(weight).to(dtype)
+    param = weight if weight is not None else bias
+    param_dtype = param.dtype if param is not None else torch.float32
+
+    def finish(grad: Tensor, given: Tensor | None) -> Tensor:
+        if given is None:
+            return torch.empty(0, dtype=param_dtype, device=input.device)
+        return (grad.sum(0) if given.dim() == 1 else grad).to(param_dtype)
+
+    has_residual = (residual is not None or output is not None) and activation != "none"
+    grad_residual = _match(g.to(input.dtype), input) if has_residual else input.new_empty(0)
+    return (
+        _match(grad_input.to(input.dtype), input),
+        finish(grad_weight, weight),
+        finish(grad_bias, bias),
+        grad_residual,
+    )
+
+
+def _conv_instance_norm_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    *args: Any,
+) -> Tensor:
+    output = composite.conv_instance_norm_relu(
+        input, weight, bias, norm_weight, norm_bias, common.pair(stride), common.pair(padding), *args
+    )
+    return _match(output, input)

@@ -1,0 +1,332 @@
+"""``styleforge::fused_conv_instance_norm_relu``: fake, autograd, autocast, vmap and the typed functional form.
+
+    output = activation(instance_norm(conv2d(pad(upsample(input)), weight)) + residual)
+
+The pattern of style-transfer networks (Johnson, Alahi, Fei-Fei: Perceptual Losses, 2016, arXiv:1603.08155). The
+convolution's bias shifts every pixel of a channel alike, so the norm takes it out again: it is accepted and unused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from styleforge.ops import _common as common
+from styleforge.ops import _composite as composite
+from styleforge.ops._precision import conv_precision
+
+NAME = "fused_conv_instance_norm_relu"
+_op = torch.ops.styleforge.fused_conv_instance_norm_relu.default
+_norm_op = torch.ops.styleforge.fused_instance_norm.default
+_redispatch = _op._handle.redispatch_boxed
+_after_autograd = torch._C._after_autograd_keyset
+_any_requires_grad = torch._C._any_requires_grad
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def fused_conv_instance_norm_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    padding_mode: str = "zeros",
+    upsample: int = 1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    precision: str | None = None,
+) -> Tensor:
+    """Convolution, instance norm, residual and activation as one operator.
+
+    Args:
+        input: [N, Ci, H, W], float32, float16, bfloat16 or float64, any strides.
+        weight: [Co, Ci, kh, kw], the input's dtype.
+        bias: [Co]; accepted and unused, the norm cancels it (its gradient is zero).
+        norm_weight: scale after the norm, [Co] or [N, Co], of the input's dtype or float32.
+        norm_bias: shift after the norm, shaped and typed as ``norm_weight``.
+        stride: of the convolution, one or two integers, in pixels.
+        padding: on each side of the (upsampled) input, one or two integers (rows, columns), in pixels.
+        padding_mode: zeros, reflect or replicate.
+        upsample: 1, or 2 for nearest-neighbour upsampling before the padding.
+        eps: added to the variance.
+        activation: none, relu, leaky_relu, silu, sigmoid or tanh.
+        negative_slope: of leaky_relu.
+        residual: added before the activation; shape of the result, dtype of ``input``.
+        precision: of float32 convolutions on the GPU: "ieee", "tf32", or None for what ``torch.backends.cudnn`` says.
+
+    Returns:
+        [N, Co, Ho, Wo] in the input's dtype, ``Ho = (H * upsample + 2 * padding - kh) // stride + 1``;
+        channels_last where the input is, else contiguous.
+
+    Raises:
+        RuntimeError: an argument does not fit; the message names it, what was expected and what was given.
+    """
+    result: Tensor = _op(
+        input,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        common.pair(stride),
+        common.pair(padding),
+        padding_mode,
+        upsample,
+        eps,
+        activation,
+        negative_slope,
+        residual,
+        conv_precision(precision),
+    )
+    return result
+
+
+@torch.library.register_fake("styleforge::fused_conv_instance_norm_relu")
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    padding_mode: str = "zeros",
+    upsample: int = 1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    common.check_input(NAME, input)
+    common.check(
+        NAME,
+        weight.dim() == 4 and weight.shape[1] == input.shape[1],
+        lambda: (
+            f"weight must have shape [out_channels, {input.shape[1]}, kernel_height, kernel_width], "
+            f"got {list(weight.shape)}"
+        ),
+    )
+    common.check_like(NAME, "weight", weight, input, weight.shape)
+    common.check_like(NAME, "bias", bias, input, weight.shape[:1])
+    common.check_choice(NAME, "activation", activation, common.ACTIVATIONS)
+    common.check_choice(NAME, "padding_mode", padding_mode, common.PADDING_MODES)
+    common.check_choice(NAME, "precision", precision, common.PRECISIONS)
+    common.check(NAME, upsample in (1, 2), lambda: f"upsample must be 1 or 2, got {upsample}")
+    strides, paddings = common.pair(stride), common.pair(padding)
+    sizes: list[Any] = [input.shape[0], weight.shape[0]]
+    for d in range(2):
+        size = input.shape[2 + d] * upsample
+        if padding_mode == "reflect":
+            common.check(
+                NAME,
+                paddings[d] < size,
+                lambda d=d: (
+                    "padding must be smaller than the (upsampled) input for padding_mode reflect, "
+                    f"got padding {paddings[d]} for input {list(input.shape)}"
+                ),
+            )
+        room = size + 2 * paddings[d] - weight.shape[2 + d]
+        common.check(
+            NAME,
+            room >= 0,
+            lambda: (
+                f"weight's kernel {list(weight.shape[2:])} must not be larger than the padded input, "
+                f"got input {list(input.shape)} with padding {list(paddings)}"
+            ),
+        )
+        sizes.append(room // strides[d] + 1)
+    common.check_norm_param(NAME, "norm_weight", norm_weight, input, weight.shape[0])
+    common.check_norm_param(NAME, "norm_bias", norm_bias, input, weight.shape[0])
+    common.check_like(NAME, "residual", residual, input, sizes)
+    return common.empty_like_format(input, sizes, common.prefers_channels_last(input))
+
+
+class _UnusedBias(torch.autograd.Function):
+    """The bias has no influence on the result; its gradient is zeros rather than None, as optimisers and DDP expect."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(output: Tensor, bias: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_output, torch.zeros_like(ctx.saved_tensors[0])
+
+
+def _autograd(keyset: Any, *args: Any) -> Tensor:
+    # As in fused_instance_norm: the first line is what a call under no_grad costs on top of the operator.
+    if not _is_grad_enabled() or not _any_requires_grad(*args):
+        result: Tensor = _redispatch(keyset & _after_autograd, *args)
+        return result
+    return _differentiable(*args)
+
+
+def _differentiable(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    padding_mode: str = "zeros",
+    upsample: int = 1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    # With a gradient: ATen's convolution (and its backward) under the differentiable norm, which saves the convolution's
+    # result, mean and rstd. The fake checks the arguments before anything runs.
+    channels_last = common.prefers_channels_last(input)
+    _fake(
+        input,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        stride,
+        padding,
+        padding_mode,
+        upsample,
+        eps,
+        activation,
+        negative_slope,
+        residual,
+        precision,
+    )
+    z = composite.convolution(
+        input, weight, common.pair(stride), common.pair(padding), padding_mode, upsample
+    )
+    z = z.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    output: Tensor = _norm_op(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
+    if bias is not None and bias.requires_grad:
+        output = _UnusedBias.apply(output, bias)  # type: ignore[no-untyped-call]
+    return output
+
+
+def _autocast(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    padding_mode: str = "zeros",
+    upsample: int = 1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """As PyTorch's own convolution: everything that enters it is cast; norm parameters stay in float32."""
+    with common.no_autocast(input):
+        dtype = common.autocast_dtype(input)
+        norm_weight, norm_bias = common.norm_params_for(dtype, norm_weight, norm_bias)
+        result: Tensor = _op(
+            input.to(dtype),
+            weight.to(dtype),
+            None if bias is None else bias.to(dtype),
+            norm_weight,
+            norm_bias,
+            stride,
+            padding,
+            padding_mode,
+            upsample,
+            eps,
+            activation,
+            negative_slope,
+            None if residual is None else residual.to(dtype),
+            precision,
+        )
+        return result
+
+
+def _vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    padding_mode: str = "zeros",
+    upsample: int = 1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    precision: str = "ieee",
+) -> tuple[Tensor, int]:
+    """Folds the vmapped dimension into the batch; a vmapped convolution weight is one call for each of its slices."""
+    size = info.batch_size
+    dims = tuple(in_dims) + (None,) * (14 - len(in_dims))
+    tail = (stride, padding, padding_mode, upsample, eps, activation, negative_slope)
+
+    if dims[1] is not None:
+
+        def pick(tensor: Tensor | None, dim: int | None, index: int) -> Tensor | None:
+            return tensor if tensor is None or dim is None else tensor.select(dim, index)
+
+        slices = [
+            _op(
+                pick(input, dims[0], i),
+                pick(weight, dims[1], i),
+                pick(bias, dims[2], i),
+                pick(norm_weight, dims[3], i),
+                pick(norm_bias, dims[4], i),
+                *tail,
+                pick(residual, dims[12], i),
+                precision,
+            )
+            for i in range(size)
+        ]
+        return torch.stack(slices), 0
+
+    batch = input.shape[0] if dims[0] is None else input.movedim(dims[0], 0).shape[1]
+    if (
+        dims[3] is None
+        and dims[4] is None
+        and all(p is None or p.dim() == 1 for p in (norm_weight, norm_bias))
+    ):
+        folded_weight, folded_bias = norm_weight, norm_bias
+    else:
+        folded_weight = common.fold_param(norm_weight, dims[3], size, batch)
+        folded_bias = common.fold_param(norm_bias, dims[4], size, batch)
+    output = _op(
+        common.fold(input, dims[0], size, batch),
+        weight,
+        None if dims[2] is not None else bias,  # unused: a vmapped one needs no folding
+        folded_weight,
+        folded_bias,
+        *tail,
+        common.fold(residual, dims[12], size, batch),
+        precision,
+    )
+    return output.reshape(size, batch, *output.shape[1:]), 0
+
+
+common.register_kernel(NAME, "Autograd", _autograd, with_keyset=True)
+common.register_autocast(NAME, _autocast)
+torch.library.register_vmap("styleforge::fused_conv_instance_norm_relu", _vmap)

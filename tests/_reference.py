@@ -1,0 +1,301 @@
+"""What the operators' results are held against.
+
+``instance_norm`` and ``conv_instance_norm`` are the formulas in float64, written apart from the package: explicit sums over
+taps and pixels, no library convolution or norm. ``torch_*`` are PyTorch's own layers in the dtype of the input, the yardstick
+for how large an error may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")
+LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded", "offset")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+# --- data ---------------------------------------------------------------------------------------------------------------
+
+
+def tensor(
+    *sizes: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    layout: str = "contiguous",
+    scale: float = 1.0,
+    offset: float = 0.0,
+) -> Tensor:
+    """Normally distributed values, [N, C, H, W], laid out in memory as asked; rounded to ``dtype`` once."""
+
+    def random(*shape: int) -> Tensor:
+        # float32 as the source: the float64 tensors of a test then have more bits than a float32 can hold all the same.
+        return (torch.randn(shape, dtype=torch.float64) * scale + offset).to(dtype).to(device)
+
+    if layout == "contiguous":
+        return random(*sizes)
+    if layout == "channels_last":
+        return random(*sizes).contiguous(memory_format=torch.channels_last)
+    if layout == "sliced":
+        n, c, h, w = sizes
+        return random(n, c + 1, h + 2, 2 * w + 1)[:, 1:, 1 : h + 1, 1::2]
+    if layout == "transposed":
+        n, c, h, w = sizes
+        return random(n, c, w, h).transpose(2, 3)
+    if layout == "expanded":
+        n, c, h, w = sizes
+        return random(1, c, h, w).expand(n, c, h, w)
+    if layout == "offset":  # contiguous, but no address is a multiple of 16 bytes
+        count = 1
+        for size in sizes:
+            count *= size
+        return random(count + 1)[1:].view(sizes)
+    raise AssertionError(layout)
+
+
+def poison(count: int, dtype: torch.dtype, device: str) -> None:
+    """Leaves NaN where the allocator is likely to put the next ``count`` elements, so that what is not written shows."""
+    blocks = [torch.full((max(count, 1),), float("nan"), dtype=dtype, device=device) for _ in range(3)]
+    del blocks
+
+
+def dense_strides(sizes: Sequence[int], like: Tensor) -> tuple[int, ...]:
+    """Strides of a fresh PyTorch result of these sizes for an input like ``like``."""
+    from torch._prims_common import suggest_memory_format
+
+    return torch.empty(tuple(sizes), memory_format=suggest_memory_format(like)).stride()
+
+
+# --- the formulas, float64 ------------------------------------------------------------------------------------------------
+
+
+def activate(x: Tensor, activation: str, negative_slope: float = 0.01) -> Tensor:
+    if activation == "relu":
+        return torch.where(x > 0, x, torch.zeros_like(x))
+    if activation == "leaky_relu":
+        return torch.where(x > 0, x, x * negative_slope)
+    if activation == "silu":
+        return x / (1 + torch.exp(-x))
+    if activation == "sigmoid":
+        return 1 / (1 + torch.exp(-x))
+    if activation == "tanh":
+        return torch.tanh(x)
+    assert activation == "none"
+    return x
+
+
+def _wide(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.double().cpu()
+
+
+def instance_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The result in float64 on the CPU."""
+    x, weight, bias, residual = _wide(input), _wide(weight), _wide(bias), _wide(residual)
+    assert x is not None
+    pixels = x.shape[2] * x.shape[3]
+    mean = x.sum((2, 3), keepdim=True) / pixels
+    centred = x - mean
+    variance = (centred * centred).sum((2, 3), keepdim=True) / pixels
+    y = centred / torch.sqrt(variance + eps)
+    if weight is not None:
+        y = y * weight.unsqueeze(-1).unsqueeze(-1)
+    if bias is not None:
+        y = y + bias.unsqueeze(-1).unsqueeze(-1)
+    if residual is not None:
+        y = y + residual
+    return activate(y, activation, negative_slope)
+
+
+def _source_index(size: int, padding: int, padding_mode: str, upsample: int) -> tuple[Tensor, Tensor]:
+    """For each row (or column) of the padded picture: the row of the input it shows, and whether it shows one."""
+    i = torch.arange(-padding, size * upsample + padding)
+    last = size * upsample - 1
+    inside = (i >= 0) & (i <= last)
+    if padding_mode == "reflect":
+        i = torch.where(i < 0, -i, i)
+        i = torch.where(i > last, 2 * last - i, i)
+    i = i.clamp(0, last)
+    return i // upsample, inside if padding_mode == "zeros" else torch.ones_like(inside)
+
+
+def conv(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    padding_mode: str = "zeros",
+    upsample: int = 1,
+) -> Tensor:
+    """The convolution tap by tap, float64."""
+    x, w = _wide(input), _wide(weight)
+    assert x is not None and w is not None
+    rows, row_inside = _source_index(x.shape[2], padding[0], padding_mode, upsample)
+    columns, column_inside = _source_index(x.shape[3], padding[1], padding_mode, upsample)
+    x = x[:, :, rows][:, :, :, columns] * (row_inside[:, None] & column_inside[None, :]).double()
+    kh, kw = w.shape[2:]
+    height = (x.shape[2] - kh) // stride[0] + 1
+    width = (x.shape[3] - kw) // stride[1] + 1
+    output = x.new_zeros(x.shape[0], w.shape[0], height, width)
+    for ky in range(kh):
+        for kx in range(kw):
+            ys = slice(ky, ky + (height - 1) * stride[0] + 1, stride[0])
+            xs = slice(kx, kx + (width - 1) * stride[1] + 1, stride[1])
+            output = output + torch.einsum("nihw,oi->nohw", x[:, :, ys, xs], w[:, :, ky, kx])
+    return output
+
+
+def conv_instance_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    padding_mode: str = "zeros",
+    upsample: int = 1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """The result in float64 on the CPU; the bias takes part, so that a test sees that it cancels."""
+    z = conv(input, weight, stride, padding, padding_mode, upsample)
+    if bias is not None:
+        wide = _wide(bias)
+        assert wide is not None
+        z = z + wide[:, None, None]
+    return instance_norm(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
+
+
+# --- PyTorch's own layers, in the input's dtype ------------------------------------------------------------------------------
+
+
+def torch_activate(x: Tensor, activation: str, negative_slope: float) -> Tensor:
+    if activation == "leaky_relu":
+        return F.leaky_relu(x, negative_slope)
+    functions: dict[str, Any] = {
+        "relu": F.relu,
+        "silu": F.silu,
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+        "none": lambda v: v,
+    }
+    return functions[activation](x)
+
+
+def torch_instance_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``F.instance_norm``, addition and activation, each rounding to the dtype of the input."""
+    per_channel = all(p is None or p.dim() == 1 for p in (weight, bias))
+    if weight is not None:
+        weight = weight.to(input.dtype)
+    if bias is not None:
+        bias = bias.to(input.dtype)
+    # torch.instance_norm is F.instance_norm without its refusal of a single pixel.
+    inner = (weight, bias) if per_channel else (None, None)
+    y = torch.instance_norm(input, *inner, None, None, True, 0.1, eps, torch.backends.cudnn.enabled)
+    if not per_channel:
+        if weight is not None:
+            y = y * weight.unsqueeze(-1).unsqueeze(-1)
+        if bias is not None:
+            y = y + bias.unsqueeze(-1).unsqueeze(-1)
+    if residual is not None:
+        y = y + residual
+    return torch_activate(y, activation, negative_slope)
+
+
+def torch_conv_instance_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    padding_mode: str = "zeros",
+    upsample: int = 1,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """``F.interpolate``, ``F.pad``, ``F.conv2d`` and ``torch_instance_norm``; TF32 as PyTorch's flags say."""
+    x = input
+    if upsample != 1:
+        x = F.interpolate(x, scale_factor=float(upsample), mode="nearest")
+    if padding[0] or padding[1]:
+        mode = "constant" if padding_mode == "zeros" else padding_mode
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), mode=mode)
+    z = F.conv2d(x, weight, bias, tuple(stride))
+    return torch_instance_norm(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------------
+
+
+def rms(x: Tensor) -> float:
+    return x.double().pow(2).mean().sqrt().item() if x.numel() else 0.0
+
+
+def rms_error(result: Tensor, reference: Tensor) -> float:
+    return rms(result.detach().double().cpu() - reference)
+
+
+def max_error(result: Tensor, reference: Tensor) -> float:
+    return (result.detach().double().cpu() - reference).abs().max().item() if reference.numel() else 0.0
+
+
+def assert_as_accurate(
+    result: Tensor,
+    yardstick: Tensor,
+    reference: Tensor,
+    factor: float = 1.5,
+    ulps: float = 1.0,
+    scale: float | None = None,
+) -> None:
+    """``result`` is as near to ``reference`` (float64) as PyTorch's ``yardstick`` in the same dtype.
+
+    The ratio is taken between RMS errors: over a tensor they estimate the standard deviation of the rounding errors, whereas
+    the largest error is one draw from its tail, which differs by chance between two equally good algorithms. So that a single
+    wrong element is seen as well, the largest error must stay within three times PyTorch's largest. Below ``ulps`` units in the
+    last place of the reference's RMS (``scale``, where what was added up is larger than the sum) both count as exact:
+    PyTorch's result on a small tensor can be the correctly rounded one by luck.
+    """
+    dtype = result.dtype
+    assert yardstick.dtype == dtype
+    assert result.shape == reference.shape, f"{list(result.shape)} instead of {list(reference.shape)}"
+    magnitude = rms(reference) if scale is None else max(rms(reference), scale)
+    floor = ulps * torch.finfo(dtype).eps * magnitude + torch.finfo(dtype).tiny
+    ours, theirs = rms_error(result, reference), rms_error(yardstick, reference)
+    assert ours <= factor * theirs + floor, (
+        f"RMS error {ours:.3e} against PyTorch's {theirs:.3e} ({dtype}, RMS of the result {magnitude:.3e})"
+    )
+    peak = torch.finfo(dtype).eps * reference.abs().max().item() if reference.numel() else 0.0
+    largest, theirs = max_error(result, reference), max_error(yardstick, reference)
+    assert largest <= 2 * factor * theirs + 4 * floor + 2 * peak, (
+        f"largest error {largest:.3e} against PyTorch's {theirs:.3e} ({dtype}, RMS of the result {magnitude:.3e})"
+    )

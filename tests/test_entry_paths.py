@@ -1,0 +1,562 @@
+"""Every way into the operators but the plain call, for each operator: DESIGN section 5's matrix, as far as it stands."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from _reference import DEVICES, conv_instance_norm, dense_strides, instance_norm, max_error, tensor
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import styleforge
+
+NORM = torch.ops.styleforge.fused_instance_norm
+CONV = torch.ops.styleforge.fused_conv_instance_norm_relu
+OPERATORS = ["norm", "conv"]
+
+
+class Norm(nn.Module):
+    """The first operator with everything it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4) + 0.5)
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.styleforge.fused_instance_norm(x, self.weight, self.bias, 1e-5, "silu", 0.01, x)
+
+    def reference(self, x: Tensor) -> Tensor:
+        return instance_norm(x, self.weight, self.bias, 1e-5, "silu", 0.01, x)
+
+
+class Conv(nn.Module):
+    """The second operator with everything it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3) / 6)
+        self.bias = nn.Parameter(torch.randn(4))
+        self.norm_weight = nn.Parameter(torch.rand(4) + 0.5)
+        self.norm_bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.styleforge.fused_conv_instance_norm_relu(
+            x,
+            self.weight,
+            self.bias,
+            self.norm_weight,
+            self.norm_bias,
+            [1, 1],
+            [1, 1],
+            "reflect",
+            1,
+            1e-5,
+            "leaky_relu",
+            0.2,
+            x,
+            "ieee",
+        )
+
+    def reference(self, x: Tensor) -> Tensor:
+        given = (self.weight, self.bias, self.norm_weight, self.norm_bias)
+        return conv_instance_norm(x, *given, (1, 1), (1, 1), "reflect", 1, 1e-5, "leaky_relu", 0.2, x)
+
+
+def _module(operator: str, device: str = "cpu") -> Any:
+    return (Norm() if operator == "norm" else Conv()).to(device)
+
+
+def _close(result: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
+    assert result.shape == expected.shape
+    assert max_error(result, expected.detach().double().cpu()) < tolerance
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+# --- eager modes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_eager_with_every_grad_mode(operator: str, device: str) -> None:
+    module = _module(operator, device)
+    x = tensor(2, 4, 7, 6, device=device)
+    expected = module.reference(x)
+    with_gradient = module(x)
+    assert with_gradient.requires_grad
+    with torch.no_grad():
+        without = module(x)
+        assert not without.requires_grad
+    with torch.inference_mode():
+        inferred = module(x)
+        assert inferred.is_inference()
+    for result in (with_gradient, without, inferred):
+        _close(result, expected)
+        assert result.stride() == dense_strides(result.shape, x)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_parameter_that_needs_no_gradient_gets_none(operator: str) -> None:
+    module = _module(operator).requires_grad_(False)
+    x = tensor(1, 4, 5, 5)
+    assert not module(x).requires_grad
+    assert module(x.requires_grad_()).requires_grad
+
+
+# --- TorchScript ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("how", ["script", "trace", "freeze"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_torchscript_saved_and_loaded(operator: str, how: str, device: str) -> None:
+    module = _module(operator, device).eval()
+    x = tensor(2, 4, 7, 6, device=device)
+    if how == "trace":
+        compiled = torch.jit.trace(module, x)
+    else:
+        compiled = torch.jit.script(module)
+        if how == "freeze":
+            compiled = torch.jit.freeze(compiled)
+    buffer = io.BytesIO()
+    torch.jit.save(compiled, buffer)
+    buffer.seek(0)
+    loaded = torch.jit.load(buffer)
+    assert "fused_" in str(loaded.inlined_graph)
+    for sizes in ((2, 4, 7, 6), (1, 4, 12, 9)):
+        for layout in ("contiguous", "channels_last"):
+            x = tensor(*sizes, device=device, layout=layout)
+            for _ in range(3):  # the profiling executor changes the graph after the first calls
+                _close(loaded(x), module.reference(x))
+            with torch.no_grad():
+                _close(loaded(x), module.reference(x))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_torchscript_trains(operator: str) -> None:
+    module = _module(operator)
+    scripted = torch.jit.script(module)
+    x = tensor(2, 4, 6, 5)
+    for _ in range(3):
+        module.zero_grad()
+        scripted(x).square().sum().backward()
+        ours = [p.grad.clone() for p in module.parameters()]
+        module.zero_grad()
+        module(x).square().sum().backward()
+        for a, p in zip(ours, module.parameters(), strict=True):
+            torch.testing.assert_close(a, p.grad)
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compile_with_inductor(operator: str, device: str) -> None:
+    """fullgraph, next to operators that inductor generates code for, so that strides matter."""
+    module = _module(operator, device)
+
+    def function(x: Tensor) -> Tensor:
+        return module(x * 2).add(1).mean((2, 3))
+
+    compiled = torch.compile(function, fullgraph=True)
+    with torch.no_grad():
+        for layout in ("contiguous", "channels_last") if device == "cuda" else ("channels_last",):
+            x = tensor(2, 4, 7, 6, device=device, layout=layout)
+            _close(compiled(x), (module.reference(x * 2) + 1).mean((2, 3)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compile_dynamic_shapes_without_recompilation(operator: str, device: str) -> None:
+    module = _module(operator, device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    for sizes in ((2, 4, 8, 6), (3, 4, 9, 7), (5, 4, 16, 31), (2, 4, 5, 40)):
+        x = tensor(*sizes, device=device)
+        with torch.no_grad():
+            _close(compiled(x), module.reference(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compile_static_shapes_in_both_formats(operator: str, device: str) -> None:
+    module = _module(operator, device)
+    compiled = torch.compile(module, fullgraph=True, dynamic=False, backend="aot_eager")
+    for layout in ("contiguous", "channels_last", "transposed", "sliced"):
+        x = tensor(2, 4, 7, 6, device=device, layout=layout)
+        with torch.no_grad():
+            result = compiled(x)
+        _close(result, module.reference(x))
+        assert result.stride() == dense_strides(result.shape, x)
+
+
+def _step(module: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(module(x), target)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_compiled_training_step_equals_the_eager_one(
+    operator: str, backend: str, dynamic: bool, device: str
+) -> None:
+    """No graph break, all gradients, and the same steps afterwards."""
+    if device == "cpu" and backend == "inductor" and (operator == "norm" or dynamic):
+        backend = "aot_eager_decomp_partition"  # what inductor partitions and decomposes, without its C++ compiler
+    eager, compiled = _module(operator, device), _module(operator, device)
+    compiled.load_state_dict(eager.state_dict())
+    step = torch.compile(_step, fullgraph=True, dynamic=dynamic, backend=backend)
+    losses: list[list[Tensor]] = [[], []]
+    batches = []
+    for size in (6, 9) if dynamic else (6, 6):
+        batches += [(tensor(2, 4, size, 5, device=device), tensor(2, 4, size, 5, device=device))]
+    for module, function, kept in ((eager, _step, losses[0]), (compiled, step, losses[1])):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        for x, target in batches:
+            x = x.clone().requires_grad_()
+            loss = function(module, x, target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            assert x.grad is not None
+            kept.extend((loss.detach(), x.grad))
+    for a, b in zip(*losses, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_compile_reduce_overhead(operator: str) -> None:
+    """CUDA graphs under torch.compile, inference and training."""
+    module = _module(operator, "cuda")
+    compiled = torch.compile(lambda x: module(x) + 1, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(5):
+            x = tensor(2, 4, 16, 12, device="cuda")
+            torch.compiler.cudagraph_mark_step_begin()
+            _close(compiled(x).clone(), module.reference(x) + 1)
+    for _ in range(5):
+        x = tensor(2, 4, 16, 12, device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        module.zero_grad()
+        compiled(x).square().mean().backward()
+        ours = [p.grad.clone() for p in module.parameters()]
+        module.zero_grad()
+        (module(x) + 1).square().mean().backward()
+        for a, p in zip(ours, module.parameters(), strict=True):
+            torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_compiled_call_fails_with_the_operators_own_text(operator: str) -> None:
+    function = torch.compile(
+        lambda x, w: NORM(x, w) if operator == "norm" else CONV(x, torch.ones(4, 4, 1, 1), norm_weight=w),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    name = "weight" if operator == "norm" else "norm_weight"
+    with pytest.raises(Exception, match=rf"{name} must have shape \[4\] or \[2, 4\], got \[5\]"):
+        function(torch.ones(2, 4, 3, 3), torch.ones(5))
+
+
+# --- torch.export, AOTInductor ------------------------------------------------------------------------------------------------
+
+
+def _dynamic_sizes() -> dict[str, Any]:
+    from torch.export import Dim
+
+    return {"x": {0: Dim("batch", min=1, max=64), 2: Dim("height", min=4, max=512), 3: Dim("width", min=4, max=512)}}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_export_with_dynamic_batch_height_and_width(operator: str, device: str, tmp_path: Path) -> None:
+    module = _module(operator, device).eval()
+    program = torch.export.export(
+        module, (tensor(2, 4, 8, 6, device=device),), dynamic_shapes=_dynamic_sizes(), strict=False
+    )
+    torch.export.save(program, tmp_path / "module.pt2")
+    loaded = torch.export.load(tmp_path / "module.pt2").module()
+    for sizes in ((2, 4, 8, 6), (1, 4, 33, 17), (5, 4, 4, 64)):
+        x = tensor(*sizes, device=device)
+        _close(loaded(x), module.reference(x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_aotinductor_package(device: str, tmp_path: Path) -> None:
+    """Both operators in one package, loaded again; sizes other than the one it was made with."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = Norm(), Conv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x) + 1)
+
+    module = Both().to(device).eval()
+    with torch.no_grad():
+        program = torch.export.export(
+            module, (tensor(2, 4, 8, 6, device=device),), dynamic_shapes=_dynamic_sizes(), strict=False
+        )
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "module.pt2"))
+        loaded = torch._inductor.aoti_load_package(path)
+        for sizes in ((2, 4, 8, 6), (3, 4, 21, 30)):
+            x = tensor(*sizes, device=device)
+            _close(loaded(x), module(x))
+
+
+# --- functorch ----------------------------------------------------------------------------------------------------------------
+
+
+def _loop(
+    function: Callable[..., Tensor], in_dims: tuple[int | None, ...], args: tuple[Tensor | None, ...]
+) -> Tensor:
+    sizes = [a.shape[d] for a, d in zip(args, in_dims, strict=True) if a is not None and d is not None]
+    return torch.stack(
+        [
+            function(*(a if d is None or a is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
+            for i in range(sizes[0])
+        ]
+    )
+
+
+VMAP_NORM = {
+    "input": ((0, None, None, None), ((3, 2, 4, 5, 6), (4,), (4,), (2, 4, 5, 6))),
+    "input, inner dimension": ((3, None, None, None), ((2, 4, 5, 3, 6), (4,), (4,), (2, 4, 5, 6))),
+    "all of them": ((0, 0, 0, 0), ((3, 2, 4, 5, 6), (3, 4), (3, 4), (3, 2, 4, 5, 6))),
+    "parameters [C]": ((None, 0, 1, None), ((2, 4, 5, 6), (3, 4), (4, 3), (2, 4, 5, 6))),
+    "parameters [N, C]": ((0, 1, 2, 4), ((3, 2, 4, 5, 6), (2, 3, 4), (2, 4, 3), (2, 4, 5, 6, 3))),
+    "[N, C] not vmapped": ((0, None, None, None), ((3, 2, 4, 5, 6), (2, 4), (2, 4), (2, 4, 5, 6))),
+    "residual only": ((None, None, None, 1), ((2, 4, 5, 6), (4,), (4,), (2, 3, 4, 5, 6))),
+    "weight only": ((None, 0, None, None), ((2, 4, 5, 6), (3, 4), (4,), (2, 4, 5, 6))),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", VMAP_NORM)
+def test_vmap_of_the_norm_is_a_loop(case: str, device: str) -> None:
+    in_dims, sizes = VMAP_NORM[case]
+    args = tuple(torch.randn(s, device=device) for s in sizes)
+
+    def function(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        return NORM(x, w, b, 1e-5, "tanh", 0.01, r)
+
+    expected = _loop(function, in_dims, args)
+    torch.testing.assert_close(torch.vmap(function, in_dims)(*args), expected, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(torch.vmap(function, in_dims), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*args), expected, rtol=1e-5, atol=1e-5)
+
+
+VMAP_CONV = {
+    "input": ((0, None, None, None, None), ((3, 2, 4, 5, 6), (4, 4, 3, 3), (4,), (4,), (2, 4, 5, 6))),
+    "weight": ((None, 1, None, None, None), ((2, 4, 5, 6), (4, 3, 4, 3, 3), (4,), (4,), (2, 4, 5, 6))),
+    "input and weight": ((1, 0, 0, 0, 0), ((2, 3, 4, 5, 6), (3, 4, 4, 3, 3), (3, 4), (3, 4), (3, 2, 4, 5, 6))),
+    "norm parameters": ((None, None, 0, 1, None), ((2, 4, 5, 6), (4, 4, 3, 3), (3, 4), (4, 3), (2, 4, 5, 6))),
+    "[N, C]": ((0, None, 0, None, 0), ((3, 2, 4, 5, 6), (4, 4, 3, 3), (3, 2, 4), (2, 4), (3, 2, 4, 5, 6))),
+    "residual": ((None, None, None, None, 0), ((2, 4, 5, 6), (4, 4, 3, 3), (4,), (4,), (3, 2, 4, 5, 6))),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", VMAP_CONV)
+def test_vmap_of_the_convolution_is_a_loop(case: str, device: str) -> None:
+    in_dims, sizes = VMAP_CONV[case]
+    args = tuple(torch.randn(s, device=device) for s in sizes)
+
+    def function(x: Tensor, w: Tensor, nw: Tensor, nb: Tensor, r: Tensor) -> Tensor:
+        return CONV(x, w, None, nw, nb, [1, 1], [1, 1], "reflect", 1, 1e-5, "silu", 0.01, r)
+
+    expected = _loop(function, in_dims, args)
+    torch.testing.assert_close(torch.vmap(function, in_dims)(*args), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_of_vmap() -> None:
+    x = torch.randn(2, 3, 1, 4, 5, 6)
+    expected = torch.stack([torch.stack([NORM(b) for b in a]) for a in x])
+    torch.testing.assert_close(torch.vmap(torch.vmap(NORM))(x), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+def test_func_grad(activation: str, device: str) -> None:
+    """torch.func.grad and vmap(grad) (per-sample gradients) against autograd."""
+    x = torch.randn(3, 2, 4, 5, 6, device=device)
+    w, b = torch.rand(4, device=device) + 0.5, torch.rand(4, device=device)
+    r = torch.randn_like(x)
+
+    def loss(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        return NORM(x, w, b, 1e-5, activation, 0.01, r).square().sum()
+
+    expected = []
+    for i in range(3):
+        leaves = [t.clone().requires_grad_() for t in (x[i], w, b, r[i])]
+        expected.append(torch.autograd.grad(loss(*leaves), leaves))
+    one = torch.func.grad(loss, argnums=(0, 1, 2, 3))(x[0], w, b, r[0])
+    for result, autograd in zip(one, expected[0], strict=True):
+        torch.testing.assert_close(result, autograd, rtol=1e-4, atol=1e-4)
+    per_sample = torch.vmap(torch.func.grad(loss, argnums=(0, 1, 2, 3)), in_dims=(0, None, None, 0))(x, w, b, r)
+    for k, result in enumerate(per_sample):
+        torch.testing.assert_close(result, torch.stack([e[k] for e in expected]), rtol=1e-4, atol=1e-4)
+
+
+def test_func_grad_of_the_convolution() -> None:
+    x, w = torch.randn(2, 3, 6, 5), torch.randn(4, 3, 3, 3)
+    bias = torch.randn(4)
+
+    def loss(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+        return CONV(x, w, bias, padding=[1, 1], activation="silu").square().sum()
+
+    leaves = [t.clone().requires_grad_() for t in (x, w, bias)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for result, autograd in zip(torch.func.grad(loss, argnums=(0, 1, 2))(x, w, bias), expected, strict=True):
+        torch.testing.assert_close(result, autograd, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_functional_call_and_checkpointing(operator: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    module = _module(operator)
+    x = tensor(2, 4, 6, 5)
+    module(x).square().sum().backward()
+    expected = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    checkpoint(module, x, use_reentrant=False).square().sum().backward()
+    for a, p in zip(expected, module.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, a)
+    doubled = {k: 2 * v.detach() for k, v in module.named_parameters()}
+    result = torch.func.functional_call(module, doubled, (x,))
+    module.load_state_dict(doubled)
+    torch.testing.assert_close(result, module(x))
+
+
+# --- autocast -----------------------------------------------------------------------------------------------------------------
+
+AUTOCAST = [
+    ("cpu", torch.bfloat16),
+    ("cpu", torch.float16),
+    pytest.param("cuda", torch.float16, marks=pytest.mark.cuda),
+    pytest.param("cuda", torch.bfloat16, marks=pytest.mark.cuda),
+]
+
+
+@pytest.mark.parametrize(("device", "dtype"), AUTOCAST)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_autocast_of_the_convolution(layout: str, device: str, dtype: torch.dtype) -> None:
+    """Computes in half precision; parameters and their gradients stay in float32."""
+    module = _module("conv", device)
+    x = tensor(2, 4, 9, 8, device=device, layout=layout).requires_grad_()
+    with torch.autocast(device, dtype):
+        result = module(x)
+        with torch.no_grad():
+            inferred = module(x)
+    assert result.dtype == inferred.dtype == dtype
+    assert result.stride() == dense_strides(result.shape, x)
+    _close(result, module.reference(x), 60 * torch.finfo(dtype).eps)
+    _close(inferred, module.reference(x), 60 * torch.finfo(dtype).eps)
+    result.float().square().mean().backward()
+    ours = [x.grad, *(p.grad for p in module.parameters())]
+    x.grad = None
+    module.zero_grad()
+    module.reference(x).square().mean().backward()
+    for a, b in zip(ours, [x.grad, *(p.grad for p in module.parameters())], strict=True):
+        assert a is not None and b is not None and a.dtype == torch.float32
+        assert max_error(a, b.double().cpu()) < 60 * torch.finfo(dtype).eps * max(b.abs().max().item(), 0.1)
+
+
+@pytest.mark.parametrize(("device", "dtype"), AUTOCAST)
+def test_autocast_of_the_norm_keeps_the_dtype(device: str, dtype: torch.dtype) -> None:
+    """As PyTorch's own: a norm runs in the dtype of its input, float32 parameters beside a half input included."""
+    module = _module("norm", device)
+    for given in (torch.float32, dtype):
+        x = tensor(2, 4, 9, 8, device=device, dtype=given)
+        with torch.autocast(device, dtype):
+            result = module(x)
+        assert result.dtype == given
+        _close(result, module.reference(x), 2e-5 if given == torch.float32 else 20 * torch.finfo(dtype).eps)
+    x = tensor(2, 4, 9, 8, device=device, dtype=dtype)
+    r = tensor(2, 4, 9, 8, device=device)
+    with torch.autocast(device, dtype):
+        result = NORM(x, residual=r)  # residual in float32: brought to the input's dtype
+    assert result.dtype == dtype
+    _close(result, instance_norm(x, residual=r), 20 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(("device", "dtype"), AUTOCAST)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_autocast_under_compile(operator: str, device: str, dtype: torch.dtype) -> None:
+    module = _module(operator, device)
+    x = tensor(2, 4, 9, 8, device=device)
+
+    def function(x: Tensor) -> Tensor:
+        with torch.autocast(device, dtype):
+            return module(x)
+
+    expected = function(x)
+    result = torch.compile(function, fullgraph=True, backend="aot_eager")(x)
+    assert result.dtype == expected.dtype
+    torch.testing.assert_close(result, expected)
+    result.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_leaves_float64_alone(device: str) -> None:
+    x, w = tensor(1, 2, 6, 6, dtype=torch.float64, device=device), torch.randn(3, 2, 3, 3, dtype=torch.float64)
+    with torch.autocast(device, torch.bfloat16):
+        assert NORM(x).dtype == torch.float64
+        assert CONV(x, w.to(device)).dtype == torch.float64
+
+
+# --- from C++'s and other threads' side -----------------------------------------------------------------------------------------
+
+
+def test_threads_call_at_the_same_time() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    module = _module("conv").requires_grad_(False)
+    inputs = [tensor(1, 4, 16, 16) for _ in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(module, inputs * 4))
+    for i, result in enumerate(results):
+        assert torch.equal(result, module(inputs[i % 8]))
+
+
+def test_the_operators_need_only_the_library(tmp_path: Path) -> None:
+    """``torch.ops.load_library`` alone, without the Python package, runs a scripted module."""
+    module = torch.jit.script(_module("conv").eval().requires_grad_(False))
+    module.save(tmp_path / "module.pt")
+    x = tensor(1, 4, 6, 6)
+    torch.save({"x": x, "y": module(x)}, tmp_path / "data.pt")
+    code = (
+        "import sys, torch\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "data = torch.load(sys.argv[3])\n"
+        "y = torch.jit.load(sys.argv[2])(data['x'])\n"
+        "assert 'styleforge' not in sys.modules\n"
+        "assert torch.allclose(y, data['y'])\n"
+    )
+    library = styleforge._library.library_path
+    assert library is not None
+    command = [sys.executable, "-c", code, str(library), str(tmp_path / "module.pt"), str(tmp_path / "data.pt")]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr

@@ -1,0 +1,648 @@
+"""``fused_conv_instance_norm_relu``: accuracy, layouts, precision, gradients, registration, errors."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from _reference import (
+    ACTIVATIONS,
+    DEVICES,
+    FLOATS,
+    LAYOUTS,
+    assert_as_accurate,
+    conv,
+    conv_instance_norm,
+    dense_strides,
+    instance_norm,
+    max_error,
+    poison,
+    rms,
+    rms_error,
+    tensor,
+    torch_conv_instance_norm,
+)
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import styleforge
+from styleforge.ops import fused_conv_instance_norm_relu
+
+OP = torch.ops.styleforge.fused_conv_instance_norm_relu
+EXAMPLES = int(os.environ.get("STYLEFORGE_TEST_EXAMPLES", "500"))
+EASY = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+MODES = ("zeros", "reflect", "replicate")
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """PyTorch's own cuDNN convolutions with or without TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _weight(out_channels: int, in_channels: int, kh: int, kw: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Scaled so that the convolution's result has about the input's variance."""
+    return (torch.randn(out_channels, in_channels, kh, kw) / (in_channels * kh * kw) ** 0.5).to(dtype).to(device)
+
+
+def _norm_params(
+    kind: str, batch: int, channels: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor | None, Tensor | None]:
+    if kind == "none":
+        return None, None
+    sizes = (batch, channels) if "NC" in kind else (channels,)
+    wanted = torch.float32 if "float32" in kind else dtype
+    return (
+        (torch.randn(sizes) * 0.5 + 1).to(wanted).to(device),
+        None if "weight" in kind else torch.randn(sizes).to(wanted).to(device),
+    )
+
+
+# --- accuracy -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_random_configurations_are_as_accurate_as_pytorch(device: str) -> None:
+    """Each of them alone, and all of a dtype together, where luck averages out, without any floor."""
+    errors: dict[tuple[torch.dtype, str], list[tuple[float, float]]] = defaultdict(list)
+
+    @EASY
+    @given(
+        batch=st.integers(1, 4),
+        channels=st.tuples(st.integers(1, 24), st.integers(1, 70)),
+        height=st.integers(1, 19),
+        width=st.integers(1, 23),
+        kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)) | st.sampled_from(((3, 3), (1, 1), (4, 4), (5, 5))),
+        stride=st.tuples(st.integers(1, 3), st.integers(1, 3)) | st.just((1, 1)),
+        padding=st.tuples(st.integers(0, 3), st.integers(0, 3)) | st.just((1, 1)),
+        padding_mode=st.sampled_from(MODES),
+        upsample=st.sampled_from((1, 2)),
+        precision=st.sampled_from(("ieee", "tf32")),
+        with_bias=st.booleans(),
+        dtype=st.sampled_from(FLOATS),
+        layout=st.sampled_from(LAYOUTS),
+        weight_layout=st.sampled_from(("contiguous", "channels_last", "sliced")),
+        params=st.sampled_from(("none", "C", "NC", "C-float32", "NC-float32", "C-weight")),
+        residual=st.sampled_from((None, "contiguous", "channels_last", "transposed")),
+        activation=st.sampled_from(ACTIVATIONS),
+        slope=st.sampled_from((0.01, 0.2, -0.5)),
+        eps=st.sampled_from((1e-5, 1e-3)),
+        spread=st.sampled_from((1.0, 20.0)),
+        offset=st.sampled_from((0.0, 2.0)),
+        seed=st.integers(0, 2**31 - 1),
+    )
+    def check(
+        batch: int,
+        channels: tuple[int, int],
+        height: int,
+        width: int,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        padding_mode: str,
+        upsample: int,
+        precision: str,
+        with_bias: bool,
+        dtype: torch.dtype,
+        layout: str,
+        weight_layout: str,
+        params: str,
+        residual: str | None,
+        activation: str,
+        slope: float,
+        eps: float,
+        spread: float,
+        offset: float,
+        seed: int,
+    ) -> None:
+        size = [s * upsample for s in (height, width)]
+        assume(all(s + 2 * p >= k for s, p, k in zip(size, padding, kernel, strict=True)))
+        if padding_mode == "reflect":
+            assume(all(p < s for s, p in zip(size, padding, strict=True)))
+        torch.manual_seed(seed)
+        ci, co = channels
+        x = tensor(batch, ci, height, width, dtype=dtype, device=device, layout=layout, scale=spread, offset=offset)
+        w = tensor(co, ci, *kernel, dtype=dtype, device=device, layout=weight_layout, scale=(ci * kernel[0]) ** -0.5)
+        bias = torch.randn(co).to(dtype).to(device) if with_bias else None
+        norm_weight, norm_bias = _norm_params(params, batch, co, dtype, device)
+        out = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip(size, padding, kernel, stride, strict=True)]
+        # A plane of one pixel is 0 whatever comes out of the convolution; PyTorch's rounds it to something else.
+        r = tensor(batch, co, *out, dtype=dtype, device=device, layout=residual) if residual else None
+        args = (x, w, bias, norm_weight, norm_bias, stride, padding, padding_mode, upsample, eps, activation, slope)
+        reference = conv_instance_norm(*args, r)
+        with tf32(precision == "tf32"):
+            yardstick = torch_conv_instance_norm(*args, r)
+        poison(batch * co * out[0] * out[1], dtype, device)
+        with tf32(precision != "tf32"):  # the argument counts, not the flag
+            result = OP(*args, r, precision)
+        assert result.dtype == dtype
+        assert result.stride() == dense_strides(reference.shape, x)
+        # The size of what is added up: the convolution's rounding errors are as large as its terms and come out of the norm
+        # divided by the deviation, which is small on a plane of a few pixels.
+        z = conv(x, w, stride, padding, padding_mode, upsample)
+        deviation = torch.sqrt(z.var((2, 3), correction=0, keepdim=True) + eps)
+        amplified = rms(1 / deviation) * conv(x.abs(), w.abs(), stride, padding, padding_mode, upsample).max().item()
+        lost = amplified * (rms(norm_weight) if norm_weight is not None else 1.0)
+        few = out[0] * out[1] <= 4 or rms(1 / deviation) * rms(z) > 30
+        before = rms(instance_norm(z, norm_weight, norm_bias, eps)) + (rms(r) if r is not None else 0.0)
+        scale = before + (lost if few else 0.0)
+        assert_as_accurate(result, yardstick, reference, scale=scale, ulps=1.0)
+        size_of_result = rms(reference)
+        if size_of_result > 0 and not few:
+            relative = (rms_error(result, reference), rms_error(yardstick, reference))
+            errors[dtype, precision].append((relative[0] / size_of_result, relative[1] / size_of_result))
+
+    check()
+    for key, pairs in errors.items():
+        if len(pairs) >= 20:
+            ours, theirs = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+            assert ours <= 1.5 * theirs, f"{key}: mean relative error {ours:.2e}, PyTorch's {theirs:.2e}"
+
+
+# The layers of TransformerNet (and of CycleGAN's generator), small: name -> (Ci, Co, kernel, stride, padding, upsample)
+LAYERS = {
+    "first 9x9": (3, 32, 9, 1, 4, 1),
+    "down 3x3": (32, 64, 3, 2, 1, 1),
+    "residual 3x3": (64, 64, 3, 1, 1, 1),
+    "up 3x3": (64, 32, 3, 1, 1, 2),
+    "4x4 stride 2": (16, 32, 4, 2, 1, 1),
+    "1x1": (40, 33, 1, 1, 0, 1),
+    "rectangular": (16, 24, (3, 7), (2, 1), (1, 3), 1),
+}
+
+
+def _two(value: Any) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_of_real_networks(
+    layer: str, padding_mode: str, layout: str, dtype: torch.dtype, device: str
+) -> None:
+    ci, co, kernel, stride, padding, upsample = LAYERS[layer]
+    side = 20 if device == "cpu" else 64
+    x = tensor(2, ci, side, side + 4, dtype=dtype, device=device, layout=layout)
+    w = _weight(co, ci, *_two(kernel), dtype, device)
+    norm_weight, norm_bias = _norm_params("C", 2, co, dtype, device)
+    args = (x, w, None, norm_weight, norm_bias, _two(stride), _two(padding), padding_mode, upsample)
+    reference = conv_instance_norm(*args)
+    with tf32(False):
+        yardstick = torch_conv_instance_norm(*args)
+    poison(reference.numel(), dtype, device)
+    result = OP(*args)
+    assert result.stride() == dense_strides(reference.shape, x)
+    assert_as_accurate(result, yardstick, reference)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("forced", ["", "split", "portable", "ticket"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_large_layers_on_every_path(
+    dtype: torch.dtype, layout: str, forced: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if forced:
+        monkeypatch.setenv("STYLEFORGE_PATH", forced)
+    for ci, co, sizes, kernel, stride, upsample in (
+        (3, 32, (256, 256), 9, 1, 1),
+        (32, 64, (255, 257), 3, 2, 1),
+        (64, 5, (64, 65), 3, 1, 2),
+        (1, 2, (1500, 1400), 3, 1, 1),
+    ):
+        x = tensor(1, ci, *sizes, dtype=dtype, device="cuda", layout=layout)
+        w = _weight(co, ci, kernel, kernel, dtype, "cuda")
+        out = [((s * upsample - 1) // stride) + 1 for s in sizes]
+        r = tensor(1, co, *out, dtype=dtype, device="cuda")
+        padding = (kernel // 2, kernel // 2)
+        common: dict[str, Any] = dict(
+            stride=(stride, stride), padding=padding, padding_mode="reflect", upsample=upsample, residual=r
+        )
+        with tf32(False):
+            reference = torch_conv_instance_norm(x.double(), w.double(), **{**common, "residual": r.double()}).cpu()
+        with tf32(precision == "tf32"):
+            yardstick = torch_conv_instance_norm(x, w, **common)
+        poison(r.numel(), dtype, "cuda")
+        result = OP(x, w, precision=precision, **common)
+        assert "cuda" in styleforge.last_path()
+        assert_as_accurate(result, yardstick, reference, ulps=2.0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("with_grad", [False, True])
+@pytest.mark.parametrize("flag", [False, True])
+def test_precision_counts_and_not_the_flag(flag: bool, with_grad: bool) -> None:
+    """In inference and in training: "ieee" never rounds to TF32's 10 bits, whatever ``torch.backends.cudnn`` says."""
+    x = tensor(2, 64, 40, 40, device="cuda").requires_grad_(with_grad)
+    w = _weight(64, 64, 3, 3, torch.float32, "cuda").requires_grad_(with_grad)
+    reference = conv_instance_norm(x.detach(), w.detach(), activation="none")
+    with tf32(flag):
+        ieee = OP(x, w, activation="none", precision="ieee")
+        fast = OP(x, w, activation="none", precision="tf32")
+    assert rms_error(ieee, reference) < 3e-6
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert 1e-5 < rms_error(fast, reference) < 2e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_bias_changes_nothing(device: str) -> None:
+    """It cancels exactly, even one that would cost all digits in float32."""
+    x, w = tensor(2, 4, 9, 9, device=device), _weight(6, 4, 3, 3, torch.float32, device)
+    bias = torch.full((6,), 1e6, device=device)
+    assert torch.equal(OP(x, w, bias), OP(x, w))
+    assert max_error(OP(x, w, bias), conv_instance_norm(x, w)) < 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_infinity_spread_as_in_pytorch(activation: str, device: str) -> None:
+    w, r = _weight(5, 3, 3, 3, torch.float32, device), tensor(3, 5, 8, 9, device=device)
+    r[1, 1, 2, 3], r[1, 2, 0, 0] = float("nan"), float("inf")
+    for layout, (value, where) in itertools.product(
+        ("contiguous", "channels_last"),
+        ((float("nan"), (0, 1, 3, 3)), (float("inf"), (2, 0, 0, 0)), (-float("inf"), (0, 2, 7, 8))),
+    ):
+        x = tensor(3, 3, 8, 9, device=device, layout=layout)
+        x[where] = value
+        for mode in MODES:
+            args = (x, w, None, None, None, (1, 1), (1, 1), mode, 1, 1e-5, activation, 0.01, r)
+            result, expected = OP(*args), torch_conv_instance_norm(*args)
+            assert torch.equal(result.isnan(), expected.isnan())
+            assert torch.equal(result.isinf(), expected.isinf())
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("upsample", [1, 2])
+@pytest.mark.parametrize("sizes", [(2, 3, 4, 5), (1, 1, 4, 5), (2, 3, 3, 1), (1, 8, 3, 5)])
+def test_strides_follow_pytorchs_rule(sizes: tuple[int, ...], upsample: int, device: str) -> None:
+    """Every order of the dimensions in memory; weights in both formats; a fake says the same."""
+    mode = FakeTensorMode()
+    for order in itertools.permutations(range(4)):
+        back = [order.index(d) for d in range(4)]
+        x = torch.randn([sizes[d] for d in order], device=device).permute(back)
+        wide = torch.randn([sizes[d] + 1 for d in order], device=device).permute(back)
+        sliced = wide[: sizes[0], : sizes[1], : sizes[2], : sizes[3]]
+        for input, weight_format in itertools.product(
+            (x, sliced, x[:1].expand(sizes)), (torch.contiguous_format, torch.channels_last)
+        ):
+            w = _weight(4, sizes[1], 3, 3, torch.float32, device).contiguous(memory_format=weight_format)
+            result = OP(input, w, padding=[1, 1], upsample=upsample)
+            reference = conv_instance_norm(input, w, padding=(1, 1), upsample=upsample)
+            assert result.stride() == dense_strides(reference.shape, input), (order, input.stride())
+            assert max_error(result, reference) < 1e-3
+            fake = OP(mode.from_tensor(input), mode.from_tensor(w), padding=[1, 1], upsample=upsample)
+            assert fake.shape == result.shape and fake.stride() == result.stride()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_empty_batches_give_empty_results(device: str) -> None:
+    for memory_format, upsample in itertools.product((torch.contiguous_format, torch.channels_last), (1, 2)):
+        x = torch.empty(0, 3, 6, 5, device=device).contiguous(memory_format=memory_format).requires_grad_()
+        w = _weight(4, 3, 3, 3, torch.float32, device).requires_grad_()
+        assert OP(x.detach(), w.detach(), padding=[1], upsample=upsample).shape == (0, 4, 6 * upsample, 5 * upsample)
+        result = OP(x, w, padding=[1], upsample=upsample)
+        assert result.shape == (0, 4, 6 * upsample, 5 * upsample)
+        result.sum().backward()
+        assert x.grad is not None and x.grad.shape == x.shape
+        assert w.grad is not None and torch.equal(w.grad, torch.zeros_like(w))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_are_left_alone(device: str) -> None:
+    """The norm may run in place, but only in the convolution's own result (a 1x1 convolution of one channel too)."""
+    for ci, co, kernel, upsample in ((3, 4, 3, 1), (1, 1, 1, 1), (3, 4, 3, 2)):
+        x, w = tensor(2, ci, 8, 8, device=device), _weight(co, ci, kernel, kernel, torch.float32, device)
+        w = torch.ones_like(w) if kernel == 1 else w
+        r = tensor(2, co, 8 * upsample, 8 * upsample, device=device)
+        before = [t.clone() for t in (x, w, r)]
+        padding = [kernel // 2]
+        first = OP(x, w, padding=padding, upsample=upsample, residual=r)
+        assert torch.equal(first, OP(x, w, padding=padding, upsample=upsample, residual=r))
+        for now, then in zip((x, w, r), before, strict=True):
+            assert torch.equal(now, then)
+
+
+def test_one_integer_stands_for_two() -> None:
+    x, w = tensor(1, 3, 9, 9), _weight(4, 3, 3, 3, torch.float32, "cpu")
+    expected = OP(x, w, stride=[2, 2], padding=[1, 1])
+    assert torch.equal(OP(x, w, stride=2, padding=1), expected)
+    assert torch.equal(OP(x, w, stride=[2], padding=[1]), expected)
+    assert torch.equal(fused_conv_instance_norm_relu(x, w, stride=2, padding=(1, 1)), expected)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "padding_mode", "upsample", "params"),
+    [
+        ((3, 3), (1, 1), (1, 1), "zeros", 1, "C"),
+        ((3, 2), (2, 1), (1, 2), "reflect", 1, "NC"),
+        ((3, 3), (1, 1), (1, 1), "replicate", 2, "none"),
+        ((1, 1), (1, 1), (0, 0), "zeros", 1, "C-weight"),
+    ],
+)
+def test_gradcheck(
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    upsample: int,
+    params: str,
+    activation: str,
+    device: str,
+) -> None:
+    double = torch.float64
+    for layout, with_residual in (("contiguous", False), ("channels_last", True)):
+        x = tensor(2, 2, 4, 3, dtype=double, device=device, layout=layout).requires_grad_()
+        w = _weight(3, 2, *kernel, double, device).requires_grad_()
+        norm = [p.requires_grad_() if p is not None else None for p in _norm_params(params, 2, 3, double, device)]
+        settings_ = (stride, padding, padding_mode, upsample, 1e-2, activation, 0.2)
+        shape = OP(x, w, None, None, None, *settings_).shape
+        r = tensor(*shape, dtype=double, device=device).requires_grad_() if with_residual else None
+
+        def function(*t: Tensor | None, s: tuple[Any, ...] = settings_) -> Tensor:
+            return OP(t[0], t[1], None, t[2], t[3], *s, t[4])
+
+        # cuDNN's float64 convolutions may add up in another order from run to run.
+        assert torch.autograd.gradcheck(function, (x, w, *norm, r), nondet_tol=1e-10)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_gradients_are_as_accurate_as_pytorchs(
+    layer: str, layout: str, dtype: torch.dtype, device: str
+) -> None:
+    ci, co, kernel, stride, padding, upsample = LAYERS[layer]
+    side = 10 if device == "cpu" else 40
+    x = tensor(2, ci, side, side + 3, dtype=dtype, device=device, layout=layout)
+    w = _weight(co, ci, *_two(kernel), dtype, device)
+    norm_weight, norm_bias = _norm_params("C", 2, co, dtype, device)
+    tail = (_two(stride), _two(padding), "reflect", upsample, 1e-5, "silu", 0.01)
+    inputs = [x, w, norm_weight, norm_bias]
+    reference_output = conv_instance_norm(x, w, None, norm_weight, norm_bias, *tail)
+    inputs.append(tensor(*reference_output.shape, dtype=dtype, device=device))
+    grad = torch.randn(reference_output.shape).to(dtype)
+
+    def gradients(function: Any, tensors: list[Any], grad: Tensor) -> list[Any]:
+        leaves = [t.detach().clone().requires_grad_() for t in tensors]
+        function(leaves[0], leaves[1], None, leaves[2], leaves[3], *tail, leaves[4]).backward(grad)
+        return [leaf.grad for leaf in leaves]
+
+    poison(grad.numel(), dtype, device)
+    with tf32(False):
+        results = gradients(OP, inputs, grad.to(device))
+        yardsticks = gradients(torch_conv_instance_norm, inputs, grad.to(device))
+    references = gradients(conv_instance_norm, [t.double().cpu() for t in inputs], grad.double())
+    for given, result, yardstick, reference in zip(inputs, results, yardsticks, references, strict=True):
+        assert result.dtype == given.dtype and result.shape == given.shape
+        pixels = grad.numel() / co
+        scale = None if result.dim() == 4 else pixels**0.5
+        assert_as_accurate(result, yardstick, reference, ulps=2.0, scale=scale)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_gradient_of_the_bias_is_zeros(dtype: torch.dtype, device: str) -> None:
+    x = tensor(2, 3, 8, 8, dtype=dtype, device=device)
+    w = _weight(4, 3, 3, 3, dtype, device)
+    bias = torch.ones(4, dtype=dtype, device=device, requires_grad=True)
+    for input in (x, x.clone().requires_grad_()):
+        bias.grad = None
+        OP(input, w, bias).sum().backward()
+        assert bias.grad is not None
+        assert bias.grad.dtype == dtype and torch.equal(bias.grad, torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_forward_is_the_same_with_and_without_gradients(device: str) -> None:
+    """Two implementations stand behind them; training must see what inference will."""
+    for layout, upsample, mode in itertools.product(("contiguous", "channels_last"), (1, 2), MODES):
+        x = tensor(2, 8, 12, 10, device=device, layout=layout)
+        w = _weight(9, 8, 3, 3, torch.float32, device)
+        common: dict[str, Any] = dict(padding=[1, 1], padding_mode=mode, upsample=upsample)
+        with tf32(False):
+            plain = OP(x, w, **common)
+            trained = OP(x, w.clone().requires_grad_(), **common)
+        assert trained.requires_grad and trained.stride() == plain.stride()
+        torch.testing.assert_close(trained.detach(), plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_double_backward_says_that_it_is_not_supported(device: str) -> None:
+    x = tensor(1, 2, 6, 6, device=device).requires_grad_()
+    w = _weight(3, 2, 3, 3, torch.float32, device)
+    (grad,) = torch.autograd.grad(OP(x, w, activation="silu").square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="(?i)double backward|twice|once_differentiable"):
+        grad.sum().backward()
+
+
+# --- registration -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_opcheck(layout: str, requires_grad: bool, device: str) -> None:
+    """PyTorch's own checks: schema, autograd registration, fake, AOT dispatch with static and dynamic shapes."""
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.requires_grad_(requires_grad)
+
+    x = leaf(tensor(2, 3, 6, 5, device=device, layout=layout))
+    w = leaf(_weight(4, 3, 3, 3, torch.float32, device))
+    bias = leaf(torch.rand(4, device=device))
+    nw, nb = leaf(torch.rand(2, 4, device=device)), leaf(torch.rand(2, 4, device=device))
+    r = leaf(tensor(2, 4, 6, 5, device=device, layout="channels_last"))
+    args = (x, w, bias, nw, nb, [1, 1], [1, 1], "reflect", 1, 1e-5, "relu", 0.01, r, "ieee")
+    plain = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(OP.default, args, test_utils=plain)
+    torch.library.opcheck(OP.default, args, test_utils="test_aot_dispatch_dynamic")
+    torch.library.opcheck(OP.default, (x, w), dict(stride=[2, 1], upsample=2, padding=[0, 2], activation="silu"))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------------
+
+
+def _x(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(sizes or (2, 3, 8, 9), dtype=dtype)
+
+
+def _w(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(sizes or (4, 3, 3, 3), dtype=dtype)
+
+
+# arguments, message after "fused_conv_instance_norm_relu: "
+ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
+    "rank": ((_x(3, 8, 9), _w()), {}, "input must have shape [N, C, H, W], got [3, 8, 9]"),
+    "integer": (
+        (_x(dtype=torch.int32), _w()),
+        {},
+        "input must be float32, float16, bfloat16 or float64, got int32",
+    ),
+    "complex": (
+        (_x(dtype=torch.complex64), _w()),
+        {},
+        "input must be float32, float16, bfloat16 or float64, got complex64",
+    ),
+    "weight rank": (
+        (_x(), _w(4, 3, 3)),
+        {},
+        "weight must have shape [out_channels, 3, kernel_height, kernel_width], got [4, 3, 3]",
+    ),
+    "weight channels": (
+        (_x(), _w(4, 2, 3, 3)),
+        {},
+        "weight must have shape [out_channels, 3, kernel_height, kernel_width], got [4, 2, 3, 3]",
+    ),
+    "weight dtype": (
+        (_x(), _w(dtype=torch.float16)),
+        {},
+        "weight must have the dtype of input, float32, got float16",
+    ),
+    "weight empty": ((_x(), _w(0, 3, 3, 3)), {}, "weight must have no empty dimension, got [0, 3, 3, 3]"),
+    "bias shape": ((_x(), _w(), _x(3)), {}, "bias must have shape [4], got [3]"),
+    "bias dtype": (
+        (_x(), _w(), _x(4, dtype=torch.float64)),
+        {},
+        "bias must have the dtype of input, float32, got float64",
+    ),
+    "norm_weight shape": (
+        (_x(), _w()),
+        {"norm_weight": _x(3)},
+        "norm_weight must have shape [4] or [2, 4], got [3]",
+    ),
+    "norm_bias shape": (
+        (_x(), _w()),
+        {"norm_bias": _x(3, 4)},
+        "norm_bias must have shape [4] or [2, 4], got [3, 4]",
+    ),
+    "norm_weight dtype": (
+        (_x(), _w()),
+        {"norm_weight": _x(4, dtype=torch.float16)},
+        "norm_weight must be float32 (the dtype of input) or float32, got float16",
+    ),
+    "norm shapes": (
+        (_x(), _w()),
+        {"norm_weight": _x(4), "norm_bias": _x(2, 4)},
+        "norm_weight and norm_bias must have the same shape, got [4] and [2, 4]",
+    ),
+    "stride 0": ((_x(), _w()), {"stride": [0, 1]}, "stride must be one or two integers >= 1, got [0, 1]"),
+    "padding negative": (
+        (_x(), _w()),
+        {"padding": [1, -1]},
+        "padding must be one or two integers >= 0, got [1, -1]",
+    ),
+    "three paddings": (
+        (_x(), _w()),
+        {"padding": [1, 1, 1]},
+        "padding must be one or two integers >= 0, got [1, 1, 1]",
+    ),
+    "padding_mode": (
+        (_x(), _w()),
+        {"padding_mode": "circular"},
+        'padding_mode must be one of zeros, reflect, replicate, got "circular"',
+    ),
+    "upsample": ((_x(), _w()), {"upsample": 3}, "upsample must be 1 or 2, got 3"),
+    "activation": (
+        (_x(), _w()),
+        {"activation": "elu"},
+        'activation must be one of none, relu, leaky_relu, silu, sigmoid, tanh, got "elu"',
+    ),
+    "precision": ((_x(), _w()), {"precision": "bf16"}, 'precision must be one of ieee, tf32, got "bf16"'),
+    "reflect too far": (
+        (_x(), _w()),
+        {"padding": [8, 0], "padding_mode": "reflect"},
+        "padding must be smaller than the (upsampled) input for padding_mode reflect, "
+        "got padding 8 for input [2, 3, 8, 9]",
+    ),
+    "kernel too large": (
+        (_x(2, 3, 2, 9), _w(4, 3, 5, 3)),
+        {"padding": [1, 1]},
+        "weight's kernel [5, 3] must not be larger than the padded input, "
+        "got input [2, 3, 2, 9] with padding [1, 1]",
+    ),
+    "residual shape": (
+        (_x(), _w()),
+        {"residual": _x(2, 4, 8, 9)},
+        "residual must have shape [2, 4, 6, 7], got [2, 4, 8, 9]",
+    ),
+    "residual dtype": (
+        (_x(), _w()),
+        {"residual": _x(2, 4, 6, 7, dtype=torch.float64)},
+        "residual must have the dtype of input, float32, got float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", ["plain", "grad", "fake"])
+@pytest.mark.parametrize("case", ERRORS)
+def test_each_error_is_one_line_that_names_the_argument(case: str, way: str, device: str) -> None:
+    args, kwargs, message = ERRORS[case]
+    mode = FakeTensorMode()
+
+    def prepare(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        moved = value.to(device)
+        if way == "fake":
+            return mode.from_tensor(moved)
+        return moved.requires_grad_() if way == "grad" and moved.dtype.is_floating_point else moved
+
+    with pytest.raises(RuntimeError) as caught:
+        OP(*(prepare(a) for a in args), **{k: prepare(v) for k, v in kwargs.items()})
+    assert str(caught.value).splitlines()[0] == f"fused_conv_instance_norm_relu: {message}"
+
+
+@pytest.mark.parametrize("upsample", [1, 2])
+@pytest.mark.parametrize("argument", ["weight", "bias", "norm_weight", "norm_bias", "residual"])
+def test_a_meta_tensor_beside_real_ones_is_refused(argument: str, upsample: int) -> None:
+    given = {"weight": _w(), "residual": _x(2, 4, 6 if upsample == 1 else 14, 7 if upsample == 1 else 16)}
+    arguments = {"weight": _w(), argument: given.get(argument, _x(4)).to("meta")}
+    with pytest.raises(RuntimeError, match=f"{argument} must be on the device of input, cpu, got"):
+        OP(_x(), upsample=upsample, **arguments)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("way", ["plain", "grad"])
+@pytest.mark.parametrize("argument", ["weight", "bias", "norm_weight", "norm_bias", "residual"])
+def test_tensors_on_two_devices_are_refused(argument: str, way: str) -> None:
+    given = {"weight": _w(), "residual": _x(2, 4, 6, 7)}.get(argument, _x(4))
+    x = _x().requires_grad_(way == "grad")
+    for input, other, devices in ((x.cuda(), "cpu", ("cuda:0", "cpu")), (x, "cuda", ("cpu", "cuda:0"))):
+        arguments = {"weight": _w().to(input.device), argument: given.to(other)}
+        with pytest.raises(RuntimeError) as caught:
+            OP(input, **arguments)
+        expected = f"{argument} must be on the device of input, {devices[0]}, got {devices[1]}"
+        assert str(caught.value).splitlines()[0] == f"fused_conv_instance_norm_relu: {expected}"
+
+
+def test_a_failed_check_of_upsampling_is_the_same_text() -> None:
+    """The upsampling path of the CPU plans for itself."""
+    with pytest.raises(RuntimeError, match=r"^fused_conv_instance_norm_relu: residual must have shape \[2, 4, 16, 18\]"):
+        OP(_x(), _w(), padding=[1, 1], upsample=2, residual=_x(2, 4, 16, 17))
