@@ -6,21 +6,21 @@ namespace {
 
 constexpr const char* kOp = "fused_conv_instance_norm_relu";
 
-std::vector<int64_t> pair(const char* name, const std::vector<int64_t>& values, int64_t least) {
+std::vector<int64_t> pair(const char* op, const char* name, const std::vector<int64_t>& values, int64_t least) {
   std::vector<int64_t> result = values.size() == 1 ? std::vector<int64_t>{values[0], values[0]} : values;
   if (result.size() != 2 || result[0] < least || result[1] < least) {
     std::ostringstream given;
     for (size_t i = 0; i < values.size(); ++i) given << (i ? ", " : "") << values[i];
-    fail(kOp, name, " must be one or two integers >= ", least, ", got [", given.str(), "]");
+    fail(op, name, " must be one or two integers >= ", least, ", got [", given.str(), "]");
   }
   return result;
 }
 
-PaddingMode parse_padding_mode(const std::string& name) {
+PaddingMode parse_padding_mode(const char* op, const std::string& name) {
   if (name == "zeros") return PaddingMode::kZeros;
   if (name == "reflect") return PaddingMode::kReflect;
   if (name == "replicate") return PaddingMode::kReplicate;
-  fail(kOp, "padding_mode must be one of zeros, reflect, replicate, got \"", name, "\"");
+  fail(op, "padding_mode must be one of zeros, reflect, replicate, got \"", name, "\"");
 }
 
 }  // namespace
@@ -44,9 +44,9 @@ ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormArgs& args) {
     const std::vector<int64_t> expected{out_channels};
     check_like(kOp, "bias", *args.bias, input, &expected);
   }
-  plan.stride = pair("stride", args.stride, 1);
-  plan.padding = pair("padding", args.padding, 0);
-  plan.mode = parse_padding_mode(args.padding_mode.value);
+  plan.stride = pair(kOp, "stride", args.stride, 1);
+  plan.padding = pair(kOp, "padding", args.padding, 0);
+  plan.mode = parse_padding_mode(kOp, args.padding_mode.value);
   if (args.upsample != 1 && args.upsample != 2) fail(kOp, "upsample must be 1 or 2, got ", args.upsample);
   plan.activation = parse_activation(kOp, args.activation.value);
   if (args.precision.value != "ieee" && args.precision.value != "tf32") {
@@ -104,8 +104,36 @@ Tensor pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input,
   return padded;
 }
 
-Tensor run_conv_instance_norm(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args) {
-  const ConvInstanceNormPlan plan = plan_conv_instance_norm(args);
+Tensor checked_pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input,
+                            const std::vector<int64_t>& padding, const Text& padding_mode, int64_t upsample) {
+  constexpr const char* op = "_pad_upsample";
+  if (input.dim() != 4) fail(op, "input must have shape [N, C, H, W], got ", shape_text(input));
+  kernel_dtype(op, "input", input.scalar_type());
+  const auto sides = pair(op, "padding", padding, 0);
+  const PaddingMode mode = parse_padding_mode(op, padding_mode.value);
+  if (upsample != 1 && upsample != 2) fail(op, "upsample must be 1 or 2, got ", upsample);
+  std::vector<int64_t> sizes{input.size(0), input.size(1), 0, 0};
+  for (int d = 0; d < 2; ++d) {
+    const int64_t size = input.size(2 + d) * upsample;
+    if (mode == PaddingMode::kReflect && sides[d] >= size) {
+      fail(op, "padding must be smaller than the (upsampled) input for padding_mode reflect, got padding ", sides[d],
+           " for input ", shape_text(input));
+    }
+    if (mode == PaddingMode::kReplicate && sides[d] > 0 && size == 0) {
+      fail(op, "padding_mode replicate needs a non-empty input, got ", shape_text(input));
+    }
+    sizes[2 + d] = size + 2 * sides[d];
+  }
+  const bool channels_last = prefers_channels_last(input);
+  if (sizes[0] * sizes[1] * sizes[2] * sizes[3] == 0) {
+    return empty_dense(input, sizes, channels_last, input.scalar_type());
+  }
+  const Tensor padded = pad_upsample(backend, input, upsample, mode, sides, channels_last);
+  return padded.get() == input.get() ? torch::stable::clone(input) : padded;  // an operator's result is never its input
+}
+
+Tensor run_conv_instance_norm(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args,
+                              const ConvInstanceNormPlan& plan) {
   if (plan.empty()) return empty_dense(args.input, plan.output_sizes, plan.channels_last, args.input.scalar_type());
 
   // Zero padding is left to the convolution; the other modes, and upsampling, are one gather before it.

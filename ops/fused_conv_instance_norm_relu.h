@@ -49,10 +49,15 @@ struct ConvInstanceNormBackend {
   void (*instance_norm)(const InstanceNormCall& call);
 };
 
+// The operator styleforge::_pad_upsample: checks, then the function below.
+Tensor checked_pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input,
+                            const std::vector<int64_t>& padding, const Text& padding_mode, int64_t upsample);
+
 // input padded and upsampled by the device's gather kernel; input itself where nothing is to do.
 Tensor pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input, int64_t upsample, PaddingMode mode,
                     const std::vector<int64_t>& padding, bool channels_last);
 
-Tensor run_conv_instance_norm(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args);
+Tensor run_conv_instance_norm(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args,
+                              const ConvInstanceNormPlan& plan);
 
 }  // namespace styleforge

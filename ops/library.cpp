@@ -23,4 +23,8 @@ STABLE_TORCH_LIBRARY(styleforge, m) {
       "_fused_instance_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, "
       "Tensor? bias, str activation, float negative_slope, Tensor? residual, Tensor? output) -> "
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+
+  // pad(nearest upsampling) in the input's memory format, without a gradient: the input side of a convolution whose other
+  // side is not one of ours.
+  m.def("_pad_upsample(Tensor input, int[2] padding, str padding_mode=\"zeros\", int upsample=1) -> Tensor");
 }

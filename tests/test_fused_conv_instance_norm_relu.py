@@ -5,18 +5,23 @@ from __future__ import annotations
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import styleforge
 from _reference import (
     ACTIVATIONS,
     DEVICES,
     FLOATS,
     LAYOUTS,
     assert_as_accurate,
+    assert_as_accurate_together,
     conv,
     conv_instance_norm,
     dense_strides,
@@ -26,14 +31,9 @@ from _reference import (
     rms,
     rms_error,
     tensor,
+    tf32,
     torch_conv_instance_norm,
 )
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-import styleforge
 from styleforge.ops import fused_conv_instance_norm_relu
 
 OP = torch.ops.styleforge.fused_conv_instance_norm_relu
@@ -42,20 +42,11 @@ EASY = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list
 MODES = ("zeros", "reflect", "replicate")
 
 
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """PyTorch's own cuDNN convolutions with or without TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def _weight(out_channels: int, in_channels: int, kh: int, kw: int, dtype: torch.dtype, device: str) -> Tensor:
     """Scaled so that the convolution's result has about the input's variance."""
-    return (torch.randn(out_channels, in_channels, kh, kw) / (in_channels * kh * kw) ** 0.5).to(dtype).to(device)
+    return (
+        (torch.randn(out_channels, in_channels, kh, kw) / (in_channels * kh * kw) ** 0.5).to(dtype).to(device)
+    )
 
 
 def _norm_params(
@@ -71,7 +62,21 @@ def _norm_params(
     )
 
 
-# --- accuracy -------------------------------------------------------------------------------------------------------------
+def _ulps(dtype: torch.dtype, device: str, terms: int, precision: str = "ieee") -> float | None:
+    """Below how many units in the last place two convolutions of ``terms`` products a pixel count as equal.
+
+    cuDNN chooses an algorithm for each problem, and the operator's problem (padding in the convolution,
+    deterministic) is another one than that of ``F.pad`` and ``F.conv2d``: sums in another order, TF32 for one of
+    them and not for the other.
+    """
+    if dtype == torch.float64:  # the reference is rounded as well
+        return 4 + 0.5 * terms**0.5
+    if dtype == torch.float32 and device == "cuda":
+        return 2.0**-11 / torch.finfo(dtype).eps if precision == "tf32" else 2 + 0.5 * terms**0.5
+    return None
+
+
+# --- accuracy -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -85,7 +90,8 @@ def test_random_configurations_are_as_accurate_as_pytorch(device: str) -> None:
         channels=st.tuples(st.integers(1, 24), st.integers(1, 70)),
         height=st.integers(1, 19),
         width=st.integers(1, 23),
-        kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)) | st.sampled_from(((3, 3), (1, 1), (4, 4), (5, 5))),
+        kernel=st.tuples(st.integers(1, 7), st.integers(1, 7))
+        | st.sampled_from(((3, 3), (1, 1), (4, 4), (5, 5))),
         stride=st.tuples(st.integers(1, 3), st.integers(1, 3)) | st.just((1, 1)),
         padding=st.tuples(st.integers(0, 3), st.integers(0, 3)) | st.just((1, 1)),
         padding_mode=st.sampled_from(MODES),
@@ -134,45 +140,70 @@ def test_random_configurations_are_as_accurate_as_pytorch(device: str) -> None:
             assume(all(p < s for s, p in zip(size, padding, strict=True)))
         torch.manual_seed(seed)
         ci, co = channels
-        x = tensor(batch, ci, height, width, dtype=dtype, device=device, layout=layout, scale=spread, offset=offset)
-        w = tensor(co, ci, *kernel, dtype=dtype, device=device, layout=weight_layout, scale=(ci * kernel[0]) ** -0.5)
+        x = tensor(
+            batch, ci, height, width, dtype=dtype, device=device, layout=layout, scale=spread, offset=offset
+        )
+        w = tensor(
+            co, ci, *kernel, dtype=dtype, device=device, layout=weight_layout, scale=(ci * kernel[0]) ** -0.5
+        )
         bias = torch.randn(co).to(dtype).to(device) if with_bias else None
         norm_weight, norm_bias = _norm_params(params, batch, co, dtype, device)
         out = [(s + 2 * p - k) // t + 1 for s, p, k, t in zip(size, padding, kernel, stride, strict=True)]
-        # A plane of one pixel is 0 whatever comes out of the convolution; PyTorch's rounds it to something else.
         r = tensor(batch, co, *out, dtype=dtype, device=device, layout=residual) if residual else None
-        args = (x, w, bias, norm_weight, norm_bias, stride, padding, padding_mode, upsample, eps, activation, slope)
+        args = (
+            x,
+            w,
+            bias,
+            norm_weight,
+            norm_bias,
+            stride,
+            padding,
+            padding_mode,
+            upsample,
+            eps,
+            activation,
+            slope,
+        )
         reference = conv_instance_norm(*args, r)
         with tf32(precision == "tf32"):
             yardstick = torch_conv_instance_norm(*args, r)
-        poison(batch * co * out[0] * out[1], dtype, device)
+        half_on_cpu = device == "cpu" and dtype in (torch.float16, torch.bfloat16)
+        if not half_on_cpu:
+            poison(batch * co * out[0] * out[1], dtype, device)
         with tf32(precision != "tf32"):  # the argument counts, not the flag
             result = OP(*args, r, precision)
+        if half_on_cpu:
+            # oneDNN's bfloat16 convolution (PyTorch 2.13, AVX-512) multiplies memory that it has not written
+            # by zero for some shapes, such as one channel, 5x5, stride (1, 2): a NaN there comes through.
+            assume(result.isfinite().all() or yardstick.isfinite().all())
         assert result.dtype == dtype
         assert result.stride() == dense_strides(reference.shape, x)
-        # The size of what is added up: the convolution's rounding errors are as large as its terms and come out of the norm
-        # divided by the deviation, which is small on a plane of a few pixels.
+        # The size of what is added up: a convolution's rounding errors are as large as its terms, and come
+        # out of the norm divided by the deviation, which is small on a plane of a few pixels.
         z = conv(x, w, stride, padding, padding_mode, upsample)
         deviation = torch.sqrt(z.var((2, 3), correction=0, keepdim=True) + eps)
-        amplified = rms(1 / deviation) * conv(x.abs(), w.abs(), stride, padding, padding_mode, upsample).max().item()
+        amplified = (
+            rms(1 / deviation) * conv(x.abs(), w.abs(), stride, padding, padding_mode, upsample).max().item()
+        )
         lost = amplified * (rms(norm_weight) if norm_weight is not None else 1.0)
         few = out[0] * out[1] <= 4 or rms(1 / deviation) * rms(z) > 30
         before = rms(instance_norm(z, norm_weight, norm_bias, eps)) + (rms(r) if r is not None else 0.0)
-        scale = before + (lost if few else 0.0)
-        assert_as_accurate(result, yardstick, reference, scale=scale, ulps=1.0)
+        rounded = device == "cuda" and dtype == torch.float32 and precision == "tf32"
+        scale = before + (lost if few or rounded else 0.0)
+        ulps = _ulps(dtype, device, ci * kernel[0] * kernel[1], precision)
+        assert_as_accurate(result, yardstick, reference, scale=scale, ulps=ulps)
         size_of_result = rms(reference)
-        if size_of_result > 0 and not few:
+        if size_of_result > 0 and not few and not rounded:
             relative = (rms_error(result, reference), rms_error(yardstick, reference))
             errors[dtype, precision].append((relative[0] / size_of_result, relative[1] / size_of_result))
 
     check()
     for key, pairs in errors.items():
         if len(pairs) >= 20:
-            ours, theirs = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-            assert ours <= 1.5 * theirs, f"{key}: mean relative error {ours:.2e}, PyTorch's {theirs:.2e}"
+            assert_as_accurate_together(pairs, key[0])
 
 
-# The layers of TransformerNet (and of CycleGAN's generator), small: name -> (Ci, Co, kernel, stride, padding, upsample)
+# The layers of TransformerNet and CycleGAN: name -> (Ci, Co, kernel, stride, padding, upsample)
 LAYERS = {
     "first 9x9": (3, 32, 9, 1, 4, 1),
     "down 3x3": (32, 64, 3, 2, 1, 1),
@@ -208,7 +239,8 @@ def test_layers_of_real_networks(
     poison(reference.numel(), dtype, device)
     result = OP(*args)
     assert result.stride() == dense_strides(reference.shape, x)
-    assert_as_accurate(result, yardstick, reference)
+    terms = ci * _two(kernel)[0] * _two(kernel)[1]
+    assert_as_accurate(result, yardstick, reference, ulps=_ulps(dtype, device, terms))
 
 
 @pytest.mark.cuda
@@ -236,20 +268,21 @@ def test_large_layers_on_every_path(
             stride=(stride, stride), padding=padding, padding_mode="reflect", upsample=upsample, residual=r
         )
         with tf32(False):
-            reference = torch_conv_instance_norm(x.double(), w.double(), **{**common, "residual": r.double()}).cpu()
+            reference = torch_conv_instance_norm(x.double(), w.double(), **{**common, "residual": r.double()})
         with tf32(precision == "tf32"):
             yardstick = torch_conv_instance_norm(x, w, **common)
         poison(r.numel(), dtype, "cuda")
         result = OP(x, w, precision=precision, **common)
         assert "cuda" in styleforge.last_path()
-        assert_as_accurate(result, yardstick, reference, ulps=2.0)
+        ulps = _ulps(dtype, "cuda", ci * kernel * kernel, precision)
+        assert_as_accurate(result, yardstick, reference, ulps=ulps)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("flag", [False, True])
 def test_precision_counts_and_not_the_flag(flag: bool, with_grad: bool) -> None:
-    """In inference and in training: "ieee" never rounds to TF32's 10 bits, whatever ``torch.backends.cudnn`` says."""
+    """In inference and in training: "ieee" never rounds to TF32, whatever ``torch.backends.cudnn`` says."""
     x = tensor(2, 64, 40, 40, device="cuda").requires_grad_(with_grad)
     w = _weight(64, 64, 3, 3, torch.float32, "cuda").requires_grad_(with_grad)
     reference = conv_instance_norm(x.detach(), w.detach(), activation="none")
@@ -288,7 +321,7 @@ def test_nan_and_infinity_spread_as_in_pytorch(activation: str, device: str) -> 
             assert torch.equal(result.isinf(), expected.isinf())
 
 
-# --- layouts --------------------------------------------------------------------------------------------------------------
+# --- layouts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -319,7 +352,12 @@ def test_empty_batches_give_empty_results(device: str) -> None:
     for memory_format, upsample in itertools.product((torch.contiguous_format, torch.channels_last), (1, 2)):
         x = torch.empty(0, 3, 6, 5, device=device).contiguous(memory_format=memory_format).requires_grad_()
         w = _weight(4, 3, 3, 3, torch.float32, device).requires_grad_()
-        assert OP(x.detach(), w.detach(), padding=[1], upsample=upsample).shape == (0, 4, 6 * upsample, 5 * upsample)
+        assert OP(x.detach(), w.detach(), padding=[1], upsample=upsample).shape == (
+            0,
+            4,
+            6 * upsample,
+            5 * upsample,
+        )
         result = OP(x, w, padding=[1], upsample=upsample)
         assert result.shape == (0, 4, 6 * upsample, 5 * upsample)
         result.sum().backward()
@@ -329,7 +367,7 @@ def test_empty_batches_give_empty_results(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_inputs_are_left_alone(device: str) -> None:
-    """The norm may run in place, but only in the convolution's own result (a 1x1 convolution of one channel too)."""
+    """The norm may run in place, but only in the convolution's own result."""
     for ci, co, kernel, upsample in ((3, 4, 3, 1), (1, 1, 1, 1), (3, 4, 3, 2)):
         x, w = tensor(2, ci, 8, 8, device=device), _weight(co, ci, kernel, kernel, torch.float32, device)
         w = torch.ones_like(w) if kernel == 1 else w
@@ -350,7 +388,7 @@ def test_one_integer_stands_for_two() -> None:
     assert torch.equal(fused_conv_instance_norm_relu(x, w, stride=2, padding=(1, 1)), expected)
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -378,7 +416,9 @@ def test_gradcheck(
     for layout, with_residual in (("contiguous", False), ("channels_last", True)):
         x = tensor(2, 2, 4, 3, dtype=double, device=device, layout=layout).requires_grad_()
         w = _weight(3, 2, *kernel, double, device).requires_grad_()
-        norm = [p.requires_grad_() if p is not None else None for p in _norm_params(params, 2, 3, double, device)]
+        norm = [
+            p.requires_grad_() if p is not None else None for p in _norm_params(params, 2, 3, double, device)
+        ]
         settings_ = (stride, padding, padding_mode, upsample, 1e-2, activation, 0.2)
         shape = OP(x, w, None, None, None, *settings_).shape
         r = tensor(*shape, dtype=double, device=device).requires_grad_() if with_residual else None
@@ -418,8 +458,8 @@ def test_gradients_are_as_accurate_as_pytorchs(
         results = gradients(OP, inputs, grad.to(device))
         yardsticks = gradients(torch_conv_instance_norm, inputs, grad.to(device))
     references = gradients(conv_instance_norm, [t.double().cpu() for t in inputs], grad.double())
-    for given, result, yardstick, reference in zip(inputs, results, yardsticks, references, strict=True):
-        assert result.dtype == given.dtype and result.shape == given.shape
+    for leaf, result, yardstick, reference in zip(inputs, results, yardsticks, references, strict=True):
+        assert result.dtype == leaf.dtype and result.shape == leaf.shape
         pixels = grad.numel() / co
         scale = None if result.dim() == 4 else pixels**0.5
         assert_as_accurate(result, yardstick, reference, ulps=2.0, scale=scale)
@@ -457,18 +497,18 @@ def test_double_backward_says_that_it_is_not_supported(device: str) -> None:
     x = tensor(1, 2, 6, 6, device=device).requires_grad_()
     w = _weight(3, 2, 3, 3, torch.float32, device)
     (grad,) = torch.autograd.grad(OP(x, w, activation="silu").square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="(?i)double backward|twice|once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"(?i)double backward|twice|once_differentiable"):
         grad.sum().backward()
 
 
-# --- registration -----------------------------------------------------------------------------------------------------------
+# --- registration ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 def test_opcheck(layout: str, requires_grad: bool, device: str) -> None:
-    """PyTorch's own checks: schema, autograd registration, fake, AOT dispatch with static and dynamic shapes."""
+    """PyTorch's own checks: schema, autograd registration, fake, AOT dispatch, static and dynamic."""
 
     def leaf(t: Tensor) -> Tensor:
         return t.requires_grad_(requires_grad)
@@ -482,10 +522,12 @@ def test_opcheck(layout: str, requires_grad: bool, device: str) -> None:
     plain = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(OP.default, args, test_utils=plain)
     torch.library.opcheck(OP.default, args, test_utils="test_aot_dispatch_dynamic")
-    torch.library.opcheck(OP.default, (x, w), dict(stride=[2, 1], upsample=2, padding=[0, 2], activation="silu"))
+    torch.library.opcheck(
+        OP.default, (x, w), dict(stride=[2, 1], upsample=2, padding=[0, 2], activation="silu")
+    )
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def _x(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -644,5 +686,7 @@ def test_tensors_on_two_devices_are_refused(argument: str, way: str) -> None:
 
 def test_a_failed_check_of_upsampling_is_the_same_text() -> None:
     """The upsampling path of the CPU plans for itself."""
-    with pytest.raises(RuntimeError, match=r"^fused_conv_instance_norm_relu: residual must have shape \[2, 4, 16, 18\]"):
+    with pytest.raises(
+        RuntimeError, match=r"^fused_conv_instance_norm_relu: residual must have shape \[2, 4, 16, 18\]"
+    ):
         OP(_x(), _w(), padding=[1, 1], upsample=2, residual=_x(2, 4, 16, 17))

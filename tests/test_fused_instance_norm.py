@@ -9,12 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import styleforge
 from _reference import (
     ACTIVATIONS,
     DEVICES,
     FLOATS,
     LAYOUTS,
     assert_as_accurate,
+    assert_as_accurate_together,
     dense_strides,
     instance_norm,
     max_error,
@@ -24,12 +31,6 @@ from _reference import (
     tensor,
     torch_instance_norm,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-import styleforge
 from styleforge.ops import fused_instance_norm
 
 OP = torch.ops.styleforge.fused_instance_norm
@@ -39,7 +40,9 @@ EXAMPLES = int(os.environ.get("STYLEFORGE_TEST_EXAMPLES", "500"))
 EASY = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def _params(kind: str, batch: int, channels: int, dtype: torch.dtype, device: str) -> tuple[Tensor | None, ...]:
+def _params(
+    kind: str, batch: int, channels: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor | None, ...]:
     """(weight, bias) of one kind: which of them, [C] or [N, C], in which dtype, dense or not."""
     if kind == "none":
         return None, None
@@ -52,7 +55,9 @@ def _params(kind: str, batch: int, channels: int, dtype: torch.dtype, device: st
             return (torch.randn(*sizes, 2) * 0.5 + offset).to(wanted).to(device)[..., 0]
         return (torch.randn(sizes) * 0.5 + offset).to(wanted).to(device)
 
-    return (make(1.0) if which in ("weight", "both") else None), (make(0.0) if which in ("bias", "both") else None)
+    return (make(1.0) if which in ("weight", "both") else None), (
+        make(0.0) if which in ("bias", "both") else None
+    )
 
 
 PARAM_KINDS = (
@@ -83,7 +88,15 @@ def _compare(args: tuple[Any, ...], kwargs: dict[str, Any], **limits: float) -> 
     return result
 
 
-# --- accuracy -------------------------------------------------------------------------------------------------------------
+def _rounding_of_the_mean(offset: float, spread: float) -> float:
+    """What half a unit in the last place of a mean is in the result, in units of the result.
+
+    On the GPU both PyTorch and we hold the mean of float32 in float32 (on the CPU both are better).
+    """
+    return 0.5 * abs(offset) / spread
+
+
+# --- accuracy -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -136,18 +149,25 @@ def test_random_configurations_are_as_accurate_as_pytorch(device: str) -> None:
         result = OP(x, weight, bias, **kwargs)
         assert result.dtype == dtype
         assert result.stride() == dense_strides(sizes, x)
-        # With bias and residual a result is the sum of terms that may cancel: their size sets the rounding error.
+        # With bias and residual a result is a sum of terms that may cancel: their size sets the rounding.
         before = rms(instance_norm(x, weight, bias, eps)) + (rms(r) if r is not None else 0.0)
-        assert_as_accurate(result, yardstick, reference, scale=before if activation in ("none", "relu") else None)
+        scale = before if activation in ("none", "relu") else None
+        ulps = None
+        if dtype == torch.float64:  # the reference is rounded as well
+            ulps = 4 + 4 * abs(offset) / spread
+        elif dtype == torch.float32 and device == "cuda":
+            ulps = 2 + _rounding_of_the_mean(offset, spread)
+        assert_as_accurate(result, yardstick, reference, scale=scale, ulps=ulps)
         size = rms(reference)
         if size > 0:
-            errors[dtype].append((rms_error(result, reference) / size, rms_error(yardstick, reference) / size))
+            errors[dtype].append(
+                (rms_error(result, reference) / size, rms_error(yardstick, reference) / size)
+            )
 
     check()
     for dtype, pairs in errors.items():
         if len(pairs) >= 20:
-            ours, theirs = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-            assert ours <= 1.5 * theirs, f"{dtype}: mean relative error {ours:.2e}, PyTorch's {theirs:.2e}"
+            assert_as_accurate_together(pairs, dtype)
 
 
 # name -> (scale, offset) of the input
@@ -170,7 +190,8 @@ def test_hard_data(case: str, dtype: torch.dtype, layout: str, device: str) -> N
     scale, offset = HARD[case]
     for sizes in ((2, 8, 32, 32), (1, 3, 65, 127), (2, 5, 9, 7)):
         x = tensor(*sizes, dtype=dtype, device=device, layout=layout, scale=scale, offset=offset)
-        result = _compare((x,), {}, ulps=2.0)
+        wide = device == "cuda" or dtype == torch.float64
+        result = _compare((x,), {}, ulps=2.0 + (_rounding_of_the_mean(offset, scale) if wide else 0.0))
         assert result.isfinite().all()
 
 
@@ -216,18 +237,20 @@ def test_nan_and_infinity_spread_as_in_pytorch(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_activation_tails(dtype: torch.dtype, device: str) -> None:
-    """Far from zero, where a fast exponential overflows: the norm is the identity here (mean 0, variance 1)."""
+    """Far from zero, where a fast exponential overflows. The norm is the identity here."""
     for activation in ACTIVATIONS:
         x = torch.tensor([-1.0, 1.0, 1.0, -1.0], dtype=dtype, device=device).repeat(1, 64, 16, 1)
         r = torch.linspace(-200, 200, x.numel(), device=device).to(dtype).view_as(x)
         _compare((x,), dict(activation=activation, residual=r, negative_slope=0.3), ulps=2.0)
 
 
-# --- layouts --------------------------------------------------------------------------------------------------------------
+# --- layouts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("sizes", [(2, 3, 4, 5), (1, 1, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 3, 4, 1), (1, 8, 1, 5)])
+@pytest.mark.parametrize(
+    "sizes", [(2, 3, 4, 5), (1, 1, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 3, 4, 1), (1, 8, 1, 5)]
+)
 def test_strides_follow_pytorchs_rule(sizes: tuple[int, ...], device: str) -> None:
     """Every order of the dimensions in memory, sliced or not, with dimensions of size 1."""
     for order in itertools.permutations(range(4)):
@@ -277,9 +300,9 @@ def test_python_function_is_the_operator() -> None:
     assert torch.equal(fused_instance_norm(x), OP(x))
 
 
-# --- paths on CUDA ----------------------------------------------------------------------------------------------------------
+# --- paths on CUDA --------------------------------------------------------------------------------
 
-# STYLEFORGE_PATH, layout, sizes, expected path. Vectorised ones and odd ones (elements that 16 bytes do not divide).
+# STYLEFORGE_PATH, layout, sizes, expected path. Vectorised ones, and odd ones that take single elements.
 PATHS: list[tuple[str, str, tuple[int, ...], str]] = [
     ("", "contiguous", (4, 64, 16, 16), "plane:block"),
     ("", "contiguous", (4, 70, 13, 11), "plane:block"),
@@ -294,7 +317,7 @@ PATHS: list[tuple[str, str, tuple[int, ...], str]] = [
     ("", "channels_last", (2, 64, 128, 128), "slab:cluster"),
     ("", "channels_last", (2, 37, 101, 99), "slab:cluster"),
     ("", "channels_last", (8, 128, 64, 64), "slab:cluster"),
-    ("", "contiguous", (1, 2, 2048, 2048), "split:nchw"),
+    ("", "contiguous", (1, 1, 2048, 2048), "split:nchw"),
     ("", "contiguous", (1, 1, 2047, 2049), "split:nchw"),
     ("", "channels_last", (1, 16, 640, 512), "split:channels_last"),
     ("", "channels_last", (1, 7, 641, 513), "split:channels_last"),
@@ -332,7 +355,7 @@ def _reference_on_gpu(x: Tensor, **kwargs: Any) -> Tensor:
     variance, mean = torch.var_mean(x.double(), dim=(2, 3), correction=0, keepdim=True)
     y = (x.double() - mean) * torch.rsqrt(variance + 1e-5)
     y = y * kwargs["weight"].double()[..., None, None] + kwargs["bias"].double()[..., None, None]
-    return torch.nn.functional.silu(y + kwargs["residual"].double()).cpu()
+    return torch.nn.functional.silu(y + kwargs["residual"].double())
 
 
 @pytest.mark.cuda
@@ -349,11 +372,19 @@ def test_every_cuda_path(
     if "cluster" in expected and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs thread block clusters (compute capability 9.0)")
     _forced(monkeypatch, forced)
-    if dtype != torch.float32 and layout != "channels_last" and expected.startswith("split") and forced != "split":
+    if (
+        dtype != torch.float32
+        and layout != "channels_last"
+        and expected.startswith("split")
+        and forced != "split"
+    ):
         sizes = (*sizes[:2], 2 * sizes[2], sizes[3])  # as many bytes as in float32
     if dtype != torch.float32 and expected == "plane:cluster":
         sizes = (*sizes[:2], 2 * sizes[2], sizes[3])
     x = tensor(*sizes, dtype=dtype, device="cuda", layout=layout, offset=2.0)
+    half_l2 = torch.cuda.get_device_properties(0).L2_cache_size // 2
+    if expected == "split:nchw" and x.numel() * x.element_size() > half_l2:
+        expected = "split:nchw:ticket"  # on a GPU with a small cache
     weight, bias = torch.rand(sizes[:2], device="cuda") + 0.5, torch.randn(sizes[:2], device="cuda")
     r = tensor(*sizes, dtype=dtype, device="cuda")
     reference = _reference_on_gpu(x, weight=weight, bias=bias, residual=r)
@@ -394,7 +425,8 @@ def test_hard_data_on_every_path(case: str, forced: str, monkeypatch: pytest.Mon
         for sizes in ((2, 4, 96, 96), (1, 3, 301, 299)):
             for dtype in (torch.float32, torch.float16):
                 x = tensor(*sizes, dtype=dtype, device="cuda", layout=layout, scale=scale, offset=offset)
-                assert _compare((x,), {}, ulps=2.0).isfinite().all()
+                ulps = 2.0 + _rounding_of_the_mean(offset, scale)
+                assert _compare((x,), {}, ulps=ulps).isfinite().all()
 
 
 @pytest.mark.cuda
@@ -408,7 +440,7 @@ def test_many_planes_and_long_planes() -> None:
             torch.testing.assert_close(OP(x).double(), reference, rtol=1e-4, atol=2e-5)
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------------
+# --- gradients ------------------------------------------------------------------------------------
 
 
 def _away_from_kink(x: Tensor, *args: Any, residual: Tensor | None = None) -> Tensor:
@@ -418,15 +450,17 @@ def _away_from_kink(x: Tensor, *args: Any, residual: Tensor | None = None) -> Te
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("params", ["none", "both-C-input", "both-NC-input", "weight-C-input", "bias-NC-input"])
+@pytest.mark.parametrize(
+    "params", ["none", "both-C-input", "both-NC-input", "weight-C-input", "bias-NC-input"]
+)
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_gradcheck(with_residual: bool, params: str, activation: str, device: str) -> None:
     sizes = (2, 3, 4, 3)
     for layout in ("contiguous", "channels_last"):
         x = tensor(*sizes, dtype=torch.float64, device=device, layout=layout).requires_grad_()
-        weight, bias = (
-            p.requires_grad_() if p is not None else None for p in _params(params, 2, 3, torch.float64, device)
-        )
+        weight, bias = _params(params, 2, 3, torch.float64, device)
+        weight = weight.requires_grad_() if weight is not None else None
+        bias = bias.requires_grad_() if bias is not None else None
         r = tensor(*sizes, dtype=torch.float64, device=device).requires_grad_() if with_residual else None
 
         def function(x: Tensor, weight: Tensor | None, bias: Tensor | None, r: Tensor | None) -> Tensor:
@@ -489,13 +523,15 @@ def test_gradients_are_as_accurate_as_pytorchs(
         results = _gradients(ours, inputs, grad.to(device))
         yardsticks = _gradients(theirs, inputs, grad.to(device))
         references = _gradients(exact, [t.cpu().double() for t in inputs], grad.double())
-        for given, result, yardstick, reference in zip(inputs, results, yardsticks, references, strict=True):
-            assert result.dtype == given.dtype and result.shape == given.shape
+        for leaf, result, yardstick, reference in zip(inputs, results, yardsticks, references, strict=True):
+            assert result.dtype == leaf.dtype and result.shape == leaf.shape
             if result.dim() == 4:
                 assert_as_accurate(result, yardstick, reference, ulps=2.0)
-            else:  # a handful of sums over pixels, too few for a ratio alone: within the rounding of what was summed
-                floor = torch.finfo(dtype).eps * (sizes[2] * sizes[3]) ** 0.5
-                assert_as_accurate(result, yardstick, reference, ulps=floor / torch.finfo(result.dtype).eps, scale=1.0)
+            else:  # a handful of sums over pixels, too few for a ratio alone: the rounding of what was summed
+                ulps = torch.finfo(dtype).eps / torch.finfo(result.dtype).eps
+                assert_as_accurate(
+                    result, yardstick, reference, ulps=ulps, scale=(sizes[2] * sizes[3]) ** 0.5
+                )
         assert results[0].stride() == dense_strides(sizes, x)
 
 
@@ -516,12 +552,13 @@ def test_gradients_of_large_tensors(sizes: tuple[int, ...], layout: str, dtype: 
 
     poison(x.numel(), dtype, "cuda")
     results = _gradients(lambda *a: OP(*a[:3], 1e-5, "silu", 0.01, a[3]), [x, w, b, r], grad)
-    yardsticks = _gradients(lambda *a: torch_instance_norm(*a[:3], 1e-5, "silu", 0.01, a[3]), [x, w, b, r], grad)
+    theirs = lambda *a: torch_instance_norm(*a[:3], 1e-5, "silu", 0.01, a[3])  # noqa: E731
+    yardsticks = _gradients(theirs, [x, w, b, r], grad)
     references = _gradients(exact, [t.double() for t in (x, w, b, r)], grad.double())
     for result, yardstick, reference in zip(results, yardsticks, references, strict=True):
         scale = (sizes[0] * sizes[2] * sizes[3]) ** 0.5 if result.dim() < 4 else None
         ulps = 2.0 if result.dim() == 4 else torch.finfo(dtype).eps / torch.finfo(result.dtype).eps
-        assert_as_accurate(result, yardstick, reference.cpu(), ulps=ulps, scale=scale)
+        assert_as_accurate(result, yardstick, reference, ulps=ulps, scale=scale)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -568,22 +605,22 @@ def test_double_backward_says_that_it_is_not_supported(device: str) -> None:
     x = tensor(1, 2, 4, 4, device=device).requires_grad_()
     result = OP(x, activation="silu")
     (grad,) = torch.autograd.grad(result.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="(?i)double backward|twice|once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"(?i)double backward|twice|once_differentiable"):
         grad.sum().backward()
     y = OP(x, activation="silu")
     (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="(?i)double backward|twice|once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"(?i)double backward|twice|once_differentiable"):
         (x.sum() + grad.square().sum()).backward()
 
 
-# --- registration -----------------------------------------------------------------------------------------------------------
+# --- registration ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced"])
 def test_opcheck(layout: str, requires_grad: bool, device: str) -> None:
-    """PyTorch's own checks: schema, autograd registration, fake, AOT dispatch with static and dynamic shapes."""
+    """PyTorch's own checks: schema, autograd registration, fake, AOT dispatch, static and dynamic."""
 
     def leaf(t: Tensor) -> Tensor:
         return t.requires_grad_(requires_grad)
@@ -614,11 +651,12 @@ def test_opcheck_of_the_pair_underneath(layout: str, dtype: torch.dtype, device:
             forward = (x, w, b, 1e-5, activation, 0.01, residual)
             torch.library.opcheck(FORWARD.default, forward)
             output, mean, rstd = FORWARD(*forward)
-            saved = (residual, None) if activation == "silu" else (None, output if residual is not None else None)
+            kept = output if residual is not None else None
+            saved = (residual, None) if activation == "silu" else (None, kept)
             torch.library.opcheck(BACKWARD.default, (grad, x, mean, rstd, w, b, activation, 0.01, *saved))
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def _x(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -720,7 +758,7 @@ def test_each_error_is_one_line_that_names_the_argument(case: str, way: str, dev
 @pytest.mark.parametrize("argument", ["weight", "bias", "residual"])
 def test_a_meta_tensor_beside_a_real_one_is_refused(argument: str) -> None:
     given = torch.ones(2, 3, 4, 5) if argument == "residual" else torch.ones(3)
-    with pytest.raises(RuntimeError, match=f"fused_instance_norm: {argument} must be on the device of input, cpu, got"):
+    with pytest.raises(RuntimeError, match=f"{argument} must be on the device of input, cpu, got"):
         OP(torch.ones(2, 3, 4, 5), **{argument: given.to("meta")})
 
 

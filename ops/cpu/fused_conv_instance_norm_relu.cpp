@@ -60,11 +60,10 @@ Tensor phase_weight(const Tensor& weight, int a, int b) {
 
 // The float32/float64 3x3 convolution with stride 1 and padding 1 after an upsampling; nothing for any other. (In half
 // precision the summed weights would have to be rounded once more.)
-std::optional<Tensor> run_upsample_phases(const ConvInstanceNormArgs& args) {
-  if (args.upsample != 2 || args.weight.dim() != 4 || args.weight.size(2) != 3 || args.weight.size(3) != 3) return {};
+std::optional<Tensor> run_upsample_phases(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+  if (args.upsample != 2 || args.weight.size(2) != 3 || args.weight.size(3) != 3) return {};
   const auto dtype = args.input.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Double) return {};
-  const ConvInstanceNormPlan plan = plan_conv_instance_norm(args);
   const std::vector<int64_t> one{1, 1}, none{0, 0};
   if (plan.empty() || plan.stride != one || plan.padding != one) return {};
 
@@ -103,12 +102,18 @@ Tensor fused_conv_instance_norm_relu(const Tensor& input, const Tensor& weight, 
                                      double negative_slope, const OptionalTensor& residual, const Text& precision) {
   const ConvInstanceNormArgs args{input,        weight,   bias, norm_weight, norm_bias,      stride,   padding,
                                   padding_mode, upsample, eps,  activation,  negative_slope, residual, precision};
-  if (auto output = run_upsample_phases(args)) {
+  const ConvInstanceNormPlan plan = plan_conv_instance_norm(args);
+  if (auto output = run_upsample_phases(args, plan)) {
     record_path("conv_instance_norm_relu:cpu:upsample_phases");
     return *output;
   }
   record_path("conv_instance_norm_relu:cpu:aten_conv");
-  return run_conv_instance_norm(kBackend, args);
+  return run_conv_instance_norm(kBackend, args, plan);
+}
+
+Tensor pad_upsample_operator(const Tensor& input, const std::vector<int64_t>& padding, const Text& padding_mode,
+                             int64_t upsample) {
+  return checked_pad_upsample(kBackend, input, padding, padding_mode, upsample);
 }
 
 }  // namespace
@@ -116,4 +121,5 @@ Tensor fused_conv_instance_norm_relu(const Tensor& input, const Tensor& weight, 
 
 STABLE_TORCH_LIBRARY_IMPL(styleforge, CPU, m) {
   m.impl("fused_conv_instance_norm_relu", TORCH_BOX(&styleforge::fused_conv_instance_norm_relu));
+  m.impl("_pad_upsample", TORCH_BOX(&styleforge::pad_upsample_operator));
 }

@@ -2,6 +2,7 @@
 #include "../fused_conv_instance_norm_relu.h"
 
 #include "../../csrc/cuda/pad/launch.h"
+#include "../../csrc/cuda/upsample/launch.h"
 #include "fused_instance_norm.h"
 #include "launch.h"
 
@@ -25,21 +26,127 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::vector<
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-const ConvInstanceNormBackend kBackend{
-    [](const PadParams& params, const Tensor& like) {
-      const CudaScope scope(like);
-      check_cuda(kOp, cuda::launch_pad_upsample(params, scope.stream()));
-    },
-    convolution, [](const InstanceNormCall& call) { launch_instance_norm_cuda(kOp, call); }};
+void launch_pad(const PadParams& params, const Tensor& like) {
+  const CudaScope scope(like);
+  check_cuda(kOp, cuda::launch_pad_upsample(params, scope.stream()));
+}
+
+template <const char* kPath>
+void norm(const InstanceNormCall& call) {
+  launch_instance_norm_cuda(kOp, call, kPath);
+}
+
+constexpr char kPlain[] = "conv_instance_norm_relu:cuda:aten_conv";
+constexpr char kPhases[] = "conv_instance_norm_relu:cuda:upsample_phases";
+constexpr char kPaddedChannels[] = "conv_instance_norm_relu:cuda:padded_channels";
+
+const ConvInstanceNormBackend kBackend{launch_pad, convolution, norm<kPlain>};
+
+InstanceNormRequest norm_request(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+  InstanceNormRequest request;
+  request.op = kOp;
+  request.eps = args.eps;
+  request.activation = plan.activation;
+  request.negative_slope = args.negative_slope;
+  request.output_channels_last = true;
+  request.in_place = true;
+  return request;
+}
+
+// A 3x3 convolution after an upsampling as one 2x2 convolution of the input with the four phases as channels: see
+// csrc/cuda/upsample/launch.h. Nothing where it does not apply.
+std::optional<Tensor> run_upsample_phases(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+  const std::vector<int64_t> one{1, 1}, none{0, 0};
+  if (args.upsample != 2 || args.weight.size(2) != 3 || args.weight.size(3) != 3 || plan.stride != one ||
+      plan.padding != one) {
+    return {};
+  }
+  const Tensor& weight = args.weight;
+  const auto dtype = args.input.scalar_type();
+  Tensor phases = empty_dense(weight, {4 * weight.size(0), weight.size(1), 2, 2}, true, dtype);
+  {
+    cuda::PhaseWeightsParams params;
+    params.weight = weight.const_data_ptr();
+    params.output = phases.mutable_data_ptr();
+    params.out_channels = weight.size(0);
+    params.in_channels = weight.size(1);
+    for (int d = 0; d < 4; ++d) params.stride[d] = weight.stride(d);
+    params.dtype = kernel_dtype(kOp, "weight", dtype);
+    const CudaScope scope(weight);
+    check_cuda(kOp, cuda::launch_phase_weights(params, scope.stream()));
+  }
+  const bool zeros = plan.mode == PaddingMode::kZeros;
+  const Tensor padded = zeros ? to_contiguous(args.input, true)
+                              : pad_upsample(kBackend, args.input, 1, PaddingMode::kReplicate, one, true);
+  Tensor conv = convolution(padded, phases, one, zeros ? one : none, plan.tf32);
+  if (!is_dense(conv, true)) conv = to_contiguous(conv, true);
+
+  const Tensor output = empty_dense(args.input, plan.output_sizes, true, dtype);
+  auto call = prepare_instance_norm(norm_request(args, plan), output, args.norm_weight, args.norm_bias, args.residual);
+  call.params.input = conv.const_data_ptr();
+  call.params.phase_width = static_cast<int32_t>(plan.output_sizes[3]);
+  norm<kPhases>(call);
+  return plan.channels_last ? output : to_contiguous(output, false);
+}
+
+// `tensor` in channels_last with zeros for the channels up to `channels`, padded by `padding` pixels.
+Tensor pad_channels(const Tensor& tensor, int64_t channels, PaddingMode mode, const std::vector<int64_t>& padding) {
+  const Tensor dense = is_dense(tensor, true) ? tensor : to_contiguous(tensor, true);
+  PadParams params;
+  params.batch = dense.size(0);
+  params.channels = dense.size(1);
+  params.out_channels = channels;
+  params.height = dense.size(2);
+  params.width = dense.size(3);
+  params.out_height = params.height + 2 * padding[0];
+  params.out_width = params.width + 2 * padding[1];
+  params.pad_top = padding[0];
+  params.pad_left = padding[1];
+  params.mode = mode;
+  params.element_size = static_cast<int>(dense.element_size());
+  params.channels_last = true;
+  Tensor padded = empty_dense(dense, {params.batch, channels, params.out_height, params.out_width}, true,
+                              dense.scalar_type());
+  params.input = dense.const_data_ptr();
+  params.output = padded.mutable_data_ptr();
+  launch_pad(params, dense);
+  return padded;
+}
+
+// Pictures have three channels, for which cuDNN has no fast channels_last kernel: 16 bytes of channels it takes. The zeros
+// are written by the pass that pads the picture anyway.
+std::optional<Tensor> run_padded_channels(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+  const int64_t full = 16 / static_cast<int64_t>(args.input.element_size());
+  const bool tensor_cores = args.input.scalar_type() != ScalarType::Double && (full == 8 || plan.tf32);
+  const int64_t taps = args.weight.size(2) * args.weight.size(3);
+  if (!tensor_cores || args.upsample != 1 || args.input.size(1) >= full || taps == 1) return {};
+  const std::vector<int64_t> none{0, 0};
+  const Tensor padded = pad_channels(args.input, full, plan.mode, plan.padding);
+  const Tensor weight = pad_channels(args.weight, full, PaddingMode::kZeros, none);
+  Tensor conv = convolution(padded, weight, plan.stride, none, plan.tf32);
+  if (!is_dense(conv, true)) conv = to_contiguous(conv, true);
+  auto call = prepare_instance_norm(norm_request(args, plan), conv, args.norm_weight, args.norm_bias, args.residual);
+  norm<kPaddedChannels>(call);
+  return plan.channels_last ? call.output : to_contiguous(call.output, false);
+}
 
 Tensor fused_conv_instance_norm_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                      const Text& padding_mode, int64_t upsample, double eps, const Text& activation,
                                      double negative_slope, const OptionalTensor& residual, const Text& precision) {
-  return run_conv_instance_norm(kBackend,
-                                {input, weight, bias, norm_weight, norm_bias, stride, padding, padding_mode, upsample,
-                                 eps, activation, negative_slope, residual, precision});
+  const ConvInstanceNormArgs args{input,        weight,   bias, norm_weight, norm_bias,      stride,   padding,
+                                  padding_mode, upsample, eps,  activation,  negative_slope, residual, precision};
+  const ConvInstanceNormPlan plan = plan_conv_instance_norm(args);
+  if (plan.empty()) return empty_dense(input, plan.output_sizes, plan.channels_last, input.scalar_type());
+  if (auto output = run_upsample_phases(args, plan)) return *output;
+  if (auto output = run_padded_channels(args, plan)) return *output;
+  return run_conv_instance_norm(kBackend, args, plan);
+}
+
+Tensor pad_upsample_operator(const Tensor& input, const std::vector<int64_t>& padding, const Text& padding_mode,
+                             int64_t upsample) {
+  return checked_pad_upsample(kBackend, input, padding, padding_mode, upsample);
 }
 
 }  // namespace
@@ -47,4 +154,5 @@ Tensor fused_conv_instance_norm_relu(const Tensor& input, const Tensor& weight, 
 
 STABLE_TORCH_LIBRARY_IMPL(styleforge, CUDA, m) {
   m.impl("fused_conv_instance_norm_relu", TORCH_BOX(&styleforge::fused_conv_instance_norm_relu));
+  m.impl("_pad_upsample", TORCH_BOX(&styleforge::pad_upsample_operator));
 }

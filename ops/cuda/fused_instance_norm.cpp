@@ -6,7 +6,7 @@
 
 namespace styleforge {
 
-void launch_instance_norm_cuda(const char* op, const InstanceNormCall& call) {
+void launch_instance_norm_cuda(const char* op, const InstanceNormCall& call, const char* before) {
   if (call.empty()) return;
   const CudaScope scope(call.output);
   cuda::InstanceNormSchedule schedule;
@@ -14,7 +14,11 @@ void launch_instance_norm_cuda(const char* op, const InstanceNormCall& call) {
   std::optional<Tensor> holder;
   void* memory = workspace(call.output, schedule.workspace_bytes, holder);
   check_cuda(op, cuda::launch_instance_norm(call.params, schedule, memory, scope.stream()));
-  record_path(schedule.name);
+  if (before == nullptr) {
+    record_path(schedule.name);
+  } else {
+    record_path(before, schedule.name);
+  }
 }
 
 namespace {

@@ -5,7 +5,7 @@
 
 namespace styleforge {
 
-// Schedules and launches on the current stream; records the path unless `quiet`.
-void launch_instance_norm_cuda(const char* op, const InstanceNormCall& call);
+// Schedules and launches on the current stream. Records the norm's path, behind `before` where an operator ends in it.
+void launch_instance_norm_cuda(const char* op, const InstanceNormCall& call, const char* before = nullptr);
 
 }  // namespace styleforge

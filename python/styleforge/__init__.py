@@ -1,7 +1,7 @@
 """styleforge: fused PyTorch operators for real-time style transfer.
 
-``styleforge.ops`` holds the operators as functions (``torch.ops.styleforge.*`` by schema), ``styleforge.nn`` the modules,
-``styleforge.models`` the networks.
+``styleforge.ops`` holds the operators as functions (``torch.ops.styleforge.*`` by schema), ``styleforge.nn``
+the modules, ``styleforge.models`` the networks.
 """
 
 from __future__ import annotations

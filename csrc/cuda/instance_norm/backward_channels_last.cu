@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kTileThreads)
     reduce_kernel(const __grid_constant__ InstanceNormBackwardParams p, int lanes, int tiles, int share,
                   acc_t<T>* partials) {
   using Acc = acc_t<T>;
-  __shared__ Acc scratch[kSumScratch<kWidth>];
+  __shared__ __align__(16) Acc scratch[2][kSumScratch<kWidth>];
   const auto at = channel_tile<kWidth>(p, lanes, tiles, share, blockIdx.x);
   wait_for_predecessor();
   release_successor();
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kTileThreads)
       }
     }
   }
-  sum_over_rows<kWidth>(sum_g, lanes, scratch);
-  sum_over_rows<kWidth>(sum_gx, lanes, scratch);
+  sum_over_rows<kWidth>(sum_g, lanes, scratch[0]);
+  sum_over_rows<kWidth>(sum_gx, lanes, scratch[1]);
   if (at.active && at.row == 0) {
     Acc* out = partials + (at.n * tiles + at.tile) * 2 * p.channels + static_cast<int64_t>(at.vector) * kWidth;
 #pragma unroll

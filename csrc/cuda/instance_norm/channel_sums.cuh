@@ -8,36 +8,40 @@
 namespace styleforge::cuda {
 
 constexpr int kMaxLanes = 8;
+constexpr int kMaxTileWarps = 16;  // the blocks have up to 512 threads
 
 template <int kWidth>
-constexpr int kSumScratch = kMaxWarps * kMaxLanes * kWidth;
+constexpr int kSumScratch = kMaxTileWarps * kMaxLanes * kWidth;
 
-// Every thread gets the sums of its lane's channels, added in a fixed order: within warps, then warp by warp.
+// Every thread gets the sums of its lane's channels, added in a fixed order: within warps, then warp by warp. One barrier;
+// a caller that sums twice gives two scratch arrays.
 template <int kWidth, typename Acc>
 __device__ __forceinline__ void sum_over_rows(Acc (&v)[kWidth], int lanes, Acc* scratch) {
   const int warp = threadIdx.x / kWarp;
   const int in_warp = threadIdx.x % kWarp;
   const int lane = threadIdx.x % lanes;
   const int warps = blockDim.x / kWarp;
+  using Row = Vec<Acc, kWidth>;
+  Row* rows = reinterpret_cast<Row*>(scratch);
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
     for (int offset = kWarp / 2; offset >= lanes; offset /= 2) v[k] += __shfl_xor_sync(0xffffffffu, v[k], offset);
   }
   if (in_warp < lanes) {
+    Row own;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) scratch[(warp * lanes + lane) * kWidth + k] = v[k];
-  }
-  __syncthreads();
-  const int channels = lanes * kWidth;
-  for (int j = threadIdx.x; j < channels; j += blockDim.x) {
-    Acc total = 0;
-    for (int w = 0; w < warps; ++w) total += scratch[w * channels + j];
-    scratch[j] = total;  // row 0 of the scratch: only this thread reads column j
+    for (int k = 0; k < kWidth; ++k) own.data[k] = v[k];
+    rows[warp * lanes + lane] = own;
   }
   __syncthreads();
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) v[k] = scratch[lane * kWidth + k];
-  __syncthreads();
+  for (int k = 0; k < kWidth; ++k) v[k] = 0;
+#pragma unroll 4
+  for (int w = 0; w < warps; ++w) {
+    const Row other = rows[w * lanes + lane];
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) v[k] += other.data[k];
+  }
 }
 
 // Moments of kWidth channels at once over a stream of pixels: short batches about their own mean, merged into a running

@@ -7,7 +7,7 @@
 namespace styleforge::cuda {
 
 constexpr int kTileThreads = 256;
-constexpr int kMergeWarps = 16;
+constexpr int kMergeWarps = 32;
 
 template <int kWidth>
 struct ChannelTile {

@@ -13,10 +13,11 @@ namespace styleforge::cuda {
 namespace {
 
 // Shared memory that plane and slab declare statically (reductions, the parts of a cluster); the rest holds the data.
-constexpr int64_t kStaticShared = 12 * 1024;
+constexpr int64_t kStaticShared = 20 * 1024;
 // Three blocks of this size share a multiprocessor, so that one loads while another one stores.
 constexpr int64_t kPreferredShare = 64 * 1024;
-constexpr int64_t kLeastShare = 8 * 1024;
+constexpr int64_t kLeastShare = 4 * 1024;
+constexpr int64_t kLargestSlabTensor = 12 << 20;  // bytes of one sample
 constexpr int kSplitThreads = 256;
 constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
 
@@ -77,12 +78,15 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
   const int most = largest_cluster(facts);
   int cluster = 1;
   while (cluster < most && bytes > kPreferredShare * cluster) cluster *= 2;
-  while (cluster < most && planes * cluster < 2 * facts.multiprocessors && bytes >= kLeastShare * cluster * 2) {
+  while (cluster < most && planes * cluster * 2 <= facts.multiprocessors && bytes >= kLeastShare * cluster * 2) {
     cluster *= 2;
   }
   cluster = static_cast<int>(tuned("cluster", cluster));
   s.share = ceil_div(vectors, cluster);
   if (s.share * shape.vector_bytes > facts.max_shared_per_block - kStaticShared) return false;
+  // Measured (bench/tune.py): 16 blocks to a plane lose against two passes, from the L2 cache for a small tensor, by
+  // tickets for a large one.
+  if (cluster == 16 && !forced("plane")) return false;
   s.path = InstanceNormPath::kPlane;
   s.cluster = cluster;
   s.threads = static_cast<int>(tuned("threads", round_threads(ceil_div(s.share, 8), 64, 1024)));
@@ -99,24 +103,34 @@ bool schedule_slab(const InstanceNormParams& p, const DeviceFacts& facts, const 
                    InstanceNormSchedule& s) {
   const int64_t vectors = p.channels / shape.width;
   const int most = largest_cluster(facts);
-  int lanes = lanes_for(vectors);
-  // Wide slabs read whole cache lines, narrow ones (32 bytes) give more blocks and need less memory each.
-  const int least_lanes = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(lanes, 32 / shape.vector_bytes)));
+  // Measured (bench/tune.py): slabs of 64 bytes and the smallest cluster that gives half as many blocks as there are
+  // multiprocessors; slabs of 32 bytes where that fails; the two-pass kernels where a tensor is large for its few blocks.
+  if (p.pixels * p.channels * static_cast<int64_t>(size_of(p.dtype)) > kLargestSlabTensor) return false;
+  const int widest = std::min(lanes_for(vectors), static_cast<int>(std::max<int64_t>(1, 64 / shape.vector_bytes)));
+  const int narrowest = std::min(widest, static_cast<int>(std::max<int64_t>(1, 32 / shape.vector_bytes)));
   const int64_t room = facts.max_shared_per_block - kStaticShared;
+  const int64_t enough = facts.multiprocessors / 2 - 2;
   const auto units = [&](int l) { return p.batch * ceil_div(vectors, l); };
   const auto slab_bytes = [&](int l) { return p.pixels * l * shape.vector_bytes; };
-  while (lanes > least_lanes &&
-         (units(lanes) * most < 2 * facts.multiprocessors || slab_bytes(lanes) > kPreferredShare * most)) {
-    lanes /= 2;
+  const auto cluster_for = [&](int l) {
+    int cluster = 1;
+    while (cluster < most && slab_bytes(l) > room * cluster) cluster *= 2;
+    while (cluster < most && units(l) * cluster < enough && slab_bytes(l) >= kLeastShare * cluster * 2) cluster *= 2;
+    return cluster;
+  };
+  int lanes = 0;
+  int64_t blocks = 0;
+  for (int l = widest; l >= narrowest && blocks < enough; l /= 2) {
+    const int cluster = cluster_for(l);
+    if (ceil_div(p.pixels, cluster) * l * shape.vector_bytes > room) continue;
+    if (units(l) * cluster > blocks) {
+      lanes = l;
+      blocks = units(l) * cluster;
+    }
   }
   lanes = static_cast<int>(tuned("lanes", lanes));
-  int cluster = 1;
-  while (cluster < most && slab_bytes(lanes) > kPreferredShare * cluster) cluster *= 2;
-  while (cluster < most && units(lanes) * cluster < 2 * facts.multiprocessors &&
-         slab_bytes(lanes) >= kLeastShare * cluster * 2) {
-    cluster *= 2;
-  }
-  cluster = static_cast<int>(tuned("cluster", cluster));
+  if (lanes == 0) return false;
+  const int cluster = static_cast<int>(tuned("cluster", cluster_for(lanes)));
   s.share = ceil_div(p.pixels, cluster);
   const int64_t bytes = s.share * lanes * shape.vector_bytes;
   if (bytes > room) return false;
@@ -136,7 +150,9 @@ void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const
   s.threads = kSplitThreads;
   if (!p.channels_last) {
     const int64_t vectors = p.pixels / shape.width;
-    s.share = std::min(kSplitShare, vectors);
+    // Full tiles where they fill the device, else half ones.
+    const bool many = p.batch * p.channels * ceil_div(vectors, kSplitShare) >= 2 * facts.multiprocessors;
+    s.share = std::min(tuned("tile", many ? kSplitShare : kSplitShare / 2), vectors);
     s.parts = ceil_div(vectors, s.share);
     s.workspace_bytes = static_cast<size_t>(2 * p.batch * p.channels * s.parts) * acc;
     return;
@@ -145,8 +161,9 @@ void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const
   s.lanes = lanes_for(vectors);
   const int64_t blocks = p.batch * ceil_div(vectors, s.lanes);
   const int64_t rows = kTileThreads / s.lanes;
-  const int64_t wanted = std::max<int64_t>(1, 8 * facts.multiprocessors / blocks);  // tiles of a sample
-  s.share = std::max(rows * 4, ceil_div(p.pixels, wanted));
+  // Three blocks a multiprocessor, each with at least eight loads a thread.
+  const int64_t wanted = std::max<int64_t>(1, tuned("tiles", 3 * facts.multiprocessors) / blocks);
+  s.share = std::max(rows * 8, ceil_div(ceil_div(p.pixels, wanted), rows * 4) * rows * 4);
   s.parts = ceil_div(p.pixels, s.share);
   s.workspace_bytes = static_cast<size_t>(2 * p.batch * p.channels * (s.parts + 1)) * acc;
 }
@@ -174,7 +191,7 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
   const int64_t bytes = params.batch * params.channels * params.pixels * static_cast<int64_t>(size_of(params.dtype));
   if (bytes > facts.l2_bytes / 2 || forced("ticket")) {
     schedule.lead = std::min(params.batch * params.channels * schedule.parts,
-                             std::max<int64_t>(schedule.parts, tuned("lead", 4 * facts.multiprocessors)));
+                             std::max<int64_t>(schedule.parts, tuned("lead", 2 * facts.multiprocessors)));
     const size_t planes = static_cast<size_t>(params.batch * params.channels);
     schedule.workspace_bytes *= 2;  // at least as many bytes again as the moments of the tiles: the planes' statistics
     schedule.workspace_bytes += sizeof(unsigned) * (1 + planes);

@@ -6,8 +6,9 @@
 //   thread:   lane = t % lanes owns kWidth channels; row = t / lanes owns pixels row, row + rows, ...
 //   cluster:  block r owns pixels [r * share, (r + 1) * share)
 //
-// A thread sums its own channels over its own pixels; sums over the rows go through warp shuffles and shared memory;
-// blocks merge (count, mean, M2) of every channel in the order of their ranks (Chan et al. 1983).
+// A thread sums its own channels over its own pixels; sums over the rows go through warp shuffles and shared memory; the
+// blocks write (mean, M2) of every channel into each other's shared memory and merge them in the order of their ranks (Chan
+// et al. 1983).
 #include "../common/activation.cuh"
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
@@ -30,8 +31,8 @@ __global__ void __launch_bounds__(512)
   constexpr int kMaxChannels = kMaxLanes * kWidth;
   extern __shared__ __align__(16) unsigned char shared[];
   V* held = reinterpret_cast<V*>(shared);
-  __shared__ Acc scratch[kSumScratch<kWidth>];
-  __shared__ Acc part[2][kMaxChannels];  // this block's mean and M2 for each channel, read by the whole cluster
+  __shared__ __align__(16) Acc scratch[2][kSumScratch<kWidth>];
+  __shared__ __align__(16) Acc parts[2][kMaxCluster][kMaxChannels];  // mean and M2 of every block of the cluster
   __shared__ Acc result[3][kMaxChannels];  // mean, scale, shift
 
   const int blocks = static_cast<int>(cluster_size());
@@ -56,7 +57,15 @@ __global__ void __launch_bounds__(512)
                               : phase_vector(p, n, begin + i, vectors, vector);
   };
 
+  if (blocks > 1) cluster_arrive();  // has started: the others may write here
   wait_for_predecessor();
+  // Thread j < channels takes care of the slab's channel j between the passes; its parameters are on their way meanwhile.
+  const int channels = lanes * kWidth;
+  const int64_t channel = static_cast<int64_t>(unit % slabs) * channels + threadIdx.x;
+  const bool owns = threadIdx.x < channels && channel < p.channels;
+  const int64_t param = owns ? n * p.param_batch_stride + channel : 0;
+  const Acc weight = load_param(p.weight, p.param_dtype, param, Acc(1));
+  const Acc bias = load_param(p.bias, p.param_dtype, param, Acc(0));
 
   // 1. load and sum
   Acc sum[kWidth] = {};
@@ -81,7 +90,7 @@ __global__ void __launch_bounds__(512)
     }
   }
   release_successor();
-  sum_over_rows<kWidth>(sum, lanes, scratch);
+  sum_over_rows<kWidth>(sum, lanes, scratch[0]);
   Acc mean[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) mean[k] = sum[k] / max(static_cast<Acc>(count), Acc(1));
@@ -99,15 +108,17 @@ __global__ void __launch_bounds__(512)
       }
     }
   }
-  sum_over_rows<kWidth>(squares, lanes, scratch);
+  sum_over_rows<kWidth>(squares, lanes, scratch[1]);
 
   // 3. merge over the cluster
-  const int channels = lanes * kWidth;
-  if (row == 0) {
+  // Every thread has its lane's sums, so row r can write them to block r: into the shared memory of all blocks, this one
+  // included, and none has to wait for readers before it leaves.
+  if (blocks > 1) cluster_wait();
+  for (int r = row; r < blocks; r += rows) {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      part[0][lane * kWidth + k] = mean[k];
-      part[1][lane * kWidth + k] = squares[k];
+      store_remote(&parts[0][rank][lane * kWidth + k], r, mean[k]);
+      store_remote(&parts[1][rank][lane * kWidth + k], r, squares[k]);
     }
   }
   if (blocks > 1) {
@@ -116,32 +127,21 @@ __global__ void __launch_bounds__(512)
   } else {
     __syncthreads();
   }
-  // One thread for each channel; all its reads of other blocks are in flight together.
-  for (int j = threadIdx.x; j < channels; j += blockDim.x) {
-    const int64_t c = static_cast<int64_t>(unit % slabs) * channels + j;
-    if (c >= p.channels) continue;
-    const int64_t param = n * p.param_batch_stride + c;
-    const Acc weight = load_param(p.weight, p.param_dtype, param, Acc(1));
-    const Acc bias = load_param(p.bias, p.param_dtype, param, Acc(0));
-    Acc channel_mean = part[0][j];
-    Acc channel_m2 = part[1][j];
+  if (owns) {
+    const int j = threadIdx.x;
+    const auto held_by = [&](int r) { return static_cast<Acc>(max(min(share, pixels - r * share), 0)); };
+    Acc channel_mean = parts[0][0][j];
+    Acc channel_m2 = parts[1][0][j];
     if (blocks > 1) {
-      Acc rank_mean[kMaxCluster], rank_m2[kMaxCluster];
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; ++r) {
-        rank_mean[r] = r < blocks ? load_remote(&part[0][j], r) : Acc(0);
-        rank_m2[r] = r < blocks ? load_remote(&part[1][j], r) : Acc(0);
-      }
-      const auto held_by = [&](int r) { return static_cast<Acc>(max(min(share, pixels - r * share), 0)); };
-      Acc sum = 0;
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; ++r) sum += held_by(r) * rank_mean[r];
-      channel_mean = sum / static_cast<Acc>(pixels);
+      Acc sum_of_blocks = 0;
+#pragma unroll 4
+      for (int r = 0; r < blocks; ++r) sum_of_blocks += held_by(r) * parts[0][r][j];
+      channel_mean = sum_of_blocks / static_cast<Acc>(pixels);
       channel_m2 = 0;
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; ++r) {
-        const Acc d = rank_mean[r] - channel_mean;
-        channel_m2 += rank_m2[r] + held_by(r) * d * d;
+#pragma unroll 4
+      for (int r = 0; r < blocks; ++r) {
+        const Acc d = parts[0][r][j] - channel_mean;
+        channel_m2 += parts[1][r][j] + held_by(r) * d * d;
       }
     }
     const Acc rstd = reciprocal_sqrt(channel_m2 / static_cast<Acc>(pixels) + static_cast<Acc>(p.eps));
@@ -149,11 +149,10 @@ __global__ void __launch_bounds__(512)
     result[1][j] = rstd * weight;
     result[2][j] = bias;
     if (rank == 0 && p.mean != nullptr) {
-      reinterpret_cast<Acc*>(p.mean)[n * p.channels + c] = channel_mean;
-      reinterpret_cast<Acc*>(p.rstd)[n * p.channels + c] = rstd;
+      reinterpret_cast<Acc*>(p.mean)[n * p.channels + channel] = channel_mean;
+      reinterpret_cast<Acc*>(p.rstd)[n * p.channels + channel] = rstd;
     }
   }
-  if (blocks > 1) cluster_arrive();  // has read; the wait stands at the end, before any block may leave
   __syncthreads();
 
   // 4. normalise
@@ -204,7 +203,6 @@ __global__ void __launch_bounds__(512)
       }
     }
   }
-  if (blocks > 1) cluster_wait();
 }
 
 }  // namespace

@@ -12,7 +12,7 @@
 namespace styleforge::cuda {
 namespace {
 
-constexpr int kBatch = 8;
+constexpr int kBatch = 4;
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kTileThreads)
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kTileThreads)
                    acc_t<T>* partials) {
   using V = Vec<T, kWidth>;
   using Acc = acc_t<T>;
-  __shared__ Acc scratch[kSumScratch<kWidth>];
+  __shared__ __align__(16) Acc scratch[2][kSumScratch<kWidth>];
   const auto at = channel_tile<kWidth>(p, lanes, tiles, share, blockIdx.x);
   wait_for_predecessor();
   release_successor();
@@ -41,14 +41,14 @@ __global__ void __launch_bounds__(kTileThreads)
   Acc sum[kWidth], mean[kWidth], m2[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) sum[k] = own.mean[k] * own.count;
-  sum_over_rows<kWidth>(sum, lanes, scratch);
+  sum_over_rows<kWidth>(sum, lanes, scratch[0]);
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
     mean[k] = sum[k] / max(static_cast<Acc>(at.count), Acc(1));
     const Acc d = own.mean[k] - mean[k];
     m2[k] = own.m2[k] + own.count * d * d;
   }
-  sum_over_rows<kWidth>(m2, lanes, scratch);
+  sum_over_rows<kWidth>(m2, lanes, scratch[1]);
   if (at.active && at.row == 0) {
     Acc* out = partials + (at.n * tiles + at.tile) * 2 * p.channels + static_cast<int64_t>(at.vector) * kWidth;
 #pragma unroll
@@ -59,38 +59,49 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// Block: 32 channels (threadIdx.x) by kMergeWarps groups of tiles (threadIdx.y).
+// Block: 32 channels (threadIdx.x) by kMergeWarps groups of tiles (threadIdx.y): mean first, then squares about it, each
+// group in the order of the tiles, then the groups in their order.
 template <typename T>
 __global__ void __launch_bounds__(kWarp* kMergeWarps)
     merge_moments_kernel(const __grid_constant__ InstanceNormParams p, int tiles, int share,
                          const acc_t<T>* partials, acc_t<T>* mean_out, acc_t<T>* rstd_out) {
   using Acc = acc_t<T>;
-  __shared__ Acc groups[3][kMergeWarps][kWarp];  // count, mean, M2
+  __shared__ Acc groups[2][kMergeWarps][kWarp];
   const int blocks_per_sample = static_cast<int>((p.channels + kWarp - 1) / kWarp);
   const int64_t n = blockIdx.x / blocks_per_sample;
   const int64_t c = static_cast<int64_t>(blockIdx.x % blocks_per_sample) * kWarp + threadIdx.x;
   wait_for_predecessor();
   release_successor();
-  Moments<Acc> all;
-  if (c < p.channels) {
-#pragma unroll 4
-    for (int tile = threadIdx.y; tile < tiles; tile += kMergeWarps) {
-      const Acc* in = partials + (n * tiles + tile) * 2 * p.channels + c;
-      all.merge(static_cast<Acc>(min(static_cast<int64_t>(share), p.pixels - static_cast<int64_t>(tile) * share)),
-                in[0], in[p.channels]);
-    }
+  const bool active = c < p.channels;
+  const Acc* own = partials + n * tiles * 2 * p.channels + (active ? c : 0);
+  const auto pixels_of = [&](int tile) {
+    return static_cast<Acc>(min(static_cast<int64_t>(share), p.pixels - static_cast<int64_t>(tile) * share));
+  };
+  const auto over_groups = [&](Acc value, Acc (&scratch)[kMergeWarps][kWarp]) {
+    scratch[threadIdx.y][threadIdx.x] = value;
+    __syncthreads();
+    Acc total = 0;
+#pragma unroll
+    for (int g = 0; g < kMergeWarps; ++g) total += scratch[g][threadIdx.x];
+    return total;
+  };
+  Acc sum = 0;
+#pragma unroll 8
+  for (int tile = threadIdx.y; tile < tiles; tile += kMergeWarps) {
+    sum += own[static_cast<int64_t>(tile) * 2 * p.channels] * pixels_of(tile);
   }
-  groups[0][threadIdx.y][threadIdx.x] = all.count;
-  groups[1][threadIdx.y][threadIdx.x] = all.mean;
-  groups[2][threadIdx.y][threadIdx.x] = all.m2;
-  __syncthreads();
-  if (threadIdx.y != 0 || c >= p.channels) return;
-  for (int g = 1; g < kMergeWarps; ++g) {
-    all.merge(groups[0][g][threadIdx.x], groups[1][g][threadIdx.x], groups[2][g][threadIdx.x]);
+  const Acc mean = over_groups(sum, groups[0]) / static_cast<Acc>(p.pixels);
+  Acc squares = 0;
+#pragma unroll 8
+  for (int tile = threadIdx.y; tile < tiles; tile += kMergeWarps) {
+    const Acc* in = own + static_cast<int64_t>(tile) * 2 * p.channels;
+    const Acc d = in[0] - mean;
+    squares += in[p.channels] + pixels_of(tile) * d * d;
   }
-  mean_out[n * p.channels + c] = all.mean;
-  rstd_out[n * p.channels + c] =
-      reciprocal_sqrt(all.m2 / static_cast<Acc>(p.pixels) + static_cast<Acc>(p.eps));
+  const Acc m2 = over_groups(squares, groups[1]);
+  if (threadIdx.y != 0 || !active) return;
+  mean_out[n * p.channels + c] = mean;
+  rstd_out[n * p.channels + c] = reciprocal_sqrt(m2 / static_cast<Acc>(p.pixels) + static_cast<Acc>(p.eps));
 }
 
 template <typename T, int kWidth>
@@ -100,6 +111,15 @@ __global__ void __launch_bounds__(kTileThreads)
   using V = Vec<T, kWidth>;
   using Acc = acc_t<T>;
   const auto at = channel_tile<kWidth>(p, lanes, tiles, share, gridDim.x - 1 - blockIdx.x);
+  // The first vectors are loaded before the wait: pass 1 writes nothing of them, and whatever did write them was complete
+  // before pass 1 let its successors start.
+  constexpr int kAhead = 4;
+  V ahead[kAhead];
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    const int i = at.row + u * at.rows;
+    if (at.active && i < at.count) ahead[u] = load_const<V>(p.input, source_vector(p, at, i));
+  }
   wait_for_predecessor();
   release_successor();
   if (!at.active) return;
@@ -126,8 +146,16 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int k = 0; k < kWidth; ++k) out.data[k] = from_acc<T>(y[k]);
     return out;
   };
+  const auto residual_at = [&](int i, const V& unused) {
+    return has_residual ? load_const<V>(p.residual, at.index(i)) : unused;
+  };
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    const int i = at.row + u * at.rows;
+    if (i < at.count) store(p.output, at.index(i), finish(ahead[u], residual_at(i, ahead[u])));
+  }
   constexpr int kApplyBatch = 4;
-  int i = at.row;
+  int i = at.row + kAhead * at.rows;
   for (; i + (kApplyBatch - 1) * at.rows < at.count; i += kApplyBatch * at.rows) {
     V x[kApplyBatch], r[kApplyBatch];
 #pragma unroll
@@ -145,9 +173,7 @@ __global__ void __launch_bounds__(kTileThreads)
   }
   for (; i < at.count; i += at.rows) {
     const V x = load_const<V>(p.input, source_vector(p, at, i));
-    V r = x;
-    if (has_residual) r = load_const<V>(p.residual, at.index(i));
-    store(p.output, at.index(i), finish(x, r));
+    store(p.output, at.index(i), finish(x, residual_at(i, x)));
   }
 }
 

@@ -73,72 +73,55 @@ __device__ __forceinline__ void tile_moments(const InstanceNormParams& p, int64_
   }
 }
 
+// A tile is at most kBatch vectors a thread: it lies in registers while its plane's statistics are waited for.
 template <typename T, int kWidth>
-__device__ __forceinline__ void tile_apply(const InstanceNormParams& p, int64_t plane, int part, int parts, int share,
-                                           const acc_t<T>* partials) {
+struct HeldTile {
   using V = Vec<T, kWidth>;
   using Acc = acc_t<T>;
-  // Every warp merges the plane's tiles for itself: mean first, then squares about it.
-  const int lane = threadIdx.x % kWarp;
-  const auto elements = [&](int j) {
-    return static_cast<Acc>(tile_at<T, kWidth>(p, plane, j, share).count) * kWidth;
-  };
-  const Acc* plane_partials = partials + plane * parts * 2;
-  Acc sum = 0;
-  for (int j = lane; j < parts; j += kWarp) sum += __ldcg(&plane_partials[2 * j]) * elements(j);
-  const Acc mean = warp_sum(sum) / static_cast<Acc>(p.pixels);
-  Acc m2 = 0;
-  for (int j = lane; j < parts; j += kWarp) {
-    const Acc d = __ldcg(&plane_partials[2 * j]) - mean;
-    m2 += __ldcg(&plane_partials[2 * j + 1]) + elements(j) * d * d;
-  }
-  const Acc rstd = reciprocal_sqrt(warp_sum(m2) / static_cast<Acc>(p.pixels) + static_cast<Acc>(p.eps));
-  const int64_t param = plane / p.channels * p.param_batch_stride + plane % p.channels;
-  const Acc scale = rstd * load_param(p.weight, p.param_dtype, param, Acc(1));
-  const Acc shift = load_param(p.bias, p.param_dtype, param, Acc(0));
-  if (part == 0 && threadIdx.x == 0 && p.mean != nullptr) {
-    reinterpret_cast<Acc*>(p.mean)[plane] = mean;
-    reinterpret_cast<Acc*>(p.rstd)[plane] = rstd;
+  Tile<T, kWidth> tile;
+  V x[kBatch];
+  Acc weight, shift;
+
+  __device__ __forceinline__ void load(const InstanceNormParams& p, int64_t plane, int part, int share) {
+    tile = tile_at<T, kWidth>(p, plane, part, share);
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int i = threadIdx.x + u * kThreads;
+      if (i < tile.count) x[u] = load_const<V>(p.input, tile.first + i);
+    }
+    const int64_t param = plane / p.channels * p.param_batch_stride + plane % p.channels;
+    weight = load_param(p.weight, p.param_dtype, param, Acc(1));
+    shift = load_param(p.bias, p.param_dtype, param, Acc(0));
   }
 
-  const auto tile = tile_at<T, kWidth>(p, plane, part, share);
-  const bool has_residual = p.residual != nullptr;
-  const auto finish = [&](const V& x, const V& r) {
-    Acc y[kWidth];
+  __device__ __forceinline__ void finish(const InstanceNormParams& p, Acc mean, Acc rstd) const {
+    const Acc scale = rstd * weight;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      y[k] = (to_acc(x.data[k]) - mean) * scale + shift;
-      if (has_residual) y[k] += to_acc(r.data[k]);
-    }
-    activate(y, p.activation, p.negative_slope);
-    V out;
+    for (int u = 0; u < kBatch; ++u) {
+      const int i = threadIdx.x + u * kThreads;
+      if (i >= tile.count) continue;
+      Acc y[kWidth];
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) out.data[k] = from_acc<T>(y[k]);
-    return out;
-  };
-  constexpr int kApplyBatch = 4;
-  int i = threadIdx.x;
-  for (; i + (kApplyBatch - 1) * kThreads < tile.count; i += kApplyBatch * kThreads) {
-    V x[kApplyBatch], r[kApplyBatch];
+      for (int k = 0; k < kWidth; ++k) y[k] = (to_acc(x[u].data[k]) - mean) * scale + shift;
+      if (p.residual != nullptr) {
+        const V r = load_const<V>(p.residual, tile.first + i);
 #pragma unroll
-    for (int u = 0; u < kApplyBatch; ++u) x[u] = load_const<V>(p.input, tile.first + i + u * kThreads);
+        for (int k = 0; k < kWidth; ++k) y[k] += to_acc(r.data[k]);
+      }
+      activate(y, p.activation, p.negative_slope);
+      V out;
 #pragma unroll
-    for (int u = 0; u < kApplyBatch; ++u) r[u] = x[u];  // never used uninitialised, never read without a residual
-    if (has_residual) {
-#pragma unroll
-      for (int u = 0; u < kApplyBatch; ++u) r[u] = load_const<V>(p.residual, tile.first + i + u * kThreads);
-    }
-#pragma unroll
-    for (int u = 0; u < kApplyBatch; ++u) {
-      store(p.output, tile.first + i + u * kThreads, finish(x[u], r[u]));
+      for (int k = 0; k < kWidth; ++k) out.data[k] = from_acc<T>(y[k]);
+      store(p.output, tile.first + i, out);
     }
   }
-  for (; i < tile.count; i += kThreads) {
-    const V x = load_const<V>(p.input, tile.first + i);
-    V r = x;
-    if (has_residual) r = load_const<V>(p.residual, tile.first + i);
-    store(p.output, tile.first + i, finish(x, r));
-  }
+};
+
+template <typename Acc>
+__device__ __forceinline__ void store_statistics(const InstanceNormParams& p, int64_t plane, Acc mean, Acc rstd) {
+  if (p.mean == nullptr) return;
+  reinterpret_cast<Acc*>(p.mean)[plane] = mean;
+  reinterpret_cast<Acc*>(p.rstd)[plane] = rstd;
 }
 
 template <typename T, int kWidth>
@@ -149,14 +132,50 @@ __global__ void __launch_bounds__(kThreads)
   tile_moments<T, kWidth>(p, blockIdx.x / parts, static_cast<int>(blockIdx.x % parts), parts, share, partials);
 }
 
+// The tile is loaded before the wait: pass 1 writes nothing of it, and whatever did write it was complete before pass 1 let
+// this kernel start. So the second read runs beside pass 1.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     apply_kernel(const __grid_constant__ InstanceNormParams p, int parts, int share, const acc_t<T>* partials) {
+  using Acc = acc_t<T>;
+  const int64_t index = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);
+  const int64_t plane = index / parts;
+  const int part = static_cast<int>(index % parts);
+  HeldTile<T, kWidth> held;
+  held.load(p, plane, part, share);
   wait_for_predecessor();
   release_successor();
-  const int64_t tile = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);
-  tile_apply<T, kWidth>(p, tile / parts, static_cast<int>(tile % parts), parts, share, partials);
+  // Every warp merges the plane's tiles for itself: mean first, then squares about it.
+  const auto elements = [&](int j) {
+    return static_cast<Acc>(tile_at<T, kWidth>(p, plane, j, share).count) * kWidth;
+  };
+  const Acc* own = partials + plane * parts * 2;
+  const int lane = threadIdx.x % kWarp;
+  Acc mean, m2;
+  if (parts <= kWarp) {
+    const Acc count = lane < parts ? elements(lane) : Acc(0);
+    const Acc lane_mean = lane < parts ? __ldcg(&own[2 * lane]) : Acc(0);
+    const Acc lane_m2 = lane < parts ? __ldcg(&own[2 * lane + 1]) : Acc(0);
+    mean = warp_sum(count * lane_mean) / static_cast<Acc>(p.pixels);
+    const Acc d = lane_mean - mean;
+    m2 = warp_sum(lane_m2 + count * d * d);
+  } else {
+    Acc sum = 0;
+    for (int j = lane; j < parts; j += kWarp) sum += __ldcg(&own[2 * j]) * elements(j);
+    mean = warp_sum(sum) / static_cast<Acc>(p.pixels);
+    Acc squares = 0;
+    for (int j = lane; j < parts; j += kWarp) {
+      const Acc d = __ldcg(&own[2 * j]) - mean;
+      squares += __ldcg(&own[2 * j + 1]) + elements(j) * d * d;
+    }
+    m2 = warp_sum(squares);
+  }
+  const Acc rstd = reciprocal_sqrt(m2 / static_cast<Acc>(p.pixels) + static_cast<Acc>(p.eps));
+  if (part == 0 && threadIdx.x == 0) store_statistics(p, plane, mean, rstd);
+  held.finish(p, mean, rstd);
 }
+
+__device__ __forceinline__ void wait_a_little() { __nanosleep(64); }
 
 // What the ticket kernel keeps in memory between its blocks; all zero at the start.
 struct TicketState {
@@ -185,13 +204,11 @@ __device__ __forceinline__ void merge_tiles(const InstanceNormParams& p, int64_t
   m2 = block_sum(squares, scratch[1]);
 }
 
-// A tile is at most kBatch vectors a thread, so that it lies in registers while its plane is waited for. The block that
-// completes a plane's moments merges them once for all; `statistics` holds mean and rstd of every plane.
+// The block that completes a plane's moments merges them once for all; `statistics` holds mean and rstd of every plane.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 3)
     ticket_kernel(const __grid_constant__ InstanceNormParams p, int parts, int share, int64_t lead,
                   acc_t<T>* partials, acc_t<T>* statistics, TicketState state) {
-  using V = Vec<T, kWidth>;
   using Acc = acc_t<T>;
   __shared__ int64_t drawn;
   __shared__ bool completes;
@@ -230,52 +247,22 @@ __global__ void __launch_bounds__(kThreads, 3)
       const Acc rstd = reciprocal_sqrt(m2 / static_cast<Acc>(p.pixels) + static_cast<Acc>(p.eps));
       __stcg(&statistics[2 * plane], mean);
       __stcg(&statistics[2 * plane + 1], rstd);
-      if (p.mean != nullptr) {
-        reinterpret_cast<Acc*>(p.mean)[plane] = mean;
-        reinterpret_cast<Acc*>(p.rstd)[plane] = rstd;
-      }
+      store_statistics(p, plane, mean, rstd);
       __threadfence();
       atomicAdd(&state.tiles[plane], 1u);
     }
     return;
   }
 
-  const auto tile = tile_at<T, kWidth>(p, plane, part, share);
-  V x[kBatch];
-#pragma unroll
-  for (int u = 0; u < kBatch; ++u) {
-    const int i = threadIdx.x + u * kThreads;
-    if (i < tile.count) x[u] = load_const<V>(p.input, tile.first + i);
-  }
-  const int64_t param = plane / p.channels * p.param_batch_stride + plane % p.channels;
-  const Acc weight = load_param(p.weight, p.param_dtype, param, Acc(1));
-  const Acc shift = load_param(p.bias, p.param_dtype, param, Acc(0));
+  HeldTile<T, kWidth> held;
+  held.load(p, plane, part, share);
   if (threadIdx.x == 0) {
     volatile unsigned* done = &state.tiles[plane];
-    while (*done <= static_cast<unsigned>(parts)) __nanosleep(64);
+    while (*done <= static_cast<unsigned>(parts)) wait_a_little();
     __threadfence();
   }
   __syncthreads();
-  const Acc mean = __ldcg(&statistics[2 * plane]);
-  const Acc scale = __ldcg(&statistics[2 * plane + 1]) * weight;
-#pragma unroll
-  for (int u = 0; u < kBatch; ++u) {
-    const int i = threadIdx.x + u * kThreads;
-    if (i >= tile.count) continue;
-    Acc y[kWidth];
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) y[k] = (to_acc(x[u].data[k]) - mean) * scale + shift;
-    if (p.residual != nullptr) {
-      const V r = load_const<V>(p.residual, tile.first + i);
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) y[k] += to_acc(r.data[k]);
-    }
-    activate(y, p.activation, p.negative_slope);
-    V out;
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) out.data[k] = from_acc<T>(y[k]);
-    store(p.output, tile.first + i, out);
-  }
+  held.finish(p, __ldcg(&statistics[2 * plane]), __ldcg(&statistics[2 * plane + 1]));
 }
 
 }  // namespace

@@ -31,21 +31,22 @@ __global__ void __launch_bounds__(kThreads)
     gather_channels_last(const __grid_constant__ PadParams p, int per_pixel, int out_per_pixel) {
   wait_for_predecessor();
   release_successor();
-  const int row = blockIdx.y;  // output row of all samples
-  const int64_t n = row / p.out_height;
   const int up = p.upsample;
-  const int y = source(static_cast<int>(row % p.out_height - p.pad_top), static_cast<int>(p.height * up), p.mode);
   const auto* in = static_cast<const Element*>(p.input);
-  auto* out = static_cast<Element*>(p.output) + row * p.out_width * out_per_pixel;
   const int count = static_cast<int>(p.out_width) * out_per_pixel;
-  for (int i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
-    const int x = source(static_cast<int>(i / out_per_pixel - p.pad_left), static_cast<int>(p.width * up), p.mode);
-    const int c = i % out_per_pixel;
-    Element value{};
-    if (x >= 0 && y >= 0 && c < per_pixel) {
-      value = in[((n * p.height + y / up) * p.width + x / up) * per_pixel + c];
+  for (int64_t row = blockIdx.y; row < p.batch * p.out_height; row += gridDim.y) {  // output rows of all samples
+    const int64_t n = row / p.out_height;
+    const int y = source(static_cast<int>(row - n * p.out_height - p.pad_top), static_cast<int>(p.height * up), p.mode);
+    auto* out = static_cast<Element*>(p.output) + row * count;
+    const Element* from = in + (n * p.height + y / up) * p.width * per_pixel;
+    for (int i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
+      const int pixel = i / out_per_pixel;
+      const int c = i - pixel * out_per_pixel;
+      const int x = source(pixel - static_cast<int>(p.pad_left), static_cast<int>(p.width * up), p.mode);
+      Element value{};
+      if (x >= 0 && y >= 0 && c < per_pixel) value = from[x / up * per_pixel + c];
+      out[i] = value;
     }
-    out[i] = value;
   }
 }
 
@@ -76,9 +77,8 @@ cudaError_t launch_as(const PadParams& params, const DeviceFacts& facts, cudaStr
     const int per_pixel = static_cast<int>(params.channels) / ratio;
     const int out_per_pixel = static_cast<int>(params.out_channels) / ratio;
     const int64_t rows = params.batch * params.out_height;
-    if (rows > 65535) return cudaErrorInvalidConfiguration;
     const auto grid = dim3(static_cast<unsigned>(ceil_div(params.out_width * out_per_pixel, kThreads * 2)),
-                           static_cast<unsigned>(rows));
+                           static_cast<unsigned>(rows < 65535 ? rows : 65535));
     return launch(gather_channels_last<Element>, grid, dim3(kThreads), 0, 1, facts, stream, params, per_pixel,
                   out_per_pixel);
   }

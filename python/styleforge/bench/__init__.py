@@ -1,1 +1,1 @@
-"""Measuring: GPU time in CUDA graphs, host time of calls, always next to eager PyTorch and ``torch.compile``."""
+"""Measuring: GPU time in CUDA graphs, host time of calls, next to eager PyTorch and ``torch.compile``."""

@@ -1,13 +1,16 @@
-"""The cases of the performance tables: ``python -m styleforge.bench.operators [norm conv net host backward] [--no-compile]``.
+"""The cases of the performance tables.
 
-Prints one line a case: microseconds of GPU time for eager PyTorch, ``torch.compile`` and styleforge, and the ratios. Every
-styleforge result is compared with eager before it is timed.
+    python -m styleforge.bench.operators [norm conv net host backward cpu] [--no-compile]
+
+Prints one line a case: microseconds of GPU time for eager PyTorch, ``torch.compile`` and styleforge, and the
+ratios. Every styleforge result is compared with eager before it is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +62,7 @@ def copy_rate() -> float:
     """TB/s of a device-to-device copy by kernel, read plus write, over rotated buffers."""
     sources = [torch.randn(16, 128, 128, 128, device="cuda") for _ in range(3)]
     targets = [torch.empty_like(s) for s in sources]
-    calls = [lambda s=s, t=t: torch.add(s, 1.0, out=t) for s, t in zip(sources, targets, strict=True)]
+    calls = [partial(torch.add, s, 1.0, out=t) for s, t in zip(sources, targets, strict=True)]
     return 2 * sources[0].nbytes / graph_time(calls) / 1e6
 
 
@@ -80,6 +83,7 @@ def bench_norm(compile: bool) -> None:
             compiled = _compiled(eager)
             best: Baselines = {}
             results: dict[str, float] = {}
+            notes: dict[str, str] = {}
             for channels_last in (False, True):
                 xs = [
                     _formatted(torch.randn(shape, device="cuda", dtype=dtype), channels_last)
@@ -90,23 +94,21 @@ def bench_norm(compile: bool) -> None:
                     eager(xs[0].double(), weight.double(), bias.double()),
                     2e-3 if dtype == torch.float16 else 1e-5,
                 )
-                times = {"eager": graph_time([lambda x=x: eager(x, weight, bias) for x in xs])}
+                times = {"eager": graph_time([partial(eager, x, weight, bias) for x in xs])}
                 if compile:
-                    times["compile"] = graph_time([lambda x=x: compiled(x, weight, bias) for x in xs])
+                    times["compile"] = graph_time([partial(compiled, x, weight, bias) for x in xs])
                 for key, value in times.items():
                     best[key] = min(best.get(key, value), value)
                 ours = graph_time(
-                    [lambda x=x: fused_instance_norm(x, weight, bias, activation="relu") for x in xs]
+                    [partial(fused_instance_norm, x, weight, bias, activation="relu") for x in xs]
                 )
-                results["channels_last" if channels_last else "nchw"] = ours
-                path = styleforge.last_path()
+                layout = "channels_last" if channels_last else "nchw"
                 share = 2 * bytes_once / ours / 1e6 / rate
-                results[f"note_{channels_last}"] = share
-                results[f"path_{channels_last}"] = path  # type: ignore[assignment]
-            for channels_last, key in ((False, "nchw"), (True, "channels_last")):
-                name = f"norm {'x'.join(map(str, shape))} {str(dtype)[6:]} {key}"
-                note = f"{100 * results[f'note_{channels_last}']:.0f}% of copy, {results[f'path_{channels_last}']}"
-                _line(name, results[key], best, note)
+                results[layout] = ours
+                notes[layout] = f"{100 * share:.0f}% of copy, {styleforge.last_path()}"
+            for layout, ours in results.items():
+                name = f"norm {'x'.join(map(str, shape))} {str(dtype)[6:]} {layout}"
+                _line(name, ours, best, notes[layout])
 
 
 def bench_conv(compile: bool, precisions: Sequence[str] = ("fp16", "tf32", "ieee")) -> None:
@@ -135,25 +137,22 @@ def bench_conv(compile: bool, precisions: Sequence[str] = ("fp16", "tf32", "ieee
                 x = _formatted(torch.randn(batch, cin, size, size, device="cuda", dtype=dtype), channels_last)
                 w = _formatted(weight, channels_last)
 
-                def ours(
-                    x: Tensor = x, w: Tensor = w, k: int = kernel, s: int = stride, p: str = precision
-                ) -> Tensor:
-                    return fused_conv_instance_norm_relu(
-                        x,
-                        w,
-                        bias,
-                        scale,
-                        shift,
-                        stride=s,
-                        padding=k // 2,
-                        precision="tf32" if p == "tf32" else "ieee",
-                    )
-
-                tolerance = {"fp16": 3e-3, "tf32": 2e-3, "ieee": 1e-5}[precision]
-                _check(ours(), eager(*(t.double() for t in (x, w, bias, scale, shift))), tolerance)
-                times = {"eager": graph_time([lambda x=x, w=w: eager(x, w, bias, scale, shift)])}
+                ours = partial(
+                    fused_conv_instance_norm_relu,
+                    x,
+                    w,
+                    bias,
+                    scale,
+                    shift,
+                    stride=stride,
+                    padding=kernel // 2,
+                    precision="tf32" if precision == "tf32" else "ieee",
+                )
+                reference = eager(x.double(), w.double(), bias.double(), scale.double(), shift.double())
+                _check(ours(), reference, {"fp16": 3e-3, "tf32": 2e-3, "ieee": 1e-5}[precision])
+                times = {"eager": graph_time([partial(eager, x, w, bias, scale, shift)])}
                 if compile:
-                    times["compile"] = graph_time([lambda x=x, w=w: compiled(x, w, bias, scale, shift)])
+                    times["compile"] = graph_time([partial(compiled, x, w, bias, scale, shift)])
                 for key, value in times.items():
                     best[key] = min(best.get(key, value), value)
                 results[channels_last] = graph_time([ours])
@@ -179,16 +178,16 @@ def bench_net(compile: bool, cases: Sequence[tuple[int, int, int]] = ((1, 512, 5
                 _check(net(x), reference, 2e-2)
                 for channels_last in (False, True):
                     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-                    plain = plain.to(memory_format=memory_format)
+                    plain.to(memory_format=memory_format)  # type: ignore[call-overload]  # in place
                     xf = _formatted(x, channels_last)
-                    times = {"eager": graph_time([lambda xf=xf, plain=plain: plain(xf)], calls_per_graph=3)}
+                    times = {"eager": graph_time([partial(plain, xf)], calls_per_graph=3)}
                     if compile:
                         torch._dynamo.reset()
                         compiled = torch.compile(plain, fullgraph=True)
-                        times["compile"] = graph_time([lambda xf=xf, c=compiled: c(xf)], calls_per_graph=3)
+                        times["compile"] = graph_time([partial(compiled, xf)], calls_per_graph=3)
                     for key, value in times.items():
                         best[key] = min(best.get(key, value), value)
-                ours = graph_time([lambda net=net, x=x: net(x)], calls_per_graph=3)
+                ours = graph_time([partial(net, x)], calls_per_graph=3)
                 _line(f"TransformerNet {batch}x3x{height}x{width} {str(dtype)[6:]}", ours, best)
 
 
@@ -261,10 +260,10 @@ def bench_cpu() -> None:
             compiled = _compiled(eager)
             times = cpu_times(
                 [
-                    lambda x=x: fused_instance_norm(x, norm.weight, norm.bias, activation="relu"),
+                    partial(fused_instance_norm, x, norm.weight, norm.bias, activation="relu"),
                     eager,
                     compiled,
-                    lambda x=x: x.clone(),
+                    x.clone,
                 ]
             )
             name = f"cpu norm 4x64x256x256 {'nhwc' if channels_last else 'nchw'} (ms)"

@@ -33,7 +33,7 @@ def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 30, calls_per_
             calls[i % len(calls)]()
     for _ in range(3):
         graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
@@ -46,7 +46,7 @@ def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 30, calls_per_
 
 
 def host_time(call: Callable[[], Any], repeats: int = 15, calls: int = 200) -> float:
-    """What one eager call costs the host, in microseconds: the least mean over short bursts, GPU idle before each."""
+    """Host time of one eager call in microseconds: the least mean over short bursts, GPU idle before each."""
     for _ in range(calls):
         call()
     best = float("inf")
@@ -61,7 +61,7 @@ def host_time(call: Callable[[], Any], repeats: int = 15, calls: int = 200) -> f
 
 
 def cpu_times(calls: Sequence[Callable[[], Any]], repeats: int = 15) -> list[float]:
-    """Median time of each call in milliseconds on the CPU, taken in turns so that a busy machine hits all alike."""
+    """Median CPU time of each call in milliseconds, taken in turns so that a busy machine hits all alike."""
     for call in calls:
         call()
         call()

@@ -1,13 +1,14 @@
 """Times every way to cut an instance norm: ``python -m styleforge.bench.tune``.
 
-What ``csrc/cuda/instance_norm/schedule.cu`` chooses was read off this table. Run it again on another GPU and compare the
-line marked ``default`` with the best ones.
+What ``csrc/cuda/instance_norm/schedule.cu`` chooses was read off this table. Run it again on another GPU and
+compare the line marked ``default`` with the best ones.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+from functools import partial
 
 import torch
 
@@ -41,8 +42,9 @@ def _variants(channels_last: bool) -> list[tuple[str, str]]:
             variants.append(("", f"cluster={cluster},threads={threads}"))
             if cluster > 1:
                 variants.append(("", f"cluster={cluster},threads={threads},shared=118000"))
-        variants.append(("split", ""))
-        variants += [("ticket", f"lead={lead}") for lead in (132, 264, 528, 1056, 2112)]
+            variants.append(("plane", f"cluster={cluster},threads={threads}"))
+        variants += [("split", f"tile={tile}") for tile in (512, 1024, 2048)]
+        variants += [("split", f"lead={lead}") for lead in (132, 264, 528, 1056, 2112)]
     return variants
 
 
@@ -61,25 +63,24 @@ def main() -> None:
             ]
             weight = torch.randn(shape[1], device="cuda", dtype=dtype)
 
-            def call(x: torch.Tensor, weight: torch.Tensor = weight) -> torch.Tensor:
-                return fused_instance_norm(x, weight, weight, activation="relu")
-
-            results = []
+            calls = [partial(fused_instance_norm, x, weight, weight, activation="relu") for x in xs]
+            results: list[tuple[float, str, str]] = []
             for path, tune in _variants(channels_last):
                 os.environ["STYLEFORGE_PATH"] = path
                 os.environ["STYLEFORGE_TUNE"] = tune
                 try:
                     with torch.inference_mode():
-                        time = graph_time([lambda x=x: call(x) for x in xs], repeats=10)
+                        time = graph_time(calls, repeats=10)
                 except RuntimeError as error:
                     results.append((float("inf"), f"{tune}: {error}", ""))
                     torch.cuda.synchronize()
                     continue
                 results.append((time, f"{path} {tune}".strip() or "default", styleforge.last_path()))
             rate = f"{2 * nbytes / min(results)[0] / 1e6:.2f} TB/s"
-            print(f"{'x'.join(map(str, shape))} {str(dtype)[6:]} {'nhwc' if channels_last else 'nchw'}: best {rate}")
+            layout = "nhwc" if channels_last else "nchw"
+            print(f"{'x'.join(map(str, shape))} {str(dtype)[6:]} {layout}: best {rate}")
             default = next(r for r in results if r[1] == "default")
-            seen = set()
+            seen: set[str] = set()
             for time, name, where in [default, *sorted(results)]:
                 if name not in seen and len(seen) < 7 and time < float("inf"):
                     seen.add(name)

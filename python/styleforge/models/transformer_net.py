@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import fused_conv_instance_norm_relu
+from ._reflect_conv import reflect_conv2d
 from .checkpoints import check_state_dict, clean_state_dict, infer_base_channels
 from .torch_transformer_net import TorchTransformerNet
 
@@ -25,6 +26,7 @@ def _fused(
     weight: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
+    padding: int,
     stride: int,
     upsample: int,
     eps: float,
@@ -36,7 +38,6 @@ def _fused(
 
     The convolution's bias is left out: instance normalisation subtracts it again.
     """
-    padding = weight.size(2) // 2
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         y: Tensor = torch.ops.styleforge.fused_conv_instance_norm_relu(
             x, weight, None, norm_weight, norm_bias, [stride, stride], [padding, padding], "reflect",
@@ -76,8 +77,8 @@ class _ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         precision = self.precision
         c1, n1, c2, n2 = self.conv1.conv2d, self.in1, self.conv2.conv2d, self.in2
-        y = _fused(x, c1.weight, n1.weight, n1.bias, 1, 1, self.in1.eps, "relu", None, precision)
-        return _fused(y, c2.weight, n2.weight, n2.bias, 1, 1, self.in2.eps, "none", x, precision)
+        y = _fused(x, c1.weight, n1.weight, n1.bias, 1, 1, 1, self.in1.eps, "relu", None, precision)
+        return _fused(y, c2.weight, n2.weight, n2.bias, 1, 1, 1, self.in2.eps, "none", x, precision)
 
 
 class TransformerNet(nn.Module):
@@ -134,7 +135,9 @@ class TransformerNet(nn.Module):
         self.deconv2 = _Conv(2 * c, c, 3)
         self.in5 = nn.InstanceNorm2d(c, affine=True)
         self.deconv3 = _Conv(c, 3, 9)
-        self.reflection_pad = nn.ReflectionPad2d(4)
+        if channels_last:
+            # Weights in the layout of the activations: cuDNN would otherwise convert them in every call.
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Tensor:
         """Stylises a batch of pictures.
@@ -157,18 +160,19 @@ class TransformerNet(nn.Module):
             y = y.contiguous(memory_format=torch.channels_last)
         c1, c2, c3 = self.conv1.conv2d, self.conv2.conv2d, self.conv3.conv2d
         d1, d2 = self.deconv1.conv2d, self.deconv2.conv2d
+        n1, n2, n3, n4, n5 = self.in1, self.in2, self.in3, self.in4, self.in5
         precision = self.precision
-        y = _fused(y, c1.weight, self.in1.weight, self.in1.bias, 1, 1, self.in1.eps, "relu", None, precision)
-        y = _fused(y, c2.weight, self.in2.weight, self.in2.bias, 2, 1, self.in2.eps, "relu", None, precision)
-        y = _fused(y, c3.weight, self.in3.weight, self.in3.bias, 2, 1, self.in3.eps, "relu", None, precision)
+        y = _fused(y, c1.weight, n1.weight, n1.bias, 4, 1, 1, n1.eps, "relu", None, precision)
+        y = _fused(y, c2.weight, n2.weight, n2.bias, 1, 2, 1, n2.eps, "relu", None, precision)
+        y = _fused(y, c3.weight, n3.weight, n3.bias, 1, 2, 1, n3.eps, "relu", None, precision)
         y = self.res1(y)
         y = self.res2(y)
         y = self.res3(y)
         y = self.res4(y)
         y = self.res5(y)
-        y = _fused(y, d1.weight, self.in4.weight, self.in4.bias, 1, 2, self.in4.eps, "relu", None, precision)
-        y = _fused(y, d2.weight, self.in5.weight, self.in5.bias, 1, 2, self.in5.eps, "relu", None, precision)
-        result: Tensor = self.deconv3.conv2d(self.reflection_pad(y))
+        y = _fused(y, d1.weight, n4.weight, n4.bias, 1, 1, 2, n4.eps, "relu", None, precision)
+        y = _fused(y, d2.weight, n5.weight, n5.bias, 1, 1, 2, n5.eps, "relu", None, precision)
+        result = reflect_conv2d(y, self.deconv3.conv2d.weight, self.deconv3.conv2d.bias)
         if keep_channels_last:
             return result.contiguous(memory_format=torch.channels_last)
         return result.contiguous()

@@ -22,7 +22,8 @@ class FusedConvInstanceNormReLU(nn.Module):
         out_channels: Co.
         kernel_size: one or two integers, in pixels.
         stride: one or two integers, in pixels.
-        padding: on each side, one or two integers; None takes ``(kernel_size - 1) // 2`` (0, 1, 1, 2 for 1, 3, 4, 5).
+        padding: on each side, one or two integers; None takes ``(kernel_size - 1) // 2`` (0, 1, 1, 2 for 1,
+            3, 4, 5).
         eps: added to the variance.
         bias: whether the convolution has one. The norm cancels it; it is there for checkpoints that have it.
         affine: learnable scale and shift after the norm.
@@ -30,12 +31,12 @@ class FusedConvInstanceNormReLU(nn.Module):
         upsample: 1, or 2 for nearest-neighbour upsampling before the padding.
         activation: none, relu, leaky_relu, silu, sigmoid or tanh.
         negative_slope: of leaky_relu.
-        precision: of float32 on the GPU: "ieee", "tf32", or None: what ``torch.backends.cudnn`` says at every call
-            (a scripted module keeps what it said when the module was built).
+        precision: of float32 on the GPU: "ieee", "tf32", or None: what ``torch.backends.cudnn`` says at every
+            call (a scripted module keeps what it said when the module was built).
 
     Attributes:
-        weight: [Co, Ci, kh, kw]; bias: [Co] or None; norm_weight, norm_bias: [Co] or None. State dicts with the older
-        names ``gamma`` and ``beta`` load as well.
+        weight: [Co, Ci, kh, kw]; bias: [Co] or None; norm_weight, norm_bias: [Co] or None. State dicts with
+        the older names ``gamma`` and ``beta`` load as well.
 
     Shape:
         input [N, Ci, H, W], residual and output [N, Co, Ho, Wo]; channels_last where the input is.
@@ -55,6 +56,7 @@ class FusedConvInstanceNormReLU(nn.Module):
         "stride",
         "upsample",
     ]
+    weight: Tensor
     bias: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None
@@ -193,12 +195,13 @@ class FusedConvInstanceNormReLU(nn.Module):
             if self.norm_bias is not None and instance_norm.bias is not None:
                 self.norm_bias.copy_(instance_norm.bias)
 
-    def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045 (TorchScript)
-        if torch.jit.is_scripting():
+    def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        """Input [N, Ci, H, W] and residual [N, Co, Ho, Wo] to [N, Co, Ho, Wo]."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             precision = self.scripted_precision
         else:
             precision = conv_precision(self.precision)
-        return torch.ops.styleforge.fused_conv_instance_norm_relu(
+        output: Tensor = torch.ops.styleforge.fused_conv_instance_norm_relu(
             input,
             self.weight,
             self.bias,
@@ -214,6 +217,7 @@ class FusedConvInstanceNormReLU(nn.Module):
             residual,
             precision,
         )
+        return output
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -226,6 +230,7 @@ class FusedConvInstanceNormReLU(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
+        """The constructor's arguments, without those at their defaults that seldom change."""
         text = (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         )

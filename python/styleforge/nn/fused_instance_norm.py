@@ -21,8 +21,9 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
         eps: added to the variance.
         momentum: of the running statistics.
         affine: learnable scale and shift. True by default (``nn.InstanceNorm2d`` has False).
-        track_running_stats: as in ``nn.InstanceNorm2d``: in eval mode the running statistics are used. Both modes then
-            run on PyTorch's own operators, since there is no reduction to fuse (eval) or statistics to update (train).
+        track_running_stats: as in ``nn.InstanceNorm2d``: in eval mode the running statistics are used. Both
+            modes then run on PyTorch's own operators, since there is no reduction to fuse (eval) or
+            statistics to update (train).
         activation: none, relu, leaky_relu, silu, sigmoid or tanh.
         negative_slope: of leaky_relu.
 
@@ -73,11 +74,12 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
         new._buffers = dict(norm._buffers)
         return new.train(norm.training)
 
-    def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:  # noqa: UP045 (TorchScript)
+    def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        """Input and residual [N, C, H, W] or [C, H, W] to the same shape."""
         if self.track_running_stats:
             return self._forward_with_running_stats(input, residual)
         if input.dim() == 3:
-            batched = torch.ops.styleforge.fused_instance_norm(
+            batched: Tensor = torch.ops.styleforge.fused_instance_norm(
                 input.unsqueeze(0),
                 self.weight,
                 self.bias,
@@ -87,13 +89,14 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
                 residual.unsqueeze(0) if residual is not None else None,
             )
             return batched.squeeze(0)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             self._check_input_dim(input)
-        return torch.ops.styleforge.fused_instance_norm(
+        output: Tensor = torch.ops.styleforge.fused_instance_norm(
             input, self.weight, self.bias, self.eps, self.activation, self.negative_slope, residual
         )
+        return output
 
-    def _forward_with_running_stats(self, input: Tensor, residual: Optional[Tensor]) -> Tensor:  # noqa: UP045
+    def _forward_with_running_stats(self, input: Tensor, residual: Optional[Tensor]) -> Tensor:
         x = input.unsqueeze(0) if input.dim() == 3 else input
         output = F.instance_norm(
             x,
@@ -112,7 +115,8 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
         return activate(output, self.activation, self.negative_slope)
 
     def extra_repr(self) -> str:
-        text: str = super().extra_repr()
+        """The arguments of ``nn.InstanceNorm2d``, and the activation where there is one."""
+        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
         if self.activation != "none":
             text += f", activation={self.activation}"
         return text

@@ -1,6 +1,4 @@
-"""``ResidualBlock``: two fused convolutions and the addition of the input, which the second operator absorbs."""
-
-from __future__ import annotations
+"""``ResidualBlock``: two fused convolutions; the second operator absorbs the addition of the input."""
 
 from typing import Any
 
@@ -29,7 +27,8 @@ class ResidualBlock(nn.Module):
         [N, channels, H, W] in and out.
 
     Raises:
-        ValueError: even kernel size, stride other than 1, or an argument ``FusedConvInstanceNormReLU`` refuses.
+        ValueError: even kernel size, stride other than 1, or an argument that ``FusedConvInstanceNormReLU``
+            refuses.
     """
 
     def __init__(
@@ -50,7 +49,8 @@ class ResidualBlock(nn.Module):
         super().__init__()
         if kernel_size % 2 == 0 or stride != 1:
             raise ValueError(
-                f"kernel_size must be odd and stride 1, so that the input can be added, got {kernel_size} and {stride}"
+                "kernel_size must be odd and stride 1, so that the input can be added, "
+                f"got {kernel_size} and {stride}"
             )
 
         def layer(layer_activation: str) -> FusedConvInstanceNormReLU:
@@ -73,6 +73,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = layer(activation)
 
     def forward(self, input: Tensor) -> Tensor:
+        """[N, channels, H, W] to the same shape."""
         output: Tensor = self.conv2(self.conv1(input), input)
         return output
 

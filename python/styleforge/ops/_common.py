@@ -25,7 +25,8 @@ def register_kernel(name: str, key: str, kernel: Callable[..., Any], *, with_key
 def prefers_channels_last(input: Tensor) -> bool:
     """Whether an operator on this [N, C, H, W] tensor gives a channels_last result.
 
-    The rule of c10/core/MemoryFormat.h (``is_channels_last_strides_2d``), as the C++ side has it in ``ops/checks.cpp``.
+    The rule of c10/core/MemoryFormat.h (``is_channels_last_strides_2d``), as the C++ side has it in
+    ``ops/checks.cpp``.
     """
     if input.dim() != 4:
         return False
@@ -45,7 +46,7 @@ def prefers_channels_last(input: Tensor) -> bool:
 
 
 def empty_like_format(input: Tensor, sizes: Sequence[Any], channels_last: bool) -> Tensor:
-    """An uninitialised tensor of ``sizes`` in one of the two dense formats, with the input's dtype and device."""
+    """An uninitialised tensor of ``sizes`` in one of the dense formats, with the input's dtype and device."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(tuple(sizes), dtype=input.dtype, device=input.device, memory_format=memory_format)
 
@@ -74,7 +75,8 @@ def check_norm_param(op: str, argument: str, param: Tensor | None, input: Tensor
         return
     if param.dtype not in (input.dtype, torch.float32):
         raise RuntimeError(
-            f"{op}: {argument} must be {_name(input.dtype)} (the dtype of input) or float32, got {_name(param.dtype)}"
+            f"{op}: {argument} must be {_name(input.dtype)} (the dtype of input) or float32, "
+            f"got {_name(param.dtype)}"
         )
     batch = input.shape[0]
     expected = (batch, channels) if param.dim() == 2 else (channels,)
@@ -125,7 +127,7 @@ def autocast_dtype(input: Tensor) -> torch.dtype:
 def norm_params_for(
     dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Norm parameters next to an input of ``dtype``: as they are where the operator takes them, else in float32."""
+    """Norm parameters for an input of ``dtype``: as they are if the operator takes them, else in float32."""
     params = [p for p in (weight, bias) if p is not None]
     fits = all(p.dtype in (dtype, torch.float32) for p in params) and len({p.dtype for p in params}) <= 1
     if fits:
@@ -136,11 +138,20 @@ def norm_params_for(
     )
 
 
-def pair(value: int | Sequence[int]) -> tuple[int, int]:
+def pair(value: int | Tensor | Sequence[int | Tensor]) -> tuple[int, int]:
     """One or two integers as two."""
     if isinstance(value, int):
         return value, value
-    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return _integer(value), _integer(value)
+    if len(value) == 1:
+        return _integer(value[0]), _integer(value[0])
+    return _integer(value[0]), _integer(value[1])
+
+
+def _integer(value: int | Tensor) -> int:
+    # Under torch.jit.trace, what follows from a tensor's size comes as a 0-d tensor; a SymInt stays symbolic.
+    return int(value) if isinstance(value, Tensor) else value
 
 
 def fold(tensor: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:

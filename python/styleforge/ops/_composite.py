@@ -1,4 +1,4 @@
-"""The operators in plain PyTorch: the definition in twenty lines, and what CUDA tensors take without the CUDA library."""
+"""The operators in plain PyTorch: their definition, and what CUDA tensors take without the CUDA library."""
 
 from __future__ import annotations
 
@@ -94,6 +94,9 @@ def conv_instance_norm_relu(
     residual: Tensor | None = None,
     precision: str = "ieee",
 ) -> Tensor:
-    """``fused_conv_instance_norm_relu`` by PyTorch operators. TF32 follows PyTorch's own flags here, not ``precision``."""
+    """``fused_conv_instance_norm_relu`` by PyTorch operators.
+
+    TF32 follows PyTorch's own flags here, not ``precision``.
+    """
     z = convolution(input, weight, stride, padding, padding_mode, upsample)
     return instance_norm(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)

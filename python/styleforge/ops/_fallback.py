@@ -17,7 +17,7 @@ _logger = logging.getLogger("styleforge")
 
 
 def register() -> None:
-    """Registers the composites for the CUDA key, if PyTorch has CUDA and ``libstyleforge_cuda.so`` was not loaded."""
+    """Registers the composites for CUDA, if PyTorch has CUDA and ``libstyleforge_cuda.so`` was not loaded."""
     if torch.version.cuda is None or _library.cuda_available:
         return
     _logger.debug("CUDA tensors take the composite path: %s", _library.cuda_error)
@@ -25,6 +25,7 @@ def register() -> None:
     common.register_kernel("_fused_instance_norm_forward", "CUDA", _instance_norm_forward)
     common.register_kernel("_fused_instance_norm_backward", "CUDA", _instance_norm_backward)
     common.register_kernel("fused_conv_instance_norm_relu", "CUDA", _conv_instance_norm_relu)
+    common.register_kernel("_pad_upsample", "CUDA", _pad_upsample)
 
 
 def _match(output: Tensor, input: Tensor) -> Tensor:
@@ -129,3 +130,10 @@ def _conv_instance_norm_relu(
         input, weight, bias, norm_weight, norm_bias, common.pair(stride), common.pair(padding), *args
     )
     return _match(output, input)
+
+
+def _pad_upsample(
+    input: Tensor, padding: Sequence[int], padding_mode: str = "zeros", upsample: int = 1
+) -> Tensor:
+    padded = composite.pad_upsample(input, common.pair(padding), padding_mode, upsample)
+    return _match(padded.clone() if padded is input else padded, input)

@@ -15,8 +15,7 @@ def conv_precision(precision: str | None = None) -> str:
         return precision
     try:
         tf32: bool = torch.backends.cudnn.allow_tf32
-    except (
-        RuntimeError
-    ):  # the newer flags were set, and convolutions differ from RNNs: the older one has no answer
-        tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    except RuntimeError:
+        # The newer flags were set, and convolutions differ from RNNs: the older one has no answer.
+        tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 else "ieee"

@@ -1,14 +1,16 @@
-"""``styleforge::fused_conv_instance_norm_relu``: fake, autograd, autocast, vmap and the typed functional form.
+"""``styleforge::fused_conv_instance_norm_relu``: fake, autograd, autocast, vmap, typed functional form.
 
     output = activation(instance_norm(conv2d(pad(upsample(input)), weight)) + residual)
 
-The pattern of style-transfer networks (Johnson, Alahi, Fei-Fei: Perceptual Losses, 2016, arXiv:1603.08155). The
-convolution's bias shifts every pixel of a channel alike, so the norm takes it out again: it is accepted and unused.
+The pattern of style-transfer networks (Johnson, Alahi, Fei-Fei: Perceptual Losses, 2016, arXiv:1603.08155).
+The convolution's bias shifts every pixel of a channel alike, so the norm takes it out again: it is accepted
+and unused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +63,8 @@ def fused_conv_instance_norm_relu(
         activation: none, relu, leaky_relu, silu, sigmoid or tanh.
         negative_slope: of leaky_relu.
         residual: added before the activation; shape of the result, dtype of ``input``.
-        precision: of float32 convolutions on the GPU: "ieee", "tf32", or None for what ``torch.backends.cudnn`` says.
+        precision: of float32 convolutions on the GPU: "ieee", "tf32", or None for what
+            ``torch.backends.cudnn`` says.
 
     Returns:
         [N, Co, Ho, Wo] in the input's dtype, ``Ho = (H * upsample + 2 * padding - kh) // stride + 1``;
@@ -89,7 +92,7 @@ def fused_conv_instance_norm_relu(
     return result
 
 
-@torch.library.register_fake("styleforge::fused_conv_instance_norm_relu")
+@torch.library.register_fake("styleforge::fused_conv_instance_norm_relu")  # type: ignore[untyped-decorator]
 def _fake(
     input: Tensor,
     weight: Tensor,
@@ -122,6 +125,13 @@ def _fake(
     common.check_choice(NAME, "precision", precision, common.PRECISIONS)
     common.check(NAME, upsample in (1, 2), lambda: f"upsample must be 1 or 2, got {upsample}")
     strides, paddings = common.pair(stride), common.pair(padding)
+
+    def too_much_padding(d: int) -> str:
+        return (
+            "padding must be smaller than the (upsampled) input for padding_mode reflect, "
+            f"got padding {paddings[d]} for input {list(input.shape)}"
+        )
+
     sizes: list[Any] = [input.shape[0], weight.shape[0]]
     for d in range(2):
         size = input.shape[2 + d] * upsample
@@ -129,10 +139,7 @@ def _fake(
             common.check(
                 NAME,
                 paddings[d] < size,
-                lambda d=d: (
-                    "padding must be smaller than the (upsampled) input for padding_mode reflect, "
-                    f"got padding {paddings[d]} for input {list(input.shape)}"
-                ),
+                partial(too_much_padding, d),
             )
         room = size + 2 * paddings[d] - weight.shape[2 + d]
         common.check(
@@ -151,7 +158,7 @@ def _fake(
 
 
 class _UnusedBias(torch.autograd.Function):
-    """The bias has no influence on the result; its gradient is zeros rather than None, as optimisers and DDP expect."""
+    """The bias does not change the result; its gradient is zeros, not None, as optimisers and DDP expect."""
 
     generate_vmap_rule = True
 
@@ -193,8 +200,8 @@ def _differentiable(
     residual: Tensor | None = None,
     precision: str = "ieee",
 ) -> Tensor:
-    # With a gradient: ATen's convolution (and its backward) under the differentiable norm, which saves the convolution's
-    # result, mean and rstd. The fake checks the arguments before anything runs.
+    # With a gradient: ATen's convolution (and its backward) under the differentiable norm, which saves the
+    # convolution's result, mean and rstd. The fake checks the arguments before anything runs.
     channels_last = common.prefers_channels_last(input)
     _fake(
         input,
@@ -279,7 +286,7 @@ def _vmap(
     residual: Tensor | None = None,
     precision: str = "ieee",
 ) -> tuple[Tensor, int]:
-    """Folds the vmapped dimension into the batch; a vmapped convolution weight is one call for each of its slices."""
+    """Folds the vmapped dimension into the batch; a vmapped convolution weight is one call for each slice."""
     size = info.batch_size
     dims = tuple(in_dims) + (None,) * (14 - len(in_dims))
     tail = (stride, padding, padding_mode, upsample, eps, activation, negative_slope)

@@ -2,8 +2,8 @@
 
     output = activation((input - mean) * rstd * weight + bias + residual)
 
-with mean and (biased) variance over the pixels of each sample and channel, ``rstd = 1 / sqrt(variance + eps)``
-(Ulyanov, Vedaldi, Lempitsky: Instance Normalization, 2016, arXiv:1607.08022).
+with mean and (biased) variance over the pixels of each sample and channel, ``rstd = 1 / sqrt(variance +
+eps)`` (Ulyanov, Vedaldi, Lempitsky: Instance Normalization, 2016, arXiv:1607.08022).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _after_autograd = torch._C._after_autograd_keyset
 _any_requires_grad = torch._C._any_requires_grad
 _is_grad_enabled = torch.is_grad_enabled
 
-# Activations whose derivative follows from the result, so that a residual need not be kept for the backward pass.
+# Activations whose derivative follows from the result: the backward pass needs no residual for them.
 _FROM_OUTPUT = ("relu", "leaky_relu", "sigmoid", "tanh")
 
 
@@ -70,7 +70,7 @@ def _check(
     common.check_like(NAME, "residual", residual, input, input.shape)
 
 
-@torch.library.register_fake("styleforge::fused_instance_norm")
+@torch.library.register_fake("styleforge::fused_instance_norm")  # type: ignore[untyped-decorator]
 def _fake(
     input: Tensor,
     weight: Tensor | None = None,
@@ -84,7 +84,7 @@ def _fake(
     return common.empty_like_format(input, input.shape, common.prefers_channels_last(input))
 
 
-@torch.library.register_fake("styleforge::_fused_instance_norm_forward")
+@torch.library.register_fake("styleforge::_fused_instance_norm_forward")  # type: ignore[untyped-decorator]
 def _fake_forward(
     input: Tensor,
     weight: Tensor | None,
@@ -100,7 +100,7 @@ def _fake_forward(
     return output, mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("styleforge::_fused_instance_norm_backward")
+@torch.library.register_fake("styleforge::_fused_instance_norm_backward")  # type: ignore[untyped-decorator]
 def _fake_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -202,8 +202,8 @@ class _InstanceNorm(torch.autograd.Function):
 
 
 def _autograd(keyset: Any, *args: Any) -> Tensor:
-    # This first line is what a call under no_grad costs on top of the operator: nothing is unpacked (the dispatcher has
-    # left out trailing defaults), and the redispatch goes to the handle itself.
+    # This first line is what a call under no_grad costs on top of the operator: nothing is unpacked (the
+    # dispatcher has left out trailing defaults), and the redispatch goes to the handle itself.
     if not _is_grad_enabled() or not _any_requires_grad(*args):
         result: Tensor = _redispatch(keyset & _after_autograd, *args)
         return result
@@ -219,8 +219,10 @@ def _differentiable(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
 ) -> Tensor:
-    output: Tensor = _InstanceNorm.apply(input, weight, bias, eps, activation, negative_slope, residual)[0]
-    return output
+    outputs: tuple[Tensor, Tensor, Tensor] = _InstanceNorm.apply(  # type: ignore[no-untyped-call]
+        input, weight, bias, eps, activation, negative_slope, residual
+    )
+    return outputs[0]
 
 
 def _autocast(

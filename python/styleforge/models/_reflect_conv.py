@@ -1,0 +1,118 @@
+"""Reflection-padded convolution with few output channels, the last layer of a style-transfer network."""
+
+# No `from __future__ import annotations` here: torch.jit.script reads the annotations.
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["reflect_conv2d", "reflect_conv2d_by_columns"]
+
+
+def _reflected_ends(x: Tensor, reach: int, dim: int) -> tuple[Tensor, Tensor]:
+    """The two ends of ``x`` along ``dim`` with what reflection padding of ``reach`` puts around them.
+
+    A kernel of ``2 * reach + 1`` gives ``reach`` outputs on each, those for which it leaves ``x``.
+    """
+    size = x.size(dim)
+    head = torch.cat((x.narrow(dim, 1, reach).flip(dim), x.narrow(dim, 0, 2 * reach)), dim)
+    tail = torch.cat(
+        (x.narrow(dim, size - 2 * reach, 2 * reach), x.narrow(dim, size - 1 - reach, reach).flip(dim)), dim
+    )
+    return head, tail
+
+
+def _sum_columns(columns: Tensor, kernel_width: int) -> Tensor:
+    """Adds up what each kernel column contributes: ``output[x] = sum_j columns[j][x + j]``.
+
+    Args:
+        columns: ``[N, kernel_width * Co, H, W]`` in channels_last memory, channel ``j * Co + c`` being kernel
+            column ``j`` of output channel ``c``.
+        kernel_width: number of kernel columns.
+
+    Returns:
+        ``[N, Co, H, W - kernel_width + 1]`` in channels_last memory.
+    """
+    channels = columns.size(1)
+    out_channels = channels // kernel_width
+    # In memory a row is W x kernel_width x Co. Output x starts at pixel x, and its next term is always one
+    # pixel and one kernel column on: a view with overlapping windows, so the terms need no copy.
+    rows = columns.permute(0, 2, 3, 1).flatten(2)
+    windows = rows.unfold(2, kernel_width * channels, channels)
+    terms = windows.unfold(3, out_channels, channels + out_channels)
+    return terms.sum(3).permute(0, 3, 1, 2)
+
+
+def reflect_conv2d_by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolves with the kernel's columns as output channels, then adds the columns up.
+
+    CPU convolutions compute 16 output channels at a time (a vector register of float32), so three channels
+    waste most of the arithmetic. The kernel ``[Co, Ci, kh, kw]`` is the sum of its ``kw`` columns, each a
+    kernel ``[Co, Ci, kh, 1]`` that reads its input one pixel further right: one convolution with ``kw * Co``
+    output channels, then ``kw`` shifted terms for each output. The multiplications are the same.
+
+    The input is never padded as a whole: rows that the reflection reaches are computed from two strips of
+    ``3 * (kh // 2)`` rows, and the columns that it reaches from strips of the small result.
+
+    Args:
+        x: ``[N, Ci, H, W]`` in channels_last memory, float32 or float64, H >= kh and W >= kw.
+        weight: ``[Co, Ci, kh, kw]`` with odd kh, kw >= 3.
+        bias: ``[Co]`` or None.
+
+    Returns:
+        ``[N, Co, H, W]`` in channels_last memory.
+    """
+    out_channels, in_channels, height, width = weight.shape
+    by_column = weight.permute(3, 0, 1, 2).reshape(width * out_channels, in_channels, height, 1)
+    top, bottom = _reflected_ends(x, height // 2, 2)
+    strips: list[Tensor] = []
+    for rows in (top, x, bottom):
+        columns = F.conv2d(rows, by_column)
+        left, right = _reflected_ends(columns, width // 2, 3)
+        parts = [_sum_columns(left, width), _sum_columns(columns, width), _sum_columns(right, width)]
+        strips.append(torch.cat(parts, 3))
+    output = torch.cat(strips, 2)
+    if bias is not None:
+        output.add_(bias[:, None, None])
+    return output
+
+
+def _takes_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether ``reflect_conv2d_by_columns`` can run and is the faster way."""
+    if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_exporting()):  # type: ignore[attr-defined,no-untyped-call]
+        return False  # a recorded program may run on another device and size than it was recorded with
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return False
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return False
+    height, width = weight.size(2), weight.size(3)
+    return (
+        height % 2 == 1
+        and width % 2 == 1
+        and min(height, width) >= 3
+        and x.size(2) >= height
+        and x.size(3) >= width
+        and weight.size(0) <= 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def reflect_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Reflection padding of half the kernel, then a convolution with stride 1.
+
+    Args:
+        x: ``[N, Ci, H, W]``, H and W larger than half the kernel.
+        weight: ``[Co, Ci, kh, kw]`` with odd kh and kw, in the dtype of ``x``.
+        bias: ``[Co]`` or None.
+
+    Returns:
+        ``[N, Co, H, W]``.
+
+    Raises:
+        RuntimeError: where the padding is not smaller than the input, or shapes or dtypes do not fit.
+    """
+    if _takes_columns(x, weight, bias):
+        return reflect_conv2d_by_columns(x, weight, bias)
+    rows, columns = weight.size(2) // 2, weight.size(3) // 2
+    return F.conv2d(F.pad(x, [columns, columns, rows, rows], mode="reflect"), weight, bias)
