@@ -3,8 +3,8 @@
 //   y = activation((x - mean) * rstd * weight + bias + residual),   rstd = 1 / sqrt(var + eps), var biased
 //
 // (Ulyanov, Vedaldi, Lempitsky 2016). `Dense` tensors only: either NCHW (a plane is `pixels` consecutive elements) or
-// channels_last (a pixel is `channels` consecutive elements); input, residual, output and the gradients share the format,
-// except that the forward may read one format and write the other (output_channels_last).
+// channels_last (a pixel is `channels` consecutive elements); input, residual, output and the gradients share the
+// format, except that the forward may read one format and write the other (output_channels_last).
 #pragma once
 
 #include <cstdint>
@@ -51,7 +51,8 @@ struct InstanceNormParams {
 // input has format channels_last; grad_output, residual, saved_output and all gradients have the same one.
 struct InstanceNormBackwardParams : InstanceNormParams {
   const void* grad_output = nullptr;
-  const void* saved_output = nullptr;  // given when the derivative is taken from the result (relu family, sigmoid, tanh)
+  const void* saved_output =
+      nullptr;  // given when the derivative is taken from the result (relu family, sigmoid, tanh)
   void* grad_input = nullptr;
   void* grad_residual = nullptr;  // null where not needed
   void* grad_weight = nullptr;    // [batch, channels] float (double for kFloat64); never null

@@ -50,8 +50,8 @@ void check_norm_params(const char* op, const char* weight_name, const char* bias
 void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& input,
                 const std::vector<int64_t>* sizes);
 
-// Records which path the most recent operator call took, and the path of the stage it ends in where that one has a choice
-// of its own; literals only. Shown by styleforge.last_path().
+// Records which path the most recent operator call took, and the path of the stage it ends in where that one has a
+// choice of its own; literals only. Shown by styleforge.last_path().
 STYLEFORGE_API void record_path(const char* path, const char* stage = "");
 
 }  // namespace styleforge

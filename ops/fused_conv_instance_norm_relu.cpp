@@ -139,10 +139,9 @@ Tensor run_conv_instance_norm(const ConvInstanceNormBackend& backend, const Conv
   // Zero padding is left to the convolution; the other modes, and upsampling, are one gather before it.
   const bool zeros = plan.mode == PaddingMode::kZeros;
   const std::vector<int64_t> none{0, 0};
-  const Tensor padded = pad_upsample(backend, args.input, args.upsample, plan.mode, zeros ? none : plan.padding,
-                                     plan.channels_last);
-  const Tensor conv =
-      backend.convolution(padded, args.weight, plan.stride, zeros ? plan.padding : none, plan.tf32);
+  const Tensor padded =
+      pad_upsample(backend, args.input, args.upsample, plan.mode, zeros ? none : plan.padding, plan.channels_last);
+  const Tensor conv = backend.convolution(padded, args.weight, plan.stride, zeros ? plan.padding : none, plan.tf32);
 
   InstanceNormRequest request;
   request.op = kOp;

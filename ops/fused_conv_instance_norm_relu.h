@@ -32,8 +32,8 @@ struct ConvInstanceNormPlan {
   PaddingMode mode = PaddingMode::kZeros;
   Activation activation = Activation::kRelu;
   bool tf32 = false;
-  bool channels_last = false;           // of the result
-  std::vector<int64_t> output_sizes;    // [N, Co, Ho, Wo]
+  bool channels_last = false;         // of the result
+  std::vector<int64_t> output_sizes;  // [N, Co, Ho, Wo]
 
   bool empty() const { return output_sizes[0] * output_sizes[1] * output_sizes[2] * output_sizes[3] == 0; }
 };

@@ -60,8 +60,7 @@ InstanceNormCall prepare_instance_norm(const InstanceNormRequest& request, const
   if (residual) params.residual = dense_data(*residual, params.output_channels_last, call.held);
   fill_weight(params, request.op, weight, bias, call.held);
 
-  call.output =
-      request.in_place ? input : empty_dense(input, sizes, params.output_channels_last, input.scalar_type());
+  call.output = request.in_place ? input : empty_dense(input, sizes, params.output_channels_last, input.scalar_type());
   params.output = call.output.mutable_data_ptr();
   if (request.stats) {
     const std::vector<int64_t> stat_sizes{params.batch, params.channels};

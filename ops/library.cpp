@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY(styleforge, m) {
       "Tensor? bias, str activation, float negative_slope, Tensor? residual, Tensor? output) -> "
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
 
-  // pad(nearest upsampling) in the input's memory format, without a gradient: the input side of a convolution whose other
-  // side is not one of ours.
+  // pad(nearest upsampling) in the input's memory format, without a gradient: the input side of a convolution whose
+  // other side is not one of ours.
   m.def("_pad_upsample(Tensor input, int[2] padding, str padding_mode=\"zeros\", int upsample=1) -> Tensor");
 }

@@ -6,7 +6,8 @@ namespace styleforge {
 
 void check_shim(AOTITorchError error, const char* what) {
   if (error != AOTI_TORCH_SUCCESS) {
-    throw std::runtime_error(std::string("styleforge: the call to ") + what + " failed; PyTorch's own message is above");
+    throw std::runtime_error(std::string("styleforge: the call to ") + what +
+                             " failed; PyTorch's own message is above");
   }
 }
 
@@ -29,9 +30,8 @@ Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::ve
   using torch::stable::detail::from;
   const std::vector<int64_t> dilation{1, 1};
   const std::vector<int64_t> output_padding{0, 0};
-  std::array<StableIValue, 9> stack{from(input),          from(weight),         from(std::nullopt),
-                                    from(stride),         from(padding),        from(dilation),
-                                    from(false),          from(output_padding), from(int64_t{1})};
+  std::array<StableIValue, 9> stack{from(input),    from(weight), from(std::nullopt),   from(stride),    from(padding),
+                                    from(dilation), from(false),  from(output_padding), from(int64_t{1})};
   check_shim(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION), "aten::convolution");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

@@ -295,10 +295,10 @@ def assert_as_accurate(
     The ratio is taken between RMS errors: over a tensor they estimate the standard deviation of the rounding
     errors, whereas the largest error is one draw from its tail, which differs by chance between two equally
     good algorithms. So that a single wrong element is seen as well, the largest error must stay within three
-    times PyTorch's largest. Below ``ulps`` units in the last place of the reference's RMS (``scale``, where what
-    was added up is larger than the sum) both count as exact: on a small tensor PyTorch's can be so by luck. By
-    default one unit, two on the GPU, whose rsqrt is that inexact, and a quarter in half precision, which is
-    less than the rounding of the result.
+    times PyTorch's largest. Below ``ulps`` units in the last place of the reference's RMS (``scale``, where
+    what was added up is larger than the sum) both count as exact: on a small tensor PyTorch's can be so by
+    luck. By default one unit, two on the GPU, whose rsqrt is that inexact, and a quarter in half precision,
+    which is less than the rounding of the result.
     """
     dtype = result.dtype
     if ulps is None:

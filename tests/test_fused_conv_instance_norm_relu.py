@@ -66,8 +66,8 @@ def _ulps(dtype: torch.dtype, device: str, terms: int, precision: str = "ieee") 
     """Below how many units in the last place two convolutions of ``terms`` products a pixel count as equal.
 
     cuDNN chooses an algorithm for each problem, and the operator's problem (padding in the convolution,
-    deterministic) is another one than that of ``F.pad`` and ``F.conv2d``: sums in another order, TF32 for one of
-    them and not for the other.
+    deterministic) is another one than that of ``F.pad`` and ``F.conv2d``: sums in another order, TF32 for one
+    of them and not for the other.
     """
     if dtype == torch.float64:  # the reference is rounded as well
         return 4 + 0.5 * terms**0.5
@@ -134,6 +134,10 @@ def test_random_configurations_are_as_accurate_as_pytorch(device: str) -> None:
         offset: float,
         seed: int,
     ) -> None:
+        if device == "cpu" and dtype == torch.bfloat16:
+            # oneDNN's strided bfloat16 convolution (PyTorch 2.13, AVX-512) multiplies memory that it has not
+            # written by zero where the result is a pixel or two wide: after a NaN torch.conv2d gives NaN.
+            stride = (stride[0], 1)
         size = [s * upsample for s in (height, width)]
         assume(all(s + 2 * p >= k for s, p, k in zip(size, padding, kernel, strict=True)))
         if padding_mode == "reflect":
@@ -167,15 +171,9 @@ def test_random_configurations_are_as_accurate_as_pytorch(device: str) -> None:
         reference = conv_instance_norm(*args, r)
         with tf32(precision == "tf32"):
             yardstick = torch_conv_instance_norm(*args, r)
-        half_on_cpu = device == "cpu" and dtype in (torch.float16, torch.bfloat16)
-        if not half_on_cpu:
-            poison(batch * co * out[0] * out[1], dtype, device)
+        poison(batch * co * out[0] * out[1], dtype, device)
         with tf32(precision != "tf32"):  # the argument counts, not the flag
             result = OP(*args, r, precision)
-        if half_on_cpu:
-            # oneDNN's bfloat16 convolution (PyTorch 2.13, AVX-512) multiplies memory that it has not written
-            # by zero for some shapes, such as one channel, 5x5, stride (1, 2): a NaN there comes through.
-            assume(result.isfinite().all() or yardstick.isfinite().all())
         assert result.dtype == dtype
         assert result.stride() == dense_strides(reference.shape, x)
         # The size of what is added up: a convolution's rounding errors are as large as its terms, and come

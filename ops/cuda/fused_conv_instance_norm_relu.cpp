@@ -18,9 +18,9 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::vector<
   const std::vector<int64_t> dilation{1, 1};
   const std::vector<int64_t> output_padding{0, 0};
   const bool benchmark = false, deterministic = true, cudnn_enabled = true;
-  std::array<StableIValue, 13> stack{from(input),           from(weight),    from(std::nullopt), from(stride),
-                                     from(padding),         from(dilation),  from(false),        from(output_padding),
-                                     from(int64_t{1}),      from(benchmark), from(deterministic), from(cudnn_enabled),
+  std::array<StableIValue, 13> stack{from(input),      from(weight),    from(std::nullopt),  from(stride),
+                                     from(padding),    from(dilation),  from(false),         from(output_padding),
+                                     from(int64_t{1}), from(benchmark), from(deterministic), from(cudnn_enabled),
                                      from(tf32)};
   check_shim(torch_call_dispatcher("aten::_convolution", "", stack.data(), TORCH_ABI_VERSION), "aten::_convolution");
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -105,16 +105,16 @@ Tensor pad_channels(const Tensor& tensor, int64_t channels, PaddingMode mode, co
   params.mode = mode;
   params.element_size = static_cast<int>(dense.element_size());
   params.channels_last = true;
-  Tensor padded = empty_dense(dense, {params.batch, channels, params.out_height, params.out_width}, true,
-                              dense.scalar_type());
+  Tensor padded =
+      empty_dense(dense, {params.batch, channels, params.out_height, params.out_width}, true, dense.scalar_type());
   params.input = dense.const_data_ptr();
   params.output = padded.mutable_data_ptr();
   launch_pad(params, dense);
   return padded;
 }
 
-// Pictures have three channels, for which cuDNN has no fast channels_last kernel: 16 bytes of channels it takes. The zeros
-// are written by the pass that pads the picture anyway.
+// Pictures have three channels, for which cuDNN has no fast channels_last kernel: 16 bytes of channels it takes. The
+// zeros are written by the pass that pads the picture anyway.
 std::optional<Tensor> run_padded_channels(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
   const int64_t full = 16 / static_cast<int64_t>(args.input.element_size());
   const bool tensor_cores = args.input.scalar_type() != ScalarType::Double && (full == 8 || plan.tf32);

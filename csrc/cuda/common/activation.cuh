@@ -45,8 +45,8 @@ __device__ __forceinline__ void activate(Acc (&v)[kSize], Activation activation,
 
 // grad *= activation'(pre), the derivative taken at the argument.
 template <int kSize, typename Acc>
-__device__ __forceinline__ void activation_backward(Acc (&grad)[kSize], const Acc (&pre)[kSize],
-                                                    Activation activation, float negative_slope) {
+__device__ __forceinline__ void activation_backward(Acc (&grad)[kSize], const Acc (&pre)[kSize], Activation activation,
+                                                    float negative_slope) {
   switch (activation) {
     case Activation::kNone:
       break;

@@ -42,26 +42,29 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// Writes to the address of `local` in the shared memory of block `rank` of the cluster. All blocks must have started (one
-// barrier before) and nobody may read before a barrier after.
-__device__ __forceinline__ void store_remote(float* local, uint32_t rank, float v) {
+// The value at the address of `local` in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ float load_remote(const float* local, uint32_t rank) {
 #ifdef STYLEFORGE_HAS_CLUSTER
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
   uint32_t remote;
+  float v;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(v) : "memory");
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
+  return v;
 #else
-  *local = v;
+  return *local;
 #endif
 }
-__device__ __forceinline__ void store_remote(double* local, uint32_t rank, double v) {
+__device__ __forceinline__ double load_remote(const double* local, uint32_t rank) {
 #ifdef STYLEFORGE_HAS_CLUSTER
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
   uint32_t remote;
+  double v;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(remote), "d"(v) : "memory");
+  asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(v) : "r"(remote) : "memory");
+  return v;
 #else
-  *local = v;
+  return *local;
 #endif
 }
 

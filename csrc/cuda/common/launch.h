@@ -27,13 +27,14 @@ struct DeviceFacts {
 // Of the current device.
 cudaError_t device_facts(DeviceFacts& facts);
 
-// One kernel<<<>>> with the attributes this library uses. `cluster` > 1 needs sm_90; dependent launch is used there too.
+// One kernel<<<>>> with the attributes this library uses. `cluster` > 1 needs sm_90; dependent launch is used there
+// too.
 template <typename... KernelArgs, typename... Args>
 cudaError_t launch(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t shared_bytes, int cluster,
                    const DeviceFacts& facts, cudaStream_t stream, const Args&... args) {
   if (shared_bytes > 48 * 1024) {
-    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(shared_bytes));
+    const auto error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
   if (cluster > 8) {
@@ -78,9 +79,7 @@ cudaError_t switch_dtype(DType dtype, Body&& body) {
   return cudaErrorInvalidValue;
 }
 
-inline size_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+inline size_t size_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -29,8 +29,8 @@ __device__ __forceinline__ Acc block_sum(Acc v, Acc* scratch) {
   return v;
 }
 
-// Running (count, mean, M2) of several parts: Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance",
-// eq. 2.1. The order of the calls fixes the rounding.
+// Running (count, mean, M2) of several parts: Chan, Golub, LeVeque 1983, "Algorithms for computing the sample
+// variance", eq. 2.1. The order of the calls fixes the rounding.
 template <typename Acc>
 struct Moments {
   Acc count = 0, mean = 0, m2 = 0;

@@ -31,9 +31,8 @@ __device__ __forceinline__ ChannelFacts<kWidth, Acc> channel_facts(const Instanc
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kTileThreads)
-    reduce_kernel(const __grid_constant__ InstanceNormBackwardParams p, int lanes, int tiles, int share,
-                  acc_t<T>* partials) {
+__global__ void __launch_bounds__(kTileThreads) reduce_kernel(const __grid_constant__ InstanceNormBackwardParams p,
+                                                              int lanes, int tiles, int share, acc_t<T>* partials) {
   using Acc = acc_t<T>;
   __shared__ __align__(16) Acc scratch[2][kSumScratch<kWidth>];
   const auto at = channel_tile<kWidth>(p, lanes, tiles, share, blockIdx.x);
@@ -132,16 +131,16 @@ cudaError_t launch_backward_channels_last(const InstanceNormBackwardParams& para
   const int lanes = schedule.lanes;
   return switch_dtype(params.dtype, [&]<typename T>() -> cudaError_t {
     auto* partials = static_cast<acc_t<T>*>(workspace);
-    const int64_t vectors = params.channels / (schedule.vectorized ? kFullWidth<T> : 1);
+    const int64_t vectors = params.channels / (schedule.vectorized ? kChannelWidth<T> : 1);
     const auto grid = dim3(static_cast<unsigned>(params.batch * ceil_div(vectors, lanes) * tiles));
-    auto* reduce = schedule.vectorized ? reduce_kernel<T, kFullWidth<T>> : reduce_kernel<T, 1>;
-    auto* apply = schedule.vectorized ? apply_kernel<T, kFullWidth<T>> : apply_kernel<T, 1>;
+    auto* reduce = schedule.vectorized ? reduce_kernel<T, kChannelWidth<T>> : reduce_kernel<T, 1>;
+    auto* apply = schedule.vectorized ? apply_kernel<T, kChannelWidth<T>> : apply_kernel<T, 1>;
     if (const auto error =
             launch(reduce, grid, dim3(kTileThreads), 0, 1, facts, stream, params, lanes, tiles, share, partials))
       return error;
-    if (const auto error = launch(add_tiles_kernel<T>,
-                                  dim3(static_cast<unsigned>(params.batch * ceil_div(params.channels, kWarp))),
-                                  dim3(kWarp, kMergeWarps), 0, 1, facts, stream, params, tiles, partials))
+    if (const auto error =
+            launch(add_tiles_kernel<T>, dim3(static_cast<unsigned>(params.batch * ceil_div(params.channels, kWarp))),
+                   dim3(kWarp, kMergeWarps), 0, 1, facts, stream, params, tiles, partials))
       return error;
     return launch(apply, grid, dim3(kTileThreads), 0, 1, facts, stream, params, lanes, tiles, share);
   });

@@ -68,8 +68,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    apply_kernel(const __grid_constant__ InstanceNormBackwardParams p, int parts, int share,
-                 const acc_t<T>* partials) {
+    apply_kernel(const __grid_constant__ InstanceNormBackwardParams p, int parts, int share, const acc_t<T>* partials) {
   using Acc = acc_t<T>;
   wait_for_predecessor();
   release_successor();

@@ -7,14 +7,18 @@
 
 namespace styleforge::cuda {
 
-constexpr int kMaxLanes = 8;
+// Channels of one thread.
+template <typename T>
+constexpr int kChannelWidth = sizeof(T) == 8 ? 2 : 4;
+
+constexpr int kMaxLanes = 16;
 constexpr int kMaxTileWarps = 16;  // the blocks have up to 512 threads
 
 template <int kWidth>
 constexpr int kSumScratch = kMaxTileWarps * kMaxLanes * kWidth;
 
-// Every thread gets the sums of its lane's channels, added in a fixed order: within warps, then warp by warp. One barrier;
-// a caller that sums twice gives two scratch arrays.
+// Every thread gets the sums of its lane's channels, added in a fixed order: within warps, then warp by warp. One
+// barrier; a caller that sums twice gives two scratch arrays.
 template <int kWidth, typename Acc>
 __device__ __forceinline__ void sum_over_rows(Acc (&v)[kWidth], int lanes, Acc* scratch) {
   const int warp = threadIdx.x / kWarp;

@@ -1,5 +1,5 @@
-// How channels_last tensors are cut in the two-pass kernels, forward and backward: tile = `share` pixels of one sample by
-// `lanes` vectors of channels, one block of kTileThreads each.
+// How channels_last tensors are cut in the two-pass kernels, forward and backward: tile = `share` pixels of one sample
+// by `lanes` vectors of channels, one block of kTileThreads each.
 #pragma once
 
 #include "../../instance_norm_params.h"

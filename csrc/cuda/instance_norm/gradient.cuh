@@ -10,9 +10,8 @@ namespace styleforge::cuda {
 template <typename T, int kWidth>
 __device__ __forceinline__ void gradient_before_norm(const InstanceNormBackwardParams& p, int64_t index,
                                                      const acc_t<T> (&mean)[kWidth], const acc_t<T> (&rstd)[kWidth],
-                                                     const acc_t<T> (&scale)[kWidth],
-                                                     const acc_t<T> (&shift)[kWidth], acc_t<T> (&g)[kWidth],
-                                                     acc_t<T> (&xhat)[kWidth]) {
+                                                     const acc_t<T> (&scale)[kWidth], const acc_t<T> (&shift)[kWidth],
+                                                     acc_t<T> (&g)[kWidth], acc_t<T> (&xhat)[kWidth]) {
   using V = Vec<T, kWidth>;
   using Acc = acc_t<T>;
   const V x = load_const<V>(p.input, index);

@@ -3,8 +3,8 @@
 //   path     format         what stays on chip                                launches  where
 //   plane    NCHW           a plane, in one block's or one cluster's shared      1      plane.cu
 //                           memory: one read, one write
-//   slab     channels_last  16 bytes' worth of channels of one sample, all       1      slab.cu
-//                           its pixels, in a block or cluster
+//   slab     channels_last  a few neighbouring channels of one sample, all       1      slab.cu
+//                           their pixels, in a block or cluster
 //   split    both           nothing: statistics of tiles, then a second pass    2 - 3   split_nchw.cu,
 //                           that mostly hits the L2 cache                               split_channels_last.cu
 #pragma once
@@ -20,13 +20,13 @@ enum class InstanceNormPath { kPlane, kSlab, kSplit };
 // How a call is going to run. `workspace_bytes` of device memory must be given to the launch (16-byte aligned).
 struct InstanceNormSchedule {
   InstanceNormPath path = InstanceNormPath::kSplit;
-  bool vectorized = false;  // 16-byte accesses; else element by element
+  bool vectorized = false;  // accesses of several elements; else one by one
   int cluster = 1;          // blocks that share a plane or slab
   int threads = 256;
-  int lanes = 1;                // slab and split in channels_last: vectors of one pixel side by side in a block
-  int64_t share = 0;            // plane, slab: vectors or pixels a block holds; split: those of one tile
-  int64_t parts = 1;            // split: tiles of a plane or sample
-  int64_t lead = 0;             // split, NCHW: > 0 takes the ticket kernel, by how many tiles pass 1 runs ahead
+  int lanes = 1;      // slab and split in channels_last: vectors of one pixel side by side in a block
+  int64_t share = 0;  // plane, slab: vectors or pixels a block holds; split: those of one tile
+  int64_t parts = 1;  // split: tiles of a plane or sample
+  int64_t lead = 0;   // split, NCHW: > 0 takes the ticket kernel, by how many tiles pass 1 runs ahead
   size_t shared_bytes = 0;
   size_t workspace_bytes = 0;
   const char* name = "";  // for last_path()

@@ -2,11 +2,12 @@
 //
 //   plane:   |<------------------- pixels ------------------->|
 //   cluster: | block 0    | block 1    | block 2    | block 3  |   each block: `share` vectors in shared memory
-//   thread:   t, t + T, t + 2T ... (coalesced, and a thread reads back only what it wrote: no barrier between the phases)
+//   thread:   t, t + T, t + 2T ... (coalesced, and a thread reads back only what it wrote: no barrier between the
+//   phases)
 //
-// 1. load and sum -> the block's own mean; 2. M2 about that mean, from shared memory; 3. every block writes its (mean, M2)
-// into the shared memory of all others (then no block has to wait for readers before it leaves), one cluster barrier, and
-// all merge them in the same order; 4. normalise from
+// 1. load and sum -> the block's own mean; 2. M2 about that mean, from shared memory; 3. the blocks' (count, mean, M2)
+// are merged by every block in the same order through distributed shared memory (one cluster barrier; writing the parts
+// into the other blocks instead of reading them there needs a second barrier and was slower); 4. normalise from
 // shared memory, add the residual, activate, write. The variance is taken about a mean, never as E[x^2] - E[x]^2, which
 // cancels.
 #include "../common/activation.cuh"
@@ -18,7 +19,6 @@
 namespace styleforge::cuda {
 namespace {
 
-constexpr int kMaxCluster = 16;
 constexpr int kUnroll = 8;  // loads in flight for each thread
 
 template <typename T, int kWidth>
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(1024) plane_kernel(const __grid_constant__ Ins
   extern __shared__ __align__(16) unsigned char shared[];
   V* held = reinterpret_cast<V*>(shared);
   __shared__ Acc scratch[2][kMaxWarps];
-  __shared__ Acc parts[2][kMaxCluster];  // mean and M2 of every block of the cluster
+  __shared__ Acc own[2];  // this block's mean and M2, read by the whole cluster
 
   const int blocks = static_cast<int>(cluster_size());
   const int rank = static_cast<int>(cluster_rank());
@@ -38,7 +38,6 @@ __global__ void __launch_bounds__(1024) plane_kernel(const __grid_constant__ Ins
   const int count = min(share, vectors - begin);
   const int64_t first = plane * vectors + begin;
 
-  if (blocks > 1) cluster_arrive();  // has started: the others may write here
   wait_for_predecessor();
   const int64_t param = plane / p.channels * p.param_batch_stride + plane % p.channels;
   const Acc weight = load_param(p.weight, p.param_dtype, param, Acc(1));
@@ -84,21 +83,21 @@ __global__ void __launch_bounds__(1024) plane_kernel(const __grid_constant__ Ins
 
   // 3. merge over the cluster
   if (blocks > 1) {
-    cluster_wait();
-    if (threadIdx.x < blocks) {
-      store_remote(&parts[0][rank], threadIdx.x, mean);
-      store_remote(&parts[1][rank], threadIdx.x, m2);
+    if (threadIdx.x == 0) {
+      own[0] = mean;
+      own[1] = m2;
     }
     cluster_arrive();
     cluster_wait();
-    // Lane r of every warp takes the part of rank r; the warp's butterfly adds them in the same order everywhere.
+    // Lane r of every warp reads the part of rank r; the warp's butterfly adds them in the same order everywhere.
     const int r = threadIdx.x % kWarp;
     Acc rank_count = 0, rank_mean = 0, rank_m2 = 0;
     if (r < blocks) {
       rank_count = static_cast<Acc>(max(min(share, vectors - r * share), 0)) * kWidth;
-      rank_mean = parts[0][r];
-      rank_m2 = parts[1][r];
+      rank_mean = load_remote(&own[0], r);
+      rank_m2 = load_remote(&own[1], r);
     }
+    cluster_arrive();  // this block has read; the wait stands at the end, before any block may leave
     mean = warp_sum(rank_count * rank_mean) / static_cast<Acc>(p.pixels);
     const Acc d = rank_mean - mean;
     m2 = warp_sum(rank_m2 + rank_count * d * d);
@@ -141,12 +140,12 @@ __global__ void __launch_bounds__(1024) plane_kernel(const __grid_constant__ Ins
       store(p.output, first + i, finish(held[i], &r));
     }
   }
+  if (blocks > 1) cluster_wait();
 }
 
 }  // namespace
 
-cudaError_t launch_plane(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
-                         cudaStream_t stream) {
+cudaError_t launch_plane(const InstanceNormParams& params, const InstanceNormSchedule& schedule, cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   return switch_dtype(params.dtype, [&]<typename T>() {

@@ -13,17 +13,17 @@ namespace styleforge::cuda {
 namespace {
 
 // Shared memory that plane and slab declare statically (reductions, the parts of a cluster); the rest holds the data.
-constexpr int64_t kStaticShared = 20 * 1024;
+constexpr int64_t kStaticShared = 12 * 1024;
 // Three blocks of this size share a multiprocessor, so that one loads while another one stores.
 constexpr int64_t kPreferredShare = 64 * 1024;
-constexpr int64_t kLeastShare = 4 * 1024;
+constexpr int64_t kLeastShare = 2 * 1024;
 constexpr int64_t kLargestSlabTensor = 12 << 20;  // bytes of one sample
 constexpr int kSplitThreads = 256;
 constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
 
 int round_threads(int64_t wanted, int least, int most) {
-  return static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(wanted))), least,
-                                              most));
+  return static_cast<int>(
+      std::clamp<int64_t>(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(wanted))), least, most));
 }
 
 // STYLEFORGE_TUNE="cluster=8,lanes=4,threads=256,shared=120000,lead=500": what bench/tune.py tries; 0 or absent: as is.
@@ -50,20 +50,20 @@ bool all_aligned(const InstanceNormParams& p) {
 }
 
 struct Shape {
-  int64_t width;         // elements of a vector
+  int64_t width;  // elements of a vector
   int64_t vector_bytes;
   bool vectorized;
 };
 
 Shape shape_of(const InstanceNormParams& p, bool aligned) {
   const int64_t element = static_cast<int64_t>(size_of(p.dtype));
-  const int64_t full = 16 / element;
+  const int64_t full = p.channels_last ? std::min<int64_t>(4, 16 / element) : 16 / element;
   const bool vectorized = aligned && (p.channels_last ? p.channels : p.pixels) % full == 0;
-  return {vectorized ? full : 1, vectorized ? 16 : element, vectorized};
+  return {vectorized ? full : 1, vectorized ? full * element : element, vectorized};
 }
 
-// Blocks of a cluster are packed onto few multiprocessors if they fit. Where all blocks of the grid could have one each,
-// asking for more than half of its shared memory makes them.
+// Blocks of a cluster are packed onto few multiprocessors if they fit. Where all blocks of the grid could have one
+// each, asking for more than half of its shared memory makes them.
 int64_t spread(int64_t blocks, int cluster, const DeviceFacts& facts) {
   const int64_t with_cluster = cluster >= 16 ? facts.multiprocessors * 5 / 6 : facts.multiprocessors * 10 / 11;
   const bool fits = cluster > 1 && blocks <= with_cluster;
@@ -76,9 +76,11 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
   const int64_t bytes = vectors * shape.vector_bytes;
   const int64_t planes = p.batch * p.channels;
   const int most = largest_cluster(facts);
+  // Measured (bench/tune.py): no cluster up to twice the preferred share, which costs less than the cluster's barriers;
+  // as many blocks as there are multiprocessors where planes are few.
   int cluster = 1;
-  while (cluster < most && bytes > kPreferredShare * cluster) cluster *= 2;
-  while (cluster < most && planes * cluster * 2 <= facts.multiprocessors && bytes >= kLeastShare * cluster * 2) {
+  while (cluster < most && bytes > kPreferredShare * (cluster == 1 ? 2 : cluster)) cluster *= 2;
+  while (cluster < most && planes * cluster * 2 <= facts.multiprocessors && bytes >= 4 * kLeastShare * cluster * 2) {
     cluster *= 2;
   }
   cluster = static_cast<int>(tuned("cluster", cluster));
@@ -87,58 +89,48 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
   // Measured (bench/tune.py): 16 blocks to a plane lose against two passes, from the L2 cache for a small tensor, by
   // tickets for a large one.
   if (cluster == 16 && !forced("plane")) return false;
+  const auto element_bytes = size_of(p.dtype);
   s.path = InstanceNormPath::kPlane;
   s.cluster = cluster;
-  s.threads = static_cast<int>(tuned("threads", round_threads(ceil_div(s.share, 8), 64, 1024)));
-  s.shared_bytes = static_cast<size_t>(std::max(s.share * shape.vector_bytes, spread(planes * cluster, cluster, facts)));
+  s.threads = static_cast<int>(
+      tuned("threads", round_threads(ceil_div(s.share, cluster > 1 && element_bytes > 2 ? 16 : 8), 64, 1024)));
+  s.shared_bytes =
+      static_cast<size_t>(std::max(s.share * shape.vector_bytes, spread(planes * cluster, cluster, facts)));
   s.name = cluster > 1 ? "instance_norm:cuda:plane:cluster" : "instance_norm:cuda:plane:block";
   return true;
 }
 
 int lanes_for(int64_t vectors) {
-  return static_cast<int>(std::min<int64_t>(kMaxLanes, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(vectors)))));
+  return static_cast<int>(
+      std::min<int64_t>(kMaxLanes, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(vectors)))));
 }
 
-bool schedule_slab(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
-                   InstanceNormSchedule& s) {
+bool schedule_slab(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape, InstanceNormSchedule& s) {
   const int64_t vectors = p.channels / shape.width;
   const int most = largest_cluster(facts);
-  // Measured (bench/tune.py): slabs of 64 bytes and the smallest cluster that gives half as many blocks as there are
-  // multiprocessors; slabs of 32 bytes where that fails; the two-pass kernels where a tensor is large for its few blocks.
+  // Measured (bench/tune.py): four lanes; the largest cluster where there are few slabs, else as many blocks as there
+  // are multiprocessors; the two-pass kernels where a sample is large for its few blocks.
   if (p.pixels * p.channels * static_cast<int64_t>(size_of(p.dtype)) > kLargestSlabTensor) return false;
-  const int widest = std::min(lanes_for(vectors), static_cast<int>(std::max<int64_t>(1, 64 / shape.vector_bytes)));
-  const int narrowest = std::min(widest, static_cast<int>(std::max<int64_t>(1, 32 / shape.vector_bytes)));
   const int64_t room = facts.max_shared_per_block - kStaticShared;
-  const int64_t enough = facts.multiprocessors / 2 - 2;
-  const auto units = [&](int l) { return p.batch * ceil_div(vectors, l); };
-  const auto slab_bytes = [&](int l) { return p.pixels * l * shape.vector_bytes; };
-  const auto cluster_for = [&](int l) {
-    int cluster = 1;
-    while (cluster < most && slab_bytes(l) > room * cluster) cluster *= 2;
-    while (cluster < most && units(l) * cluster < enough && slab_bytes(l) >= kLeastShare * cluster * 2) cluster *= 2;
-    return cluster;
-  };
-  int lanes = 0;
-  int64_t blocks = 0;
-  for (int l = widest; l >= narrowest && blocks < enough; l /= 2) {
-    const int cluster = cluster_for(l);
-    if (ceil_div(p.pixels, cluster) * l * shape.vector_bytes > room) continue;
-    if (units(l) * cluster > blocks) {
-      lanes = l;
-      blocks = units(l) * cluster;
-    }
-  }
+  int lanes = std::min(4, lanes_for(vectors));
   lanes = static_cast<int>(tuned("lanes", lanes));
-  if (lanes == 0) return false;
-  const int cluster = static_cast<int>(tuned("cluster", cluster_for(lanes)));
+  const int64_t units = p.batch * ceil_div(vectors, lanes);
+  const int64_t slab_bytes = p.pixels * lanes * shape.vector_bytes;
+  int cluster = 1;
+  while (cluster < most &&
+         (slab_bytes > room * cluster || (slab_bytes >= kLeastShare * cluster * 2 &&
+                                          (units <= 16 || units * cluster < facts.multiprocessors * 7 / 8)))) {
+    cluster *= 2;
+  }
+  cluster = static_cast<int>(tuned("cluster", cluster));
   s.share = ceil_div(p.pixels, cluster);
   const int64_t bytes = s.share * lanes * shape.vector_bytes;
   if (bytes > room) return false;
   s.path = InstanceNormPath::kSlab;
   s.cluster = cluster;
   s.lanes = lanes;
-  s.threads = static_cast<int>(tuned("threads", round_threads(ceil_div(s.share * lanes, 8), 128, 512)));
-  s.shared_bytes = static_cast<size_t>(std::max(bytes, spread(units(lanes) * cluster, cluster, facts)));
+  s.threads = static_cast<int>(tuned("threads", round_threads(ceil_div(s.share * lanes, 16), 128, 512)));
+  s.shared_bytes = static_cast<size_t>(std::max(bytes, spread(units * cluster, cluster, facts)));
   s.name = cluster > 1 ? "instance_norm:cuda:slab:cluster" : "instance_norm:cuda:slab:block";
   return true;
 }
@@ -150,15 +142,15 @@ void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const
   s.threads = kSplitThreads;
   if (!p.channels_last) {
     const int64_t vectors = p.pixels / shape.width;
-    // Full tiles where they fill the device, else half ones.
-    const bool many = p.batch * p.channels * ceil_div(vectors, kSplitShare) >= 2 * facts.multiprocessors;
+    // Full tiles where they reach half of the device, else half ones.
+    const bool many = p.batch * p.channels * ceil_div(vectors, kSplitShare) * 2 >= facts.multiprocessors;
     s.share = std::min(tuned("tile", many ? kSplitShare : kSplitShare / 2), vectors);
     s.parts = ceil_div(vectors, s.share);
     s.workspace_bytes = static_cast<size_t>(2 * p.batch * p.channels * s.parts) * acc;
     return;
   }
   const int64_t vectors = p.channels / shape.width;
-  s.lanes = lanes_for(vectors);
+  s.lanes = std::min(lanes_for(vectors), static_cast<int>(128 / shape.vector_bytes));
   const int64_t blocks = p.batch * ceil_div(vectors, s.lanes);
   const int64_t rows = kTileThreads / s.lanes;
   // Three blocks a multiprocessor, each with at least eight loads a thread.
@@ -218,8 +210,7 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const bool aligned = aligned16(params.input) && aligned16(params.residual) && aligned16(params.saved_output) &&
-                       aligned16(params.grad_output) && aligned16(params.grad_input) &&
-                       aligned16(params.grad_residual);
+                       aligned16(params.grad_output) && aligned16(params.grad_input) && aligned16(params.grad_residual);
   const Shape shape = shape_of(params, aligned);
   schedule = {};
   schedule.vectorized = shape.vectorized;
@@ -230,8 +221,7 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
 }
 
 cudaError_t launch_instance_norm_backward(const InstanceNormBackwardParams& params,
-                                          const InstanceNormSchedule& schedule, void* workspace,
-                                          cudaStream_t stream) {
+                                          const InstanceNormSchedule& schedule, void* workspace, cudaStream_t stream) {
   return params.channels_last ? launch_backward_channels_last(params, schedule, workspace, stream)
                               : launch_backward_nchw(params, schedule, workspace, stream);
 }

@@ -2,20 +2,21 @@
 // memory, in one block or spread over a cluster by pixels.
 //
 //   a pixel:  |<-------------------- channels -------------------->|
-//             | slab 0: lanes x 16 bytes | slab 1 | ...                   2 lanes = one 32-byte sector of memory
+//             | slab 0: lanes x vector   | slab 1 | ...                   2 lanes = one 32-byte sector of memory
 //   thread:   lane = t % lanes owns kWidth channels; row = t / lanes owns pixels row, row + rows, ...
 //   cluster:  block r owns pixels [r * share, (r + 1) * share)
 //
-// A thread sums its own channels over its own pixels; sums over the rows go through warp shuffles and shared memory; the
-// blocks write (mean, M2) of every channel into each other's shared memory and merge them in the order of their ranks (Chan
-// et al. 1983).
+// A thread sums its own channels over its own pixels; sums over the rows go through warp shuffles and shared memory;
+// the blocks merge (count, mean, M2) of every channel in the order of their ranks through distributed shared memory
+// (Chan et al. 1983). A thread has four channels: eight, the 16 bytes of a half, make its chain of dependent steps
+// longer than the shorter loads cost.
 #include "../common/activation.cuh"
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/reduce.cuh"
 #include "channel_sums.cuh"
-#include "phases.cuh"
 #include "kernels.h"
+#include "phases.cuh"
 
 namespace styleforge::cuda {
 namespace {
@@ -24,15 +25,14 @@ constexpr int kUnroll = 8;  // loads in flight for each thread
 constexpr int kMaxCluster = 16;
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(512)
-    slab_kernel(const __grid_constant__ InstanceNormParams p, int lanes, int share) {
+__global__ void __launch_bounds__(512) slab_kernel(const __grid_constant__ InstanceNormParams p, int lanes, int share) {
   using V = Vec<T, kWidth>;
   using Acc = acc_t<T>;
   constexpr int kMaxChannels = kMaxLanes * kWidth;
   extern __shared__ __align__(16) unsigned char shared[];
   V* held = reinterpret_cast<V*>(shared);
   __shared__ __align__(16) Acc scratch[2][kSumScratch<kWidth>];
-  __shared__ __align__(16) Acc parts[2][kMaxCluster][kMaxChannels];  // mean and M2 of every block of the cluster
+  __shared__ Acc own[2][kMaxChannels];     // this block's mean and M2 of each channel, read by the whole cluster
   __shared__ Acc result[3][kMaxChannels];  // mean, scale, shift
 
   const int blocks = static_cast<int>(cluster_size());
@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(512)
                               : phase_vector(p, n, begin + i, vectors, vector);
   };
 
-  if (blocks > 1) cluster_arrive();  // has started: the others may write here
   wait_for_predecessor();
-  // Thread j < channels takes care of the slab's channel j between the passes; its parameters are on their way meanwhile.
+  // Thread j < channels takes care of the slab's channel j between the passes; its parameters are on their way
+  // meanwhile.
   const int channels = lanes * kWidth;
   const int64_t channel = static_cast<int64_t>(unit % slabs) * channels + threadIdx.x;
   const bool owns = threadIdx.x < channels && channel < p.channels;
@@ -111,14 +111,11 @@ __global__ void __launch_bounds__(512)
   sum_over_rows<kWidth>(squares, lanes, scratch[1]);
 
   // 3. merge over the cluster
-  // Every thread has its lane's sums, so row r can write them to block r: into the shared memory of all blocks, this one
-  // included, and none has to wait for readers before it leaves.
-  if (blocks > 1) cluster_wait();
-  for (int r = row; r < blocks; r += rows) {
+  if (row == 0) {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      store_remote(&parts[0][rank][lane * kWidth + k], r, mean[k]);
-      store_remote(&parts[1][rank][lane * kWidth + k], r, squares[k]);
+      own[0][lane * kWidth + k] = mean[k];
+      own[1][lane * kWidth + k] = squares[k];
     }
   }
   if (blocks > 1) {
@@ -129,19 +126,26 @@ __global__ void __launch_bounds__(512)
   }
   if (owns) {
     const int j = threadIdx.x;
-    const auto held_by = [&](int r) { return static_cast<Acc>(max(min(share, pixels - r * share), 0)); };
-    Acc channel_mean = parts[0][0][j];
-    Acc channel_m2 = parts[1][0][j];
+    Acc channel_mean = own[0][j];
+    Acc channel_m2 = own[1][j];
     if (blocks > 1) {
+      // All reads of other blocks are in flight together.
+      Acc rank_mean[kMaxCluster], rank_m2[kMaxCluster];
+#pragma unroll
+      for (int r = 0; r < kMaxCluster; ++r) {
+        rank_mean[r] = r < blocks ? load_remote(&own[0][j], r) : Acc(0);
+        rank_m2[r] = r < blocks ? load_remote(&own[1][j], r) : Acc(0);
+      }
+      const auto held_by = [&](int r) { return static_cast<Acc>(max(min(share, pixels - r * share), 0)); };
       Acc sum_of_blocks = 0;
-#pragma unroll 4
-      for (int r = 0; r < blocks; ++r) sum_of_blocks += held_by(r) * parts[0][r][j];
+#pragma unroll
+      for (int r = 0; r < kMaxCluster; ++r) sum_of_blocks += held_by(r) * rank_mean[r];
       channel_mean = sum_of_blocks / static_cast<Acc>(pixels);
       channel_m2 = 0;
-#pragma unroll 4
-      for (int r = 0; r < blocks; ++r) {
-        const Acc d = parts[0][r][j] - channel_mean;
-        channel_m2 += parts[1][r][j] + held_by(r) * d * d;
+#pragma unroll
+      for (int r = 0; r < kMaxCluster; ++r) {
+        const Acc d = rank_mean[r] - channel_mean;
+        channel_m2 += rank_m2[r] + held_by(r) * d * d;
       }
     }
     const Acc rstd = reciprocal_sqrt(channel_m2 / static_cast<Acc>(pixels) + static_cast<Acc>(p.eps));
@@ -153,6 +157,7 @@ __global__ void __launch_bounds__(512)
       reinterpret_cast<Acc*>(p.rstd)[n * p.channels + channel] = rstd;
     }
   }
+  if (blocks > 1) cluster_arrive();  // has read; the wait stands at the end, before any block may leave
   __syncthreads();
 
   // 4. normalise
@@ -203,6 +208,7 @@ __global__ void __launch_bounds__(512)
       }
     }
   }
+  if (blocks > 1) cluster_wait();
 }
 
 }  // namespace
@@ -211,9 +217,9 @@ cudaError_t launch_slab(const InstanceNormParams& params, const InstanceNormSche
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   return switch_dtype(params.dtype, [&]<typename T>() {
-    const int64_t vectors = params.channels / (schedule.vectorized ? kFullWidth<T> : 1);
+    const int64_t vectors = params.channels / (schedule.vectorized ? kChannelWidth<T> : 1);
     const auto grid = dim3(static_cast<unsigned>(params.batch * ceil_div(vectors, schedule.lanes) * schedule.cluster));
-    auto* kernel = schedule.vectorized ? slab_kernel<T, kFullWidth<T>> : slab_kernel<T, 1>;
+    auto* kernel = schedule.vectorized ? slab_kernel<T, kChannelWidth<T>> : slab_kernel<T, 1>;
     return launch(kernel, grid, dim3(schedule.threads), schedule.shared_bytes, schedule.cluster, facts, stream, params,
                   schedule.lanes, static_cast<int>(schedule.share));
   });

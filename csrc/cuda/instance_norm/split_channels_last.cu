@@ -16,8 +16,7 @@ constexpr int kBatch = 4;
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kTileThreads)
-    moments_kernel(const __grid_constant__ InstanceNormParams p, int lanes, int tiles, int share,
-                   acc_t<T>* partials) {
+    moments_kernel(const __grid_constant__ InstanceNormParams p, int lanes, int tiles, int share, acc_t<T>* partials) {
   using V = Vec<T, kWidth>;
   using Acc = acc_t<T>;
   __shared__ __align__(16) Acc scratch[2][kSumScratch<kWidth>];
@@ -59,12 +58,12 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-// Block: 32 channels (threadIdx.x) by kMergeWarps groups of tiles (threadIdx.y): mean first, then squares about it, each
-// group in the order of the tiles, then the groups in their order.
+// Block: 32 channels (threadIdx.x) by kMergeWarps groups of tiles (threadIdx.y): mean first, then squares about it,
+// each group in the order of the tiles, then the groups in their order.
 template <typename T>
 __global__ void __launch_bounds__(kWarp* kMergeWarps)
-    merge_moments_kernel(const __grid_constant__ InstanceNormParams p, int tiles, int share,
-                         const acc_t<T>* partials, acc_t<T>* mean_out, acc_t<T>* rstd_out) {
+    merge_moments_kernel(const __grid_constant__ InstanceNormParams p, int tiles, int share, const acc_t<T>* partials,
+                         acc_t<T>* mean_out, acc_t<T>* rstd_out) {
   using Acc = acc_t<T>;
   __shared__ Acc groups[2][kMergeWarps][kWarp];
   const int blocks_per_sample = static_cast<int>((p.channels + kWarp - 1) / kWarp);
@@ -77,7 +76,7 @@ __global__ void __launch_bounds__(kWarp* kMergeWarps)
   const auto pixels_of = [&](int tile) {
     return static_cast<Acc>(min(static_cast<int64_t>(share), p.pixels - static_cast<int64_t>(tile) * share));
   };
-  const auto over_groups = [&](Acc value, Acc (&scratch)[kMergeWarps][kWarp]) {
+  const auto over_groups = [&](Acc value, Acc(&scratch)[kMergeWarps][kWarp]) {
     scratch[threadIdx.y][threadIdx.x] = value;
     __syncthreads();
     Acc total = 0;
@@ -106,13 +105,13 @@ __global__ void __launch_bounds__(kWarp* kMergeWarps)
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kTileThreads)
-    apply_kernel(const __grid_constant__ InstanceNormParams p, int lanes, int tiles, int share,
-                 const acc_t<T>* mean_in, const acc_t<T>* rstd_in) {
+    apply_kernel(const __grid_constant__ InstanceNormParams p, int lanes, int tiles, int share, const acc_t<T>* mean_in,
+                 const acc_t<T>* rstd_in) {
   using V = Vec<T, kWidth>;
   using Acc = acc_t<T>;
   const auto at = channel_tile<kWidth>(p, lanes, tiles, share, gridDim.x - 1 - blockIdx.x);
-  // The first vectors are loaded before the wait: pass 1 writes nothing of them, and whatever did write them was complete
-  // before pass 1 let its successors start.
+  // The first vectors are loaded before the wait: pass 1 writes nothing of them, and whatever did write them was
+  // complete before pass 1 let its successors start.
   constexpr int kAhead = 4;
   V ahead[kAhead];
 #pragma unroll
@@ -195,17 +194,16 @@ cudaError_t launch_split_channels_last(const InstanceNormParams& params, const I
       mean = static_cast<Acc*>(params.mean);
       rstd = static_cast<Acc*>(params.rstd);
     }
-    const int64_t vectors = params.channels / (schedule.vectorized ? kFullWidth<T> : 1);
+    const int64_t vectors = params.channels / (schedule.vectorized ? kChannelWidth<T> : 1);
     const auto grid = dim3(static_cast<unsigned>(params.batch * ceil_div(vectors, lanes) * tiles));
-    auto* moments = schedule.vectorized ? moments_kernel<T, kFullWidth<T>> : moments_kernel<T, 1>;
-    auto* apply = schedule.vectorized ? apply_kernel<T, kFullWidth<T>> : apply_kernel<T, 1>;
+    auto* moments = schedule.vectorized ? moments_kernel<T, kChannelWidth<T>> : moments_kernel<T, 1>;
+    auto* apply = schedule.vectorized ? apply_kernel<T, kChannelWidth<T>> : apply_kernel<T, 1>;
     if (const auto error =
             launch(moments, grid, dim3(kTileThreads), 0, 1, facts, stream, params, lanes, tiles, share, partials))
       return error;
-    if (const auto error = launch(merge_moments_kernel<T>,
-                                  dim3(static_cast<unsigned>(params.batch * ceil_div(params.channels, kWarp))),
-                                  dim3(kWarp, kMergeWarps), 0, 1, facts, stream, params, tiles, share, partials, mean,
-                                  rstd))
+    if (const auto error = launch(
+            merge_moments_kernel<T>, dim3(static_cast<unsigned>(params.batch * ceil_div(params.channels, kWarp))),
+            dim3(kWarp, kMergeWarps), 0, 1, facts, stream, params, tiles, share, partials, mean, rstd))
       return error;
     return launch(apply, grid, dim3(kTileThreads), 0, 1, facts, stream, params, lanes, tiles, share, mean, rstd);
   });

@@ -7,8 +7,9 @@
 //
 //     ticket:  S0 S1 ... S(lead-1) | S(lead) A0 | S(lead+1) A1 | ... | A(last-1) A(last)
 //
-//   A block that waits for a plane's tiles waits only for smaller tickets, whose blocks already run and wait for nothing
-//   (S) or for still smaller ones (A): no co-residency is needed, and the order of block launches does not matter.
+//   A block that waits for a plane's tiles waits only for smaller tickets, whose blocks already run and wait for
+//   nothing (S) or for still smaller ones (A): no co-residency is needed, and the order of block launches does not
+//   matter.
 #include "../common/activation.cuh"
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
@@ -37,8 +38,8 @@ __device__ __forceinline__ Tile<T, kWidth> tile_at(const InstanceNormParams& p, 
 
 // (mean, M2) of one tile, by the whole block; thread 0 writes them.
 template <typename T, int kWidth>
-__device__ __forceinline__ void tile_moments(const InstanceNormParams& p, int64_t plane, int part, int parts,
-                                             int share, acc_t<T>* partials) {
+__device__ __forceinline__ void tile_moments(const InstanceNormParams& p, int64_t plane, int part, int parts, int share,
+                                             acc_t<T>* partials) {
   using V = Vec<T, kWidth>;
   using Acc = acc_t<T>;
   __shared__ Acc scratch[2][kMaxWarps];
@@ -132,8 +133,8 @@ __global__ void __launch_bounds__(kThreads)
   tile_moments<T, kWidth>(p, blockIdx.x / parts, static_cast<int>(blockIdx.x % parts), parts, share, partials);
 }
 
-// The tile is loaded before the wait: pass 1 writes nothing of it, and whatever did write it was complete before pass 1 let
-// this kernel start. So the second read runs beside pass 1.
+// The tile is loaded before the wait: pass 1 writes nothing of it, and whatever did write it was complete before pass 1
+// let this kernel start. So the second read runs beside pass 1.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     apply_kernel(const __grid_constant__ InstanceNormParams p, int parts, int share, const acc_t<T>* partials) {
@@ -146,9 +147,7 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_predecessor();
   release_successor();
   // Every warp merges the plane's tiles for itself: mean first, then squares about it.
-  const auto elements = [&](int j) {
-    return static_cast<Acc>(tile_at<T, kWidth>(p, plane, j, share).count) * kWidth;
-  };
+  const auto elements = [&](int j) { return static_cast<Acc>(tile_at<T, kWidth>(p, plane, j, share).count) * kWidth; };
   const Acc* own = partials + plane * parts * 2;
   const int lane = threadIdx.x % kWarp;
   Acc mean, m2;
@@ -189,9 +188,7 @@ __device__ __forceinline__ void merge_tiles(const InstanceNormParams& p, int64_t
                                             const acc_t<T>* partials, acc_t<T>& mean, acc_t<T>& m2) {
   using Acc = acc_t<T>;
   __shared__ Acc scratch[2][kMaxWarps];
-  const auto elements = [&](int j) {
-    return static_cast<Acc>(tile_at<T, kWidth>(p, plane, j, share).count) * kWidth;
-  };
+  const auto elements = [&](int j) { return static_cast<Acc>(tile_at<T, kWidth>(p, plane, j, share).count) * kWidth; };
   const Acc* own = partials + plane * parts * 2;
   Acc sum = 0;
   for (int j = threadIdx.x; j < parts; j += kThreads) sum += __ldcg(&own[2 * j]) * elements(j);
@@ -207,8 +204,8 @@ __device__ __forceinline__ void merge_tiles(const InstanceNormParams& p, int64_t
 // The block that completes a plane's moments merges them once for all; `statistics` holds mean and rstd of every plane.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 3)
-    ticket_kernel(const __grid_constant__ InstanceNormParams p, int parts, int share, int64_t lead,
-                  acc_t<T>* partials, acc_t<T>* statistics, TicketState state) {
+    ticket_kernel(const __grid_constant__ InstanceNormParams p, int parts, int share, int64_t lead, acc_t<T>* partials,
+                  acc_t<T>* statistics, TicketState state) {
   using Acc = acc_t<T>;
   __shared__ int64_t drawn;
   __shared__ bool completes;

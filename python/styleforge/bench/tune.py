@@ -32,7 +32,7 @@ def _variants(channels_last: bool) -> list[tuple[str, str]]:
     """(STYLEFORGE_PATH, STYLEFORGE_TUNE) of each variant."""
     variants = [("", "")]
     if channels_last:
-        for lanes, cluster, threads in itertools.product((2, 4, 8), (1, 2, 4, 8, 16), (256, 512)):
+        for lanes, cluster, threads in itertools.product((4, 8, 16), (1, 2, 4, 8, 16), (128, 256, 512)):
             variants.append(("", f"lanes={lanes},cluster={cluster},threads={threads}"))
             if cluster > 1:
                 variants.append(("", f"lanes={lanes},cluster={cluster},threads={threads},shared=118000"))

@@ -78,8 +78,10 @@ def reflect_conv2d_by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 def _takes_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether ``reflect_conv2d_by_columns`` can run and is the faster way."""
-    if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_exporting()):  # type: ignore[attr-defined,no-untyped-call]
-        return False  # a recorded program may run on another device and size than it was recorded with
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        recording: bool = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
+        if recording:  # the program may run on another device and size than it was recorded with
+            return False
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
     if torch.is_grad_enabled() and (

@@ -162,16 +162,16 @@ class TransformerNet(nn.Module):
         d1, d2 = self.deconv1.conv2d, self.deconv2.conv2d
         n1, n2, n3, n4, n5 = self.in1, self.in2, self.in3, self.in4, self.in5
         precision = self.precision
-        y = _fused(y, c1.weight, n1.weight, n1.bias, 4, 1, 1, n1.eps, "relu", None, precision)
-        y = _fused(y, c2.weight, n2.weight, n2.bias, 1, 2, 1, n2.eps, "relu", None, precision)
-        y = _fused(y, c3.weight, n3.weight, n3.bias, 1, 2, 1, n3.eps, "relu", None, precision)
+        y = _fused(y, c1.weight, n1.weight, n1.bias, 4, 1, 1, self.in1.eps, "relu", None, precision)
+        y = _fused(y, c2.weight, n2.weight, n2.bias, 1, 2, 1, self.in2.eps, "relu", None, precision)
+        y = _fused(y, c3.weight, n3.weight, n3.bias, 1, 2, 1, self.in3.eps, "relu", None, precision)
         y = self.res1(y)
         y = self.res2(y)
         y = self.res3(y)
         y = self.res4(y)
         y = self.res5(y)
-        y = _fused(y, d1.weight, n4.weight, n4.bias, 1, 1, 2, n4.eps, "relu", None, precision)
-        y = _fused(y, d2.weight, n5.weight, n5.bias, 1, 1, 2, n5.eps, "relu", None, precision)
+        y = _fused(y, d1.weight, n4.weight, n4.bias, 1, 1, 2, self.in4.eps, "relu", None, precision)
+        y = _fused(y, d2.weight, n5.weight, n5.bias, 1, 1, 2, self.in5.eps, "relu", None, precision)
         result = reflect_conv2d(y, self.deconv3.conv2d.weight, self.deconv3.conv2d.bias)
         if keep_channels_last:
             return result.contiguous(memory_format=torch.channels_last)
