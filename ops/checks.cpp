@@ -12,7 +12,7 @@ std::string shape_text(const Tensor& tensor) {
 }
 
 std::string dtype_text(ScalarType dtype) {
-  switch (dtype) {
+  switch (dtype) {  // as Python writes them
     case ScalarType::Float:
       return "float32";
     case ScalarType::Double:
@@ -21,6 +21,24 @@ std::string dtype_text(ScalarType dtype) {
       return "float16";
     case ScalarType::BFloat16:
       return "bfloat16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
     default:
       return torch::headeronly::toString(dtype);
   }
@@ -92,6 +110,24 @@ bool is_dense(const Tensor& tensor, bool channels_last) {
   return true;
 }
 
+bool has_dense_strides(const Tensor& tensor, bool channels_last) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const auto expected = dense_strides(std::vector<int64_t>(sizes.begin(), sizes.end()), channels_last);
+  for (size_t d = 0; d < expected.size(); ++d) {
+    if (strides[d] != expected[d]) return false;
+  }
+  return true;
+}
+
+Tensor in_format(const Tensor& tensor, bool channels_last) {
+  if (has_dense_strides(tensor, channels_last)) return tensor;
+  const auto sizes = tensor.sizes();
+  Tensor result =
+      empty_dense(tensor, std::vector<int64_t>(sizes.begin(), sizes.end()), channels_last, tensor.scalar_type());
+  return torch::stable::copy_(result, tensor);
+}
+
 Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes, bool channels_last, ScalarType dtype) {
   return empty_strided(like, sizes, dense_strides(sizes, channels_last), dtype);
 }
@@ -105,7 +141,7 @@ std::string device_text(const Tensor& tensor) {
 }
 
 bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
 void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {

@@ -39,6 +39,10 @@ DType kernel_dtype(const char* op, const char* argument, ScalarType dtype);
 bool prefers_channels_last(const Tensor& tensor);
 // Whether the elements lie densely in exactly that format.
 bool is_dense(const Tensor& tensor, bool channels_last);
+// The same, and also the strides of dimensions of size 1 are what the format says: what a result has to have.
+bool has_dense_strides(const Tensor& tensor, bool channels_last);
+// `tensor` with the strides of exactly that format; copies where it has others.
+Tensor in_format(const Tensor& tensor, bool channels_last);
 std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool channels_last);
 Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes, bool channels_last, ScalarType dtype);
 

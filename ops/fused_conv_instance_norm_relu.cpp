@@ -50,7 +50,7 @@ ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormArgs& args) {
   if (args.upsample != 1 && args.upsample != 2) fail(kOp, "upsample must be 1 or 2, got ", args.upsample);
   plan.activation = parse_activation(kOp, args.activation.value);
   if (args.precision.value != "ieee" && args.precision.value != "tf32") {
-    fail(kOp, "precision must be ieee or tf32, got \"", args.precision.value, "\"");
+    fail(kOp, "precision must be one of ieee, tf32, got \"", args.precision.value, "\"");
   }
   plan.tf32 = args.precision.value == "tf32" && input.scalar_type() == ScalarType::Float;
   check_norm_params(kOp, "norm_weight", "norm_bias", input, args.norm_weight, args.norm_bias, input.size(0),
@@ -149,7 +149,7 @@ Tensor run_conv_instance_norm(const ConvInstanceNormBackend& backend, const Conv
   request.activation = plan.activation;
   request.negative_slope = args.negative_slope;
   request.output_channels_last = plan.channels_last;
-  request.in_place = is_dense(conv, plan.channels_last);  // the convolution's result is ours to overwrite
+  request.in_place = has_dense_strides(conv, plan.channels_last);  // the convolution's result is ours to overwrite
   auto call = prepare_instance_norm(request, conv, args.norm_weight, args.norm_bias, args.residual);
   backend.instance_norm(call);
   return call.output;

@@ -23,8 +23,9 @@ cuda = pytest.mark.cuda
 # STYLEFORGE_PATH, layout, sizes: one of each path the norm has.
 PATHS = [
     ("", "contiguous", (2, 16, 32, 32)),
-    ("", "contiguous", (2, 3, 255, 257)),
-    ("", "channels_last", (2, 16, 16, 16)),
+    ("", "contiguous", (2, 20, 191, 193)),
+    ("plane", "contiguous", (1, 2, 640, 512)),
+    ("", "channels_last", (60, 61, 23, 21)),
     ("", "channels_last", (2, 37, 101, 99)),
     ("split", "contiguous", (2, 16, 64, 64)),
     ("split", "channels_last", (2, 37, 101, 99)),

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from styleforge.models import CheckpointError, TorchTransformerNet, TransformerNet
+from styleforge.models import (
+    CheckpointError,
+    TorchTransformerNet,
+    TransformerNet,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 # The names in the public checkpoints of pytorch/examples.
 PUBLIC_NAMES = (
@@ -118,6 +124,42 @@ def test_inner_memory_format_does_not_change_the_result() -> None:
     x = photo(1, 3, 20, 24)
     with torch.no_grad():
         assert relative_error(plain_format(x), net(x)) < 1e-5
+
+
+def conv_weights(net: nn.Module) -> list[Tensor]:
+    return [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)]
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def test_weights_lie_in_the_layout_of_the_activations(tmp_path) -> None:
+    net = make_net(4)
+    assert len(conv_weights(net)) == 16
+    assert all(map(is_channels_last, conv_weights(net)))
+    assert not any(map(is_channels_last, conv_weights(TransformerNet(4, channels_last=False))))
+    plain = net.to_torch()
+    assert not any(map(is_channels_last, conv_weights(plain)))
+    path = tmp_path / "net.safetensors"
+    save_checkpoint(net, path)
+    loaded = TransformerNet(4)
+    loaded.load_state_dict(plain.state_dict())
+    for copied in (TransformerNet.from_torch(plain), load_checkpoint(path), loaded, copy.deepcopy(net).half()):
+        assert all(map(is_channels_last, conv_weights(copied)))
+        for name, tensor in copied.state_dict().items():
+            assert torch.equal(tensor, net.state_dict()[name].to(tensor.dtype)), name
+
+
+def test_weights_in_another_layout_work() -> None:
+    net = make_net(4)
+    x = photo(1, 3, 20, 24)
+    with torch.no_grad():
+        expected = net(x)
+        contiguous = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+        net.load_state_dict(contiguous, assign=True)
+        assert not any(map(is_channels_last, conv_weights(net)))
+        torch.testing.assert_close(net(x), expected)
 
 
 def test_strided_input() -> None:

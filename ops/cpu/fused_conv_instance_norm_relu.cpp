@@ -92,7 +92,7 @@ std::optional<Tensor> run_upsample_phases(const ConvInstanceNormArgs& args, cons
   params.height = args.input.size(2);
   params.width = args.input.size(3);
   cpu::instance_norm_phases(params, parallel_for);
-  return plan.channels_last ? output : to_contiguous(output, false);
+  return in_format(output, plan.channels_last);
 }
 
 Tensor fused_conv_instance_norm_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,

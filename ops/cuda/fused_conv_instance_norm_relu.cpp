@@ -86,7 +86,7 @@ std::optional<Tensor> run_upsample_phases(const ConvInstanceNormArgs& args, cons
   call.params.input = conv.const_data_ptr();
   call.params.phase_width = static_cast<int32_t>(plan.output_sizes[3]);
   norm<kPhases>(call);
-  return plan.channels_last ? output : to_contiguous(output, false);
+  return in_format(output, plan.channels_last);
 }
 
 // `tensor` in channels_last with zeros for the channels up to `channels`, padded by `padding` pixels.
@@ -127,7 +127,7 @@ std::optional<Tensor> run_padded_channels(const ConvInstanceNormArgs& args, cons
   if (!is_dense(conv, true)) conv = to_contiguous(conv, true);
   auto call = prepare_instance_norm(norm_request(args, plan), conv, args.norm_weight, args.norm_bias, args.residual);
   norm<kPaddedChannels>(call);
-  return plan.channels_last ? call.output : to_contiguous(call.output, false);
+  return in_format(call.output, plan.channels_last);
 }
 
 Tensor fused_conv_instance_norm_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,

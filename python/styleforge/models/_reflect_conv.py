@@ -79,9 +79,9 @@ def reflect_conv2d_by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) ->
 def _takes_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether ``reflect_conv2d_by_columns`` can run and is the faster way."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        recording: bool = torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[no-untyped-call]
-        if recording:  # the program may run on another device and size than it was recorded with
-            return False
+        tracing: bool = torch._C._get_tracing_state() is not None
+        if tracing or torch.compiler.is_exporting():
+            return False  # the program may run on another device and size than it was recorded with
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
     if torch.is_grad_enabled() and (

@@ -190,10 +190,17 @@ class FusedConvInstanceNormReLU(nn.Module):
             self.weight.copy_(conv.weight)
             if self.bias is not None and conv.bias is not None:
                 self.bias.copy_(conv.bias)
-            if self.norm_weight is not None and instance_norm.weight is not None:
-                self.norm_weight.copy_(instance_norm.weight)
-            if self.norm_bias is not None and instance_norm.bias is not None:
-                self.norm_bias.copy_(instance_norm.bias)
+            if self.norm_weight is not None and self.norm_bias is not None:
+                if not instance_norm.affine:
+                    nn.init.ones_(self.norm_weight)
+                    nn.init.zeros_(self.norm_bias)
+                else:
+                    self.norm_weight.copy_(instance_norm.weight)
+                    self.norm_bias.copy_(instance_norm.bias)
+            elif instance_norm.affine:
+                raise ValueError(
+                    "instance_norm has scale and shift, which this module (affine=False) has no place for"
+                )
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         """Input [N, Ci, H, W] and residual [N, Co, Ho, Wo] to [N, Co, Ho, Wo]."""

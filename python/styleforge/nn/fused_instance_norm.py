@@ -63,7 +63,7 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
         new = cls(
             norm.num_features,
             norm.eps,
-            0.1 if norm.momentum is None else norm.momentum,
+            norm.momentum,  # type: ignore[arg-type]
             norm.affine,
             norm.track_running_stats,
             device="meta",

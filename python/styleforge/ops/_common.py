@@ -69,27 +69,44 @@ def check_input(op: str, input: Tensor) -> None:
         )
 
 
-def check_norm_param(op: str, argument: str, param: Tensor | None, input: Tensor, channels: Any) -> None:
-    """``param`` is [C] or [N, C], of the input's dtype or float32."""
-    if param is None:
+def check_norm_params(
+    op: str, weight: tuple[str, Tensor | None], bias: tuple[str, Tensor | None], input: Tensor, channels: Any
+) -> None:
+    """(name, tensor) of scale and shift: [C] or [N, C], of the input's dtype or float32, both alike."""
+    for name, param in (weight, bias):
+        if param is None:
+            continue
+        _check_device(op, name, param, input)
+        if param.dtype not in (input.dtype, torch.float32):
+            raise RuntimeError(
+                f"{op}: {name} must be {_name(input.dtype)} (the dtype of input) or float32, "
+                f"got {_name(param.dtype)}"
+            )
+        batch = input.shape[0]
+        expected = (batch, channels) if param.dim() == 2 else (channels,)
+        fits = param.dim() in (1, 2) and all(a == b for a, b in zip(param.shape, expected, strict=False))
+        if not fits:
+            raise RuntimeError(
+                f"{op}: {name} must have shape [{channels}] or [{batch}, {channels}], got {list(param.shape)}"
+            )
+    if weight[1] is None or bias[1] is None:
         return
-    if param.dtype not in (input.dtype, torch.float32):
+    names = f"{weight[0]} and {bias[0]}"
+    if weight[1].dim() != bias[1].dim():
         raise RuntimeError(
-            f"{op}: {argument} must be {_name(input.dtype)} (the dtype of input) or float32, "
-            f"got {_name(param.dtype)}"
+            f"{op}: {names} must have the same shape, got {list(weight[1].shape)} and {list(bias[1].shape)}"
         )
-    batch = input.shape[0]
-    expected = (batch, channels) if param.dim() == 2 else (channels,)
-    check(
-        op,
-        param.dim() in (1, 2) and all(a == b for a, b in zip(param.shape, expected, strict=False)),
-        lambda: f"{argument} must have shape [{channels}] or [{batch}, {channels}], got {list(param.shape)}",
-    )
+    if weight[1].dtype != bias[1].dtype:
+        raise RuntimeError(
+            f"{op}: {names} must have the same dtype, got {_name(weight[1].dtype)} and {_name(bias[1].dtype)}"
+        )
 
 
 def check_like(op: str, argument: str, tensor: Tensor | None, input: Tensor, sizes: Sequence[Any]) -> None:
+    """Device and dtype of ``input``, and these sizes."""
     if tensor is None:
         return
+    _check_device(op, argument, tensor, input)
     if tensor.dtype != input.dtype:
         raise RuntimeError(
             f"{op}: {argument} must have the dtype of input, {_name(input.dtype)}, got {_name(tensor.dtype)}"
@@ -99,6 +116,21 @@ def check_like(op: str, argument: str, tensor: Tensor | None, input: Tensor, siz
         tensor.dim() == len(sizes) and all(a == b for a, b in zip(tensor.shape, sizes, strict=False)),
         lambda: f"{argument} must have shape {list(sizes)}, got {list(tensor.shape)}",
     )
+
+
+def check_pair(op: str, argument: str, value: Any, least: int) -> tuple[int, int]:
+    """One or two integers, each at least ``least``."""
+    values = [value] if isinstance(value, int) else list(value)
+    if len(values) not in (1, 2) or any(v < least for v in values):
+        raise RuntimeError(f"{op}: {argument} must be one or two integers >= {least}, got {values}")
+    return pair(value)
+
+
+def _check_device(op: str, argument: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"{op}: {argument} must be on the device of input, {input.device}, got {tensor.device}"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -139,14 +171,14 @@ def norm_params_for(
 
 
 def pair(value: int | Tensor | Sequence[int | Tensor]) -> tuple[int, int]:
-    """One or two integers as two."""
+    """One or two integers as two; anything else is returned as it is, for the operator to refuse."""
     if isinstance(value, int):
         return value, value
     if isinstance(value, Tensor) and value.dim() == 0:
         return _integer(value), _integer(value)
     if len(value) == 1:
         return _integer(value[0]), _integer(value[0])
-    return _integer(value[0]), _integer(value[1])
+    return tuple(_integer(v) for v in value)  # type: ignore[return-value]
 
 
 def _integer(value: int | Tensor) -> int:
@@ -170,3 +202,14 @@ def fold_param(tensor: Tensor | None, dim: int | None, size: int, batch: int) ->
     if moved.dim() == 2:
         moved = moved[:, None].expand(size, batch, moved.shape[-1])
     return moved.reshape(size * batch, moved.shape[-1])
+
+
+def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` from inside an operator's autograd kernel, also under ``torch.func`` transforms.
+
+    There the dispatcher has peeled the transforms off down to one level; ``apply`` itself would start over.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    with torch._functorch.utils.enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]

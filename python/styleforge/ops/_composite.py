@@ -62,20 +62,13 @@ def pad_upsample(input: Tensor, padding: Sequence[int], padding_mode: str, upsam
     return x
 
 
-def convolution(
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    padding_mode: str,
-    upsample: int,
-) -> Tensor:
-    """pad(upsample(input)) convolved, without bias. Zero padding is left to the convolution."""
+def before_convolution(
+    input: Tensor, padding: Sequence[int], padding_mode: str, upsample: int
+) -> tuple[Tensor, tuple[int, ...]]:
+    """pad(upsample(input)) and the padding that is left to the convolution: zeros, which it does itself."""
     if padding_mode == "zeros":
-        return F.conv2d(
-            pad_upsample(input, (0, 0), "zeros", upsample), weight, None, tuple(stride), tuple(padding)
-        )
-    return F.conv2d(pad_upsample(input, padding, padding_mode, upsample), weight, None, tuple(stride))
+        return pad_upsample(input, (0, 0), "zeros", upsample), tuple(padding)
+    return pad_upsample(input, padding, padding_mode, upsample), (0, 0)
 
 
 def conv_instance_norm_relu(
@@ -98,5 +91,6 @@ def conv_instance_norm_relu(
 
     TF32 follows PyTorch's own flags here, not ``precision``.
     """
-    z = convolution(input, weight, stride, padding, padding_mode, upsample)
+    x, conv_padding = before_convolution(input, padding, padding_mode, upsample)
+    z = F.conv2d(x, weight, None, tuple(stride), conv_padding)
     return instance_norm(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)

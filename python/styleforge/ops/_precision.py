@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -19,3 +22,15 @@ def conv_precision(precision: str | None = None) -> str:
         # The newer flags were set, and convolutions differ from RNNs: the older one has no answer.
         tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 else "ieee"
+
+
+@contextmanager
+def convolutions_in(precision: str) -> Iterator[None]:
+    """PyTorch's own convolutions take this precision inside; the user's flags come back afterwards."""
+    flags = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = flags.fp32_precision
+    flags.fp32_precision = precision
+    try:
+        yield
+    finally:
+        flags.fp32_precision = before

@@ -14,12 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from styleforge.ops import _common as common
 from styleforge.ops import _composite as composite
-from styleforge.ops._precision import conv_precision
+from styleforge.ops._precision import conv_precision, convolutions_in
 
 NAME = "fused_conv_instance_norm_relu"
 _op = torch.ops.styleforge.fused_conv_instance_norm_relu.default
@@ -119,12 +120,15 @@ def _fake(
         ),
     )
     common.check_like(NAME, "weight", weight, input, weight.shape)
+    if 0 in weight.shape:
+        raise RuntimeError(f"{NAME}: weight must have no empty dimension, got {list(weight.shape)}")
     common.check_like(NAME, "bias", bias, input, weight.shape[:1])
     common.check_choice(NAME, "activation", activation, common.ACTIVATIONS)
     common.check_choice(NAME, "padding_mode", padding_mode, common.PADDING_MODES)
     common.check_choice(NAME, "precision", precision, common.PRECISIONS)
     common.check(NAME, upsample in (1, 2), lambda: f"upsample must be 1 or 2, got {upsample}")
-    strides, paddings = common.pair(stride), common.pair(padding)
+    strides = common.check_pair(NAME, "stride", stride, 1)
+    paddings = common.check_pair(NAME, "padding", padding, 0)
 
     def too_much_padding(d: int) -> str:
         return (
@@ -151,10 +155,40 @@ def _fake(
             ),
         )
         sizes.append(room // strides[d] + 1)
-    common.check_norm_param(NAME, "norm_weight", norm_weight, input, weight.shape[0])
-    common.check_norm_param(NAME, "norm_bias", norm_bias, input, weight.shape[0])
+    common.check_norm_params(
+        NAME, ("norm_weight", norm_weight), ("norm_bias", norm_bias), input, weight.shape[0]
+    )
     common.check_like(NAME, "residual", residual, input, sizes)
     return common.empty_like_format(input, sizes, common.prefers_channels_last(input))
+
+
+class _Convolution(torch.autograd.Function):
+    """ATen's convolution in a precision other than the one that PyTorch's flags say, in both directions."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], precision: str
+    ) -> Tensor:
+        with convolutions_in(precision):
+            return F.conv2d(input, weight, None, stride, padding)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, ctx.stride, ctx.padding, ctx.precision = inputs
+        ctx.save_for_backward(input, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        mask = [*ctx.needs_input_grad[:2], False]
+        with convolutions_in(ctx.precision):
+            grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grad_output, input, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, mask
+            )
+        return grad_input, grad_weight, None, None, None
 
 
 class _UnusedBias(torch.autograd.Function):
@@ -219,13 +253,15 @@ def _differentiable(
         residual,
         precision,
     )
-    z = composite.convolution(
-        input, weight, common.pair(stride), common.pair(padding), padding_mode, upsample
-    )
+    x, conv_padding = composite.before_convolution(input, common.pair(padding), padding_mode, upsample)
+    if input.is_cuda and input.dtype == torch.float32 and precision != conv_precision():
+        z = common.apply_function(_Convolution, x, weight, common.pair(stride), conv_padding, precision)
+    else:
+        z = F.conv2d(x, weight, None, common.pair(stride), conv_padding)
     z = z.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     output: Tensor = _norm_op(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
     if bias is not None and bias.requires_grad:
-        output = _UnusedBias.apply(output, bias)  # type: ignore[no-untyped-call]
+        output = common.apply_function(_UnusedBias, output, bias)
     return output
 
 

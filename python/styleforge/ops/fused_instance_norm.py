@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from styleforge.ops import _common as common
 
@@ -65,8 +64,7 @@ def _check(
 ) -> None:
     common.check_input(NAME, input)
     common.check_choice(NAME, "activation", activation, common.ACTIVATIONS)
-    common.check_norm_param(NAME, "weight", weight, input, input.shape[1])
-    common.check_norm_param(NAME, "bias", bias, input, input.shape[1])
+    common.check_norm_params(NAME, ("weight", weight), ("bias", bias), input, input.shape[1])
     common.check_like(NAME, "residual", residual, input, input.shape)
 
 
@@ -171,12 +169,11 @@ class _InstanceNorm(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 7
         input, weight, bias, mean, rstd, residual, output = ctx.saved_tensors
-        grad_input, grad_weight, grad_bias, grad_residual = _backward_op(
+        grad_input, grad_weight, grad_bias, grad_residual = _InstanceNormBackward.apply(  # type: ignore[no-untyped-call]
             grad_output,
             input,
             mean,
@@ -201,6 +198,28 @@ class _InstanceNorm(torch.autograd.Function):
         )
 
 
+class _InstanceNormBackward(torch.autograd.Function):
+    """The backward operator as a function of its own: differentiating it again fails with a clear message.
+
+    ``once_differentiable`` only sees a gradient that needs one; that of a gradient penalty does not.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        result: tuple[Tensor, Tensor, Tensor, Tensor] = _backward_op(*args)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{NAME}: double backward is not supported")
+
+
 def _autograd(keyset: Any, *args: Any) -> Tensor:
     # This first line is what a call under no_grad costs on top of the operator: nothing is unpacked (the
     # dispatcher has left out trailing defaults), and the redispatch goes to the handle itself.
@@ -219,8 +238,8 @@ def _differentiable(
     negative_slope: float = 0.01,
     residual: Tensor | None = None,
 ) -> Tensor:
-    outputs: tuple[Tensor, Tensor, Tensor] = _InstanceNorm.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, eps, activation, negative_slope, residual
+    outputs: tuple[Tensor, Tensor, Tensor] = common.apply_function(
+        _InstanceNorm, input, weight, bias, eps, activation, negative_slope, residual
     )
     return outputs[0]
 

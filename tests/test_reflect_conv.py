@@ -1,0 +1,133 @@
+"""The last layer's reflection-padded convolution: kernel columns as output channels against padding and conv2d."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from styleforge.models import _reflect_conv
+from styleforge.models._reflect_conv import reflect_conv2d, reflect_conv2d_by_columns
+
+# Batch, input channels, output channels, H, W, kh, kw: odd sizes, the least ones the kernel fits, and others.
+CASES = [
+    (1, 32, 3, 24, 20, 9, 9),
+    (2, 8, 3, 17, 31, 9, 9),
+    (3, 4, 3, 9, 9, 9, 9),
+    (2, 5, 1, 9, 40, 9, 9),
+    (1, 1, 4, 12, 11, 5, 3),
+    (4, 3, 2, 3, 7, 3, 7),
+]
+
+
+def arguments(
+    batch: int,
+    in_channels: int,
+    out_channels: int,
+    height: int,
+    width: int,
+    kernel_height: int,
+    kernel_width: int,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, in_channels, height, width, generator=generator, dtype=dtype)
+    weight = torch.randn(
+        out_channels, in_channels, kernel_height, kernel_width, generator=generator, dtype=dtype
+    )
+    bias = torch.randn(out_channels, generator=generator, dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last), weight, bias
+
+
+def padded_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows, columns = weight.shape[2] // 2, weight.shape[3] // 2
+    return F.conv2d(F.pad(x, (columns, columns, rows, rows), mode="reflect"), weight, bias)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The input shapes that went through ``reflect_conv2d_by_columns``."""
+    seen: list[tuple[int, ...]] = []
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(tuple(x.shape))
+        return reflect_conv2d_by_columns(x, weight, bias)
+
+    monkeypatch.setattr(_reflect_conv, "reflect_conv2d_by_columns", spy)
+    return seen
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("channels_last_weight", [False, True])
+def test_columns_match_padding_and_convolution(case: tuple[int, ...], channels_last_weight: bool) -> None:
+    x, weight, bias = arguments(*case)
+    if channels_last_weight:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    result = reflect_conv2d_by_columns(x, weight, bias)
+    expected = padded_conv2d(x, weight, bias)
+    torch.testing.assert_close(result, expected)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(reflect_conv2d_by_columns(x, weight, None), padded_conv2d(x, weight, None))
+
+
+def test_float32_is_as_accurate_as_the_plain_convolution() -> None:
+    x, weight, bias = arguments(2, 32, 3, 70, 66, 9, 9, torch.float32)
+    reference = padded_conv2d(x.double(), weight.double(), bias.double())
+    error = (reflect_conv2d_by_columns(x, weight, bias).double() - reference).norm()
+    assert error <= 1.5 * (padded_conv2d(x, weight, bias).double() - reference).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inference_takes_the_columns(calls: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+    x, weight, bias = arguments(2, 8, 3, 12, 16, 9, 9, dtype)
+    with torch.no_grad():
+        result = reflect_conv2d(x, weight.requires_grad_(), bias)
+    assert calls == [(2, 8, 12, 16)]
+    torch.testing.assert_close(result, padded_conv2d(x, weight, bias))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda x, w, b: (x.contiguous(), w, b), id="contiguous"),
+        pytest.param(lambda x, w, b: (x.bfloat16(), w.bfloat16(), b.bfloat16()), id="half"),
+        pytest.param(lambda x, w, b: (x[:, :, :8], w, b), id="fewer rows than the kernel"),
+        pytest.param(lambda x, w, b: (x, w.repeat(2, 1, 1, 1), b.repeat(2)), id="many outputs"),
+        pytest.param(lambda x, w, b: (x, w.clone().requires_grad_(), b), id="gradient of the weight"),
+        pytest.param(lambda x, w, b: (x.clone().requires_grad_(), w, b), id="gradient of the input"),
+        pytest.param(lambda x, w, b: (x, w, b.clone().requires_grad_()), id="gradient of the bias"),
+    ],
+)
+def test_other_calls_take_the_plain_convolution(
+    calls: list[tuple[int, ...]], change: Callable[..., tuple[Tensor, Tensor, Tensor]]
+) -> None:
+    x, weight, bias = change(*arguments(2, 8, 3, 12, 16, 9, 9))
+    result = reflect_conv2d(x, weight, bias)
+    assert calls == []
+    assert torch.equal(result, padded_conv2d(x, weight, bias))
+    assert result.requires_grad == any(t.requires_grad for t in (x, weight, bias))
+
+
+@pytest.mark.parametrize("size", [(0, 8, 12, 16), (2, 8, 12, 16)])
+def test_script(size: tuple[int, ...]) -> None:
+    x, weight, bias = arguments(size[0], size[1], 3, size[2], size[3], 9, 9)
+    scripted = torch.jit.script(reflect_conv2d)
+    result = scripted(x, weight, bias)
+    assert result.shape == (size[0], 3, *size[2:])
+    torch.testing.assert_close(result, padded_conv2d(x, weight, bias))
+
+
+def test_compiled_with_dynamic_sizes() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(reflect_conv2d, fullgraph=True, dynamic=True, backend="aot_eager")
+    for height, width in ((12, 16), (21, 13), (8, 30)):
+        x, weight, bias = arguments(2, 4, 3, height, width, 9, 9)
+        torch.testing.assert_close(compiled(x, weight, bias), padded_conv2d(x, weight, bias))
+
+
+def test_input_smaller_than_the_padding_is_refused() -> None:
+    with pytest.raises(RuntimeError):
+        reflect_conv2d(*arguments(1, 2, 3, 4, 16, 9, 9))
