@@ -149,6 +149,7 @@ Tensor run_conv_instance_norm(const ConvInstanceNormBackend& backend, const Conv
   request.activation = plan.activation;
   request.negative_slope = args.negative_slope;
   request.output_channels_last = plan.channels_last;
+  request.mixed_formats = backend.mixed_formats;
   request.in_place = has_dense_strides(conv, plan.channels_last);  // the convolution's result is ours to overwrite
   auto call = prepare_instance_norm(request, conv, args.norm_weight, args.norm_bias, args.residual);
   backend.instance_norm(call);

@@ -47,6 +47,7 @@ struct ConvInstanceNormBackend {
   Tensor (*convolution)(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, bool tf32);
   void (*instance_norm)(const InstanceNormCall& call);
+  bool mixed_formats;  // see InstanceNormRequest
 };
 
 // The operator styleforge::_pad_upsample: checks, then the function below.

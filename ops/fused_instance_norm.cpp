@@ -54,7 +54,9 @@ InstanceNormCall prepare_instance_norm(const InstanceNormRequest& request, const
   params.activation = request.activation;
   params.negative_slope = request.negative_slope;
   params.channels_last = is_dense(input, true) && !is_dense(input, false);
-  if (!is_dense(input, params.channels_last)) params.channels_last = request.output_channels_last;
+  if (!request.mixed_formats || !is_dense(input, params.channels_last)) {
+    params.channels_last = request.output_channels_last;
+  }
   params.output_channels_last = request.output_channels_last;
   params.input = dense_data(input, params.channels_last, call.held);
   if (residual) params.residual = dense_data(*residual, params.output_channels_last, call.held);

@@ -29,6 +29,8 @@ struct InstanceNormRequest {
   bool stats = false;
   bool in_place = false;
   bool output_channels_last = false;
+  // Whether the kernels read one format and write the other; else the input is brought to the result's format first.
+  bool mixed_formats = false;
 };
 
 InstanceNormCall prepare_instance_norm(const InstanceNormRequest& request, const Tensor& input,

@@ -145,7 +145,12 @@ def test_weights_lie_in_the_layout_of_the_activations(tmp_path) -> None:
     save_checkpoint(net, path)
     loaded = TransformerNet(4)
     loaded.load_state_dict(plain.state_dict())
-    for copied in (TransformerNet.from_torch(plain), load_checkpoint(path), loaded, copy.deepcopy(net).half()):
+    for copied in (
+        TransformerNet.from_torch(plain),
+        load_checkpoint(path),
+        loaded,
+        copy.deepcopy(net).half(),
+    ):
         assert all(map(is_channels_last, conv_weights(copied)))
         for name, tensor in copied.state_dict().items():
             assert torch.equal(tensor, net.state_dict()[name].to(tensor.dtype)), name

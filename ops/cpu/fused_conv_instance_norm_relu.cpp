@@ -25,7 +25,7 @@ const ConvInstanceNormBackend kBackend{
     pad_upsample,
     [](const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
        const std::vector<int64_t>& padding, bool) { return aten_convolution(input, weight, stride, padding); },
-    [](const InstanceNormCall& call) { cpu::instance_norm_forward(call.params, parallel_for); }};
+    [](const InstanceNormCall& call) { cpu::instance_norm_forward(call.params, parallel_for); }, true};
 
 // weight [Co, Ci, 3, 3] -> the [Co, Ci, 2, 2] of phase (a, b), summed in double.
 template <typename Scalar>

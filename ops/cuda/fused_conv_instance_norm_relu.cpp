@@ -40,7 +40,7 @@ constexpr char kPlain[] = "conv_instance_norm_relu:cuda:aten_conv";
 constexpr char kPhases[] = "conv_instance_norm_relu:cuda:upsample_phases";
 constexpr char kPaddedChannels[] = "conv_instance_norm_relu:cuda:padded_channels";
 
-const ConvInstanceNormBackend kBackend{launch_pad, convolution, norm<kPlain>};
+const ConvInstanceNormBackend kBackend{launch_pad, convolution, norm<kPlain>, false};
 
 InstanceNormRequest norm_request(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
   InstanceNormRequest request;

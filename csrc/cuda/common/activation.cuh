@@ -16,7 +16,7 @@ __device__ __forceinline__ float sigmoid_acc(float v) { return 1.0f / (1.0f + ex
 __device__ __forceinline__ double sigmoid_acc(double v) { return 1.0 / (1.0 + exp(-v)); }
 
 template <int kSize, typename Acc>
-__device__ __forceinline__ void activate(Acc (&v)[kSize], Activation activation, float negative_slope) {
+__device__ __forceinline__ void activate(Acc (&v)[kSize], Activation activation, double negative_slope) {
   switch (activation) {
     case Activation::kNone:
       break;
@@ -46,7 +46,7 @@ __device__ __forceinline__ void activate(Acc (&v)[kSize], Activation activation,
 // grad *= activation'(pre), the derivative taken at the argument.
 template <int kSize, typename Acc>
 __device__ __forceinline__ void activation_backward(Acc (&grad)[kSize], const Acc (&pre)[kSize], Activation activation,
-                                                    float negative_slope) {
+                                                    double negative_slope) {
   switch (activation) {
     case Activation::kNone:
       break;
@@ -85,7 +85,7 @@ __device__ __forceinline__ void activation_backward(Acc (&grad)[kSize], const Ac
 // The same from the saved result y = activation(pre), for the activations that allow it.
 template <int kSize, typename Acc>
 __device__ __forceinline__ void activation_backward_from_output(Acc (&grad)[kSize], const Acc (&y)[kSize],
-                                                                Activation activation, float negative_slope) {
+                                                                Activation activation, double negative_slope) {
   switch (activation) {
     case Activation::kSigmoid:
 #pragma unroll

@@ -76,10 +76,19 @@ def reflect_conv2d_by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return output
 
 
+def _takes_pad_operator(x: Tensor) -> bool:
+    """Whether the padding is left to our operator, which keeps channels_last; ATen's on CUDA copies to NCHW."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        tracing: bool = torch.jit.is_tracing()  # type: ignore
+        if tracing or torch.compiler.is_exporting():
+            return False
+    return x.device.type == "cuda" and not (torch.is_grad_enabled() and x.requires_grad)
+
+
 def _takes_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether ``reflect_conv2d_by_columns`` can run and is the faster way."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        tracing: bool = torch._C._get_tracing_state() is not None
+        tracing: bool = torch.jit.is_tracing()  # type: ignore
         if tracing or torch.compiler.is_exporting():
             return False  # the program may run on another device and size than it was recorded with
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
@@ -117,4 +126,7 @@ def reflect_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _takes_columns(x, weight, bias):
         return reflect_conv2d_by_columns(x, weight, bias)
     rows, columns = weight.size(2) // 2, weight.size(3) // 2
+    if _takes_pad_operator(x):
+        padded = torch.ops.styleforge._pad_upsample(x, [rows, columns], "reflect", 1)
+        return F.conv2d(padded, weight, bias)
     return F.conv2d(F.pad(x, [columns, columns, rows, rows], mode="reflect"), weight, bias)
