@@ -535,6 +535,10 @@ def test_gradients_are_as_accurate_as_pytorchs(
                 assert_as_accurate(result, yardstick, reference, ulps=2.0)
             else:  # a handful of sums over pixels, too few for a ratio alone: the rounding of what was summed
                 ulps = torch.finfo(dtype).eps / torch.finfo(result.dtype).eps
+                if (
+                    device == "cuda"
+                ):  # float32 statistics: the mean's rounding shifts all terms of the sum alike
+                    ulps += _rounding_of_the_mean(1.0, 1.0)
                 assert_as_accurate(
                     result, yardstick, reference, ulps=ulps, scale=(sizes[2] * sizes[3]) ** 0.5
                 )

@@ -181,7 +181,7 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
   }
   schedule.name = "instance_norm:cuda:split:nchw";
   const int64_t bytes = params.batch * params.channels * params.pixels * static_cast<int64_t>(size_of(params.dtype));
-  if (bytes > facts.l2_bytes / 2 || forced("ticket")) {
+  if (bytes > facts.l2_bytes / 2 || forced("ticket") || tuned("ticket", 0) != 0) {
     schedule.lead = std::min(params.batch * params.channels * schedule.parts,
                              std::max<int64_t>(schedule.parts, tuned("lead", 2 * facts.multiprocessors)));
     const size_t planes = static_cast<size_t>(params.batch * params.channels);

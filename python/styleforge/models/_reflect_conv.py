@@ -77,7 +77,7 @@ def reflect_conv2d_by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 
 def _takes_pad_operator(x: Tensor) -> bool:
-    """Whether the padding is left to our operator, which keeps channels_last; ATen's on CUDA copies to NCHW."""
+    """Whether our operator pads: it keeps channels_last, where ATen's on CUDA copies to NCHW."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         tracing: bool = torch.jit.is_tracing()  # type: ignore
         if tracing or torch.compiler.is_exporting():

@@ -1,0 +1,73 @@
+"""Every CUDA kernel once on small shapes, for compute-sanitizer; no test of its own.
+
+Run ``compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py`` on a GPU machine (then
+racecheck,
+initcheck and synccheck), with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` so that the tools see every allocation.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+import styleforge
+from styleforge.ops import fused_conv_instance_norm_relu, fused_instance_norm, pad_upsample
+
+# STYLEFORGE_PATH, shape
+CASES = [
+    ("", (2, 4, 12, 10)),
+    ("", (1, 3, 5, 7)),
+    ("", (1, 2, 96, 96)),
+    ("", (1, 8, 64, 64)),
+    ("plane", (1, 2, 192, 192)),
+    ("split", (2, 5, 40, 33)),
+    ("split", (1, 4, 96, 96)),
+    ("portable", (1, 8, 24, 24)),
+]
+
+
+def main() -> None:
+    paths: set[str] = set()
+    device = torch.device("cuda")
+    for forced, shape in CASES:
+        os.environ["STYLEFORGE_PATH"] = forced
+        for dtype in (torch.float32, torch.float16):
+            for channels_last in (False, True):
+                x = torch.randn(shape).to(device, dtype)
+                if channels_last:
+                    x = x.contiguous(memory_format=torch.channels_last)
+                weight = torch.rand(shape[1]).to(device, dtype)
+                residual = torch.randn(shape).to(device, dtype)
+                for leaf in (x, weight, residual):
+                    leaf.requires_grad_()
+                y = fused_instance_norm(x, weight, weight, activation="silu", residual=residual)
+                paths.add(styleforge.last_path())
+                y.backward(torch.randn(shape).to(device, dtype))
+                paths.add(styleforge.last_path())
+    os.environ["STYLEFORGE_PATH"] = "split"
+    # The ticket kernel, which is for tensors larger than the cache: forced on a small one.
+    os.environ["STYLEFORGE_TUNE"] = "ticket=1,lead=3,tile=256"
+    with torch.inference_mode():
+        fused_instance_norm(torch.randn(2, 3, 64, 64, device=device))
+        paths.add(styleforge.last_path())
+        os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_TUNE"] = ""
+        for channels_last in (False, True):
+            x = torch.randn(1, 8, 9, 11, device=device)
+            if channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            pad_upsample(x, (2, 1), padding_mode="reflect", upsample=2)
+            if "--no-conv" in sys.argv:  # cuDNN's own kernels make some tools take minutes
+                continue
+            w = torch.randn(8, 8, 3, 3, device=device)
+            fused_conv_instance_norm_relu(x, w, padding=1, padding_mode="reflect", upsample=2)
+            paths.add(styleforge.last_path())
+            fused_conv_instance_norm_relu(x[:, :3].half(), w[:, :3].half(), padding=1)
+            paths.add(styleforge.last_path())
+    torch.cuda.synchronize()
+    print("\n".join(sorted(paths)))
+
+
+if __name__ == "__main__":
+    main()
