@@ -17,7 +17,7 @@ from styleforge import _library
 ROOT = Path(__file__).resolve().parents[1]
 STYLES = ROOT / "python" / "styleforge" / "styles"
 SHIM = re.compile(r"(aoti_)?torch_\w+")
-RECORD_PATH = "_ZN10styleforge11record_pathEPKc"  # styleforge::record_path(char const*)
+RECORD_PATH = "_ZN10styleforge11record_pathEPKcS1_"  # styleforge::record_path(char const*)
 TOOLCHAIN = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
 SYSTEM_LIBRARIES = {
     "libstdc++.so.6",
