@@ -271,7 +271,7 @@ def test_pictures_too_small_to_reflect_are_refused() -> None:
         make_net(2)(photo(1, 3, 4, 16))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_cuda_matches_plain_layers(dtype: torch.dtype) -> None:
     net = make_net(32).cuda()
