@@ -1,5 +1,7 @@
 #include "fused_conv_instance_norm_relu.h"
 
+#include <algorithm>
+
 namespace styleforge {
 
 namespace {
@@ -79,13 +81,25 @@ ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormArgs& args) {
   return plan;
 }
 
+InstanceNormRequest norm_request(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+  InstanceNormRequest request;
+  request.op = kOp;
+  request.eps = args.eps;
+  request.activation = plan.activation;
+  request.negative_slope = args.negative_slope;
+  request.output_channels_last = plan.channels_last;
+  return request;
+}
+
 Tensor pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input, int64_t upsample, PaddingMode mode,
-                    const std::vector<int64_t>& padding, bool channels_last) {
-  if (upsample == 1 && padding[0] == 0 && padding[1] == 0) return input;
+                    const std::vector<int64_t>& padding, bool channels_last, int64_t out_channels) {
+  out_channels = std::max(out_channels, input.size(1));
+  if (upsample == 1 && padding[0] == 0 && padding[1] == 0 && out_channels == input.size(1)) return input;
   const Tensor dense = is_dense(input, channels_last) ? input : to_contiguous(input, channels_last);
   PadParams params;
   params.batch = input.size(0);
-  params.channels = params.out_channels = input.size(1);
+  params.channels = input.size(1);
+  params.out_channels = out_channels;
   params.height = input.size(2);
   params.width = input.size(3);
   params.out_height = params.height * upsample + 2 * padding[0];
@@ -96,8 +110,8 @@ Tensor pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input,
   params.mode = mode;
   params.element_size = static_cast<int>(input.element_size());
   params.channels_last = channels_last;
-  Tensor padded = empty_dense(input, {params.batch, params.channels, params.out_height, params.out_width},
-                              channels_last, input.scalar_type());
+  Tensor padded = empty_dense(input, {params.batch, out_channels, params.out_height, params.out_width}, channels_last,
+                              input.scalar_type());
   params.input = dense.const_data_ptr();
   params.output = padded.mutable_data_ptr();
   backend.pad_upsample(params, input);
@@ -143,12 +157,7 @@ Tensor run_conv_instance_norm(const ConvInstanceNormBackend& backend, const Conv
       pad_upsample(backend, args.input, args.upsample, plan.mode, zeros ? none : plan.padding, plan.channels_last);
   const Tensor conv = backend.convolution(padded, args.weight, plan.stride, zeros ? plan.padding : none, plan.tf32);
 
-  InstanceNormRequest request;
-  request.op = kOp;
-  request.eps = args.eps;
-  request.activation = plan.activation;
-  request.negative_slope = args.negative_slope;
-  request.output_channels_last = plan.channels_last;
+  InstanceNormRequest request = norm_request(args, plan);
   request.mixed_formats = backend.mixed_formats;
   request.in_place = has_dense_strides(conv, plan.channels_last);  // the convolution's result is ours to overwrite
   auto call = prepare_instance_norm(request, conv, args.norm_weight, args.norm_bias, args.residual);

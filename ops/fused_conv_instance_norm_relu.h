@@ -50,13 +50,17 @@ struct ConvInstanceNormBackend {
   bool mixed_formats;  // see InstanceNormRequest
 };
 
+// The norm behind the convolution as the arguments ask for it; format and place are the caller's to change.
+InstanceNormRequest norm_request(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan);
+
 // The operator styleforge::_pad_upsample: checks, then the function below.
 Tensor checked_pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input,
                             const std::vector<int64_t>& padding, const Text& padding_mode, int64_t upsample);
 
-// input padded and upsampled by the device's gather kernel; input itself where nothing is to do.
+// input padded and upsampled by the device's gather kernel, with zeros for channels up to `out_channels` where that is
+// more than it has (channels_last only); input itself where nothing is to do.
 Tensor pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input, int64_t upsample, PaddingMode mode,
-                    const std::vector<int64_t>& padding, bool channels_last);
+                    const std::vector<int64_t>& padding, bool channels_last, int64_t out_channels = 0);
 
 Tensor run_conv_instance_norm(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args,
                               const ConvInstanceNormPlan& plan);

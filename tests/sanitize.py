@@ -46,9 +46,9 @@ def main() -> None:
                 paths.add(styleforge.last_path())
                 y.backward(torch.randn(shape).to(device, dtype))
                 paths.add(styleforge.last_path())
-    os.environ["STYLEFORGE_PATH"] = "split"
     # The ticket kernel, which is for tensors larger than the cache: forced on a small one.
-    os.environ["STYLEFORGE_TUNE"] = "ticket=1,lead=3,tile=256"
+    os.environ["STYLEFORGE_PATH"] = "ticket"
+    os.environ["STYLEFORGE_TUNE"] = "lead=3,tile=256"
     with torch.inference_mode():
         fused_instance_norm(torch.randn(2, 3, 64, 64, device=device))
         paths.add(styleforge.last_path())

@@ -78,11 +78,7 @@ std::optional<Tensor> run_upsample_phases(const ConvInstanceNormArgs& args, cons
     params.phases[phase] = held.back().const_data_ptr();
   }
 
-  InstanceNormRequest request;
-  request.op = "fused_conv_instance_norm_relu";
-  request.eps = args.eps;
-  request.activation = plan.activation;
-  request.negative_slope = args.negative_slope;
+  InstanceNormRequest request = norm_request(args, plan);
   request.output_channels_last = true;
   request.in_place = true;  // only for the params: the kernel reads the phases
   const Tensor output = empty_dense(args.input, plan.output_sizes, true, dtype);

@@ -42,12 +42,9 @@ constexpr char kPaddedChannels[] = "conv_instance_norm_relu:cuda:padded_channels
 
 const ConvInstanceNormBackend kBackend{launch_pad, convolution, norm<kPlain>, false};
 
-InstanceNormRequest norm_request(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
-  InstanceNormRequest request;
-  request.op = kOp;
-  request.eps = args.eps;
-  request.activation = plan.activation;
-  request.negative_slope = args.negative_slope;
+// The result in channels_last, written over the tensor that is given (the convolution's, or a fresh one).
+InstanceNormRequest channels_last_in_place(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+  InstanceNormRequest request = norm_request(args, plan);
   request.output_channels_last = true;
   request.in_place = true;
   return request;
@@ -82,35 +79,12 @@ std::optional<Tensor> run_upsample_phases(const ConvInstanceNormArgs& args, cons
   if (!is_dense(conv, true)) conv = to_contiguous(conv, true);
 
   const Tensor output = empty_dense(args.input, plan.output_sizes, true, dtype);
-  auto call = prepare_instance_norm(norm_request(args, plan), output, args.norm_weight, args.norm_bias, args.residual);
+  auto call = prepare_instance_norm(channels_last_in_place(args, plan), output, args.norm_weight, args.norm_bias,
+                                    args.residual);
   call.params.input = conv.const_data_ptr();
   call.params.phase_width = static_cast<int32_t>(plan.output_sizes[3]);
   norm<kPhases>(call);
   return in_format(output, plan.channels_last);
-}
-
-// `tensor` in channels_last with zeros for the channels up to `channels`, padded by `padding` pixels.
-Tensor pad_channels(const Tensor& tensor, int64_t channels, PaddingMode mode, const std::vector<int64_t>& padding) {
-  const Tensor dense = is_dense(tensor, true) ? tensor : to_contiguous(tensor, true);
-  PadParams params;
-  params.batch = dense.size(0);
-  params.channels = dense.size(1);
-  params.out_channels = channels;
-  params.height = dense.size(2);
-  params.width = dense.size(3);
-  params.out_height = params.height + 2 * padding[0];
-  params.out_width = params.width + 2 * padding[1];
-  params.pad_top = padding[0];
-  params.pad_left = padding[1];
-  params.mode = mode;
-  params.element_size = static_cast<int>(dense.element_size());
-  params.channels_last = true;
-  Tensor padded =
-      empty_dense(dense, {params.batch, channels, params.out_height, params.out_width}, true, dense.scalar_type());
-  params.input = dense.const_data_ptr();
-  params.output = padded.mutable_data_ptr();
-  launch_pad(params, dense);
-  return padded;
 }
 
 // Pictures have three channels, for which cuDNN has no fast channels_last kernel: 16 bytes of channels it takes. The
@@ -121,11 +95,12 @@ std::optional<Tensor> run_padded_channels(const ConvInstanceNormArgs& args, cons
   const int64_t taps = args.weight.size(2) * args.weight.size(3);
   if (!tensor_cores || args.upsample != 1 || args.input.size(1) >= full || taps == 1) return {};
   const std::vector<int64_t> none{0, 0};
-  const Tensor padded = pad_channels(args.input, full, plan.mode, plan.padding);
-  const Tensor weight = pad_channels(args.weight, full, PaddingMode::kZeros, none);
+  const Tensor padded = pad_upsample(kBackend, args.input, 1, plan.mode, plan.padding, true, full);
+  const Tensor weight = pad_upsample(kBackend, args.weight, 1, PaddingMode::kZeros, none, true, full);
   Tensor conv = convolution(padded, weight, plan.stride, none, plan.tf32);
   if (!is_dense(conv, true)) conv = to_contiguous(conv, true);
-  auto call = prepare_instance_norm(norm_request(args, plan), conv, args.norm_weight, args.norm_bias, args.residual);
+  auto call =
+      prepare_instance_norm(channels_last_in_place(args, plan), conv, args.norm_weight, args.norm_bias, args.residual);
   norm<kPaddedChannels>(call);
   return in_format(call.output, plan.channels_last);
 }

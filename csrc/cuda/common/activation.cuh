@@ -6,8 +6,6 @@
 
 namespace styleforge::cuda {
 
-__device__ __forceinline__ float exp_acc(float v) { return __expf(v); }
-__device__ __forceinline__ double exp_acc(double v) { return exp(v); }
 __device__ __forceinline__ float tanh_acc(float v) { return tanhf(v); }
 __device__ __forceinline__ double tanh_acc(double v) { return tanh(v); }
 

@@ -29,23 +29,6 @@ __device__ __forceinline__ Acc block_sum(Acc v, Acc* scratch) {
   return v;
 }
 
-// Running (count, mean, M2) of several parts: Chan, Golub, LeVeque 1983, "Algorithms for computing the sample
-// variance", eq. 2.1. The order of the calls fixes the rounding.
-template <typename Acc>
-struct Moments {
-  Acc count = 0, mean = 0, m2 = 0;
-
-  __device__ __forceinline__ void merge(Acc other_count, Acc other_mean, Acc other_m2) {
-    if (other_count == Acc(0)) return;
-    const Acc total = count + other_count;
-    const Acc delta = other_mean - mean;
-    const Acc share = other_count / total;
-    mean += delta * share;
-    m2 += other_m2 + delta * delta * (count * share);
-    count = total;
-  }
-};
-
 // Correctly rounded and without the subroutine that a float division calls.
 __device__ __forceinline__ float reciprocal(float v) { return __frcp_rn(v); }
 __device__ __forceinline__ double reciprocal(double v) { return 1.0 / v; }

@@ -56,10 +56,6 @@ struct alignas(sizeof(T) * kSize) Vec {
 template <typename T>
 constexpr int kFullWidth = 16 / sizeof(T);
 
-template <typename V>
-__device__ __forceinline__ V load(const void* base, int64_t index) {
-  return reinterpret_cast<const V*>(base)[index];
-}
 // Through the read-only path: for tensors that nothing writes while the kernel runs.
 template <typename V>
 __device__ __forceinline__ V load_const(const void* base, int64_t index) {

@@ -33,8 +33,8 @@ struct InstanceNormSchedule {
 };
 
 // A pure function of the shape and the device, but for STYLEFORGE_PATH, which tests set: plane takes a cluster of 16
-// where that is not the choice, split the two passes, ticket the ticket kernel where the two passes are taken, portable
-// does as on a device without clusters.
+// where that is not the choice, split the two passes, ticket the two passes by tickets (NCHW), portable does as on a
+// device without clusters.
 cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule);
 
 cudaError_t launch_instance_norm(const InstanceNormParams& params, const InstanceNormSchedule& schedule,

@@ -36,22 +36,25 @@ int round_threads(int64_t wanted, int least, int most) {
       std::clamp<int64_t>(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(wanted))), least, most));
 }
 
-// STYLEFORGE_TUNE="cluster=8,lanes=4,threads=256,shared=120000,lead=500": what bench/tune.py tries; 0 or absent: as is.
-int64_t tuned(const char* key, int64_t chosen) {
-  const char* value = std::getenv("STYLEFORGE_TUNE");
-  const char* at = value == nullptr ? nullptr : std::strstr(value, key);
-  if (at == nullptr) return chosen;
-  const int64_t wanted = std::atoll(at + std::strlen(key) + 1);
-  return wanted > 0 ? wanted : chosen;
-}
+// What the environment asks for, read once a call: these are on every call's way, and a look at the environment is not
+// free. STYLEFORGE_TUNE="cluster=8,lanes=4,threads=256,shared=120000,lead=500" is what bench/tune.py tries; 0 or
+// absent: as is.
+struct Overrides {
+  const char* path = std::getenv("STYLEFORGE_PATH");
+  const char* tune = std::getenv("STYLEFORGE_TUNE");
 
-bool forced(const char* path) {
-  const char* value = std::getenv("STYLEFORGE_PATH");
-  return value != nullptr && std::strcmp(value, path) == 0;
-}
+  bool forced(const char* name) const { return path != nullptr && std::strcmp(path, name) == 0; }
 
-int largest_cluster(const DeviceFacts& facts) {
-  if (!facts.has_cluster() || forced("portable")) return 1;
+  int64_t tuned(const char* key, int64_t chosen) const {
+    const char* at = tune == nullptr ? nullptr : std::strstr(tune, key);
+    if (at == nullptr) return chosen;
+    const int64_t wanted = std::atoll(at + std::strlen(key) + 1);
+    return wanted > 0 ? wanted : chosen;
+  }
+};
+
+int largest_cluster(const DeviceFacts& facts, const Overrides& overrides) {
+  if (!facts.has_cluster() || overrides.forced("portable")) return 1;
   return facts.major == 9 || facts.major == 10 ? 16 : 8;  // 16 is the non-portable size of the data-centre chips
 }
 
@@ -74,18 +77,18 @@ Shape shape_of(const InstanceNormParams& p, bool aligned) {
 
 // Blocks of a cluster are packed onto few multiprocessors if they fit. Where all blocks of the grid could have one
 // each, asking for more than half of its shared memory makes them.
-int64_t spread(int64_t blocks, int cluster, const DeviceFacts& facts) {
+int64_t spread(int64_t blocks, int cluster, const DeviceFacts& facts, const Overrides& overrides) {
   const int64_t with_cluster = cluster >= 16 ? facts.multiprocessors * 5 / 6 : facts.multiprocessors * 10 / 11;
   const bool fits = cluster > 1 && blocks <= with_cluster;
-  return tuned("shared", fits ? facts.max_shared_per_block / 2 + 1024 : 0);
+  return overrides.tuned("shared", fits ? facts.max_shared_per_block / 2 + 1024 : 0);
 }
 
 bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
-                    InstanceNormSchedule& s) {
+                    const Overrides& overrides, InstanceNormSchedule& s) {
   const int64_t vectors = p.pixels / shape.width;
   const int64_t bytes = vectors * shape.vector_bytes;
   const int64_t planes = p.batch * p.channels;
-  const int most = largest_cluster(facts);
+  const int most = largest_cluster(facts, overrides);
   // Measured (bench/tune.py): no cluster up to twice the preferred share, which costs less than the cluster's barriers;
   // as many blocks as there are multiprocessors where planes are few.
   int cluster = 1;
@@ -93,19 +96,19 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
   while (cluster < most && planes * cluster * 2 <= facts.multiprocessors && bytes >= 4 * kLeastShare * cluster * 2) {
     cluster *= 2;
   }
-  cluster = static_cast<int>(tuned("cluster", cluster));
+  cluster = static_cast<int>(overrides.tuned("cluster", cluster));
   s.share = ceil_div(vectors, cluster);
   if (s.share * shape.vector_bytes > facts.max_shared_per_block - kStaticShared) return false;
   // Measured (bench/tune.py): 16 blocks to a plane lose against two passes, from the L2 cache for a small tensor, by
   // tickets for a large one.
-  if (cluster == 16 && !forced("plane")) return false;
+  if (cluster == 16 && !overrides.forced("plane")) return false;
   const auto element_bytes = size_of(p.dtype);
   s.path = InstanceNormPath::kPlane;
   s.cluster = cluster;
-  s.threads = static_cast<int>(
-      tuned("threads", round_threads(ceil_div(s.share, cluster > 1 && element_bytes > 2 ? 16 : 8), 64, 1024)));
+  s.threads = static_cast<int>(overrides.tuned(
+      "threads", round_threads(ceil_div(s.share, cluster > 1 && element_bytes > 2 ? 16 : 8), 64, 1024)));
   s.shared_bytes =
-      static_cast<size_t>(std::max(s.share * shape.vector_bytes, spread(planes * cluster, cluster, facts)));
+      static_cast<size_t>(std::max(s.share * shape.vector_bytes, spread(planes * cluster, cluster, facts, overrides)));
   s.name = cluster > 1 ? "instance_norm:cuda:plane:cluster" : "instance_norm:cuda:plane:block";
   return true;
 }
@@ -115,15 +118,16 @@ int lanes_for(int64_t vectors) {
       std::min<int64_t>(kMaxLanes, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(vectors)))));
 }
 
-bool schedule_slab(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape, InstanceNormSchedule& s) {
+bool schedule_slab(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
+                   const Overrides& overrides, InstanceNormSchedule& s) {
   const int64_t vectors = p.channels / shape.width;
-  const int most = largest_cluster(facts);
+  const int most = largest_cluster(facts, overrides);
   // Measured (bench/tune.py): four lanes; the largest cluster where there are few slabs, else as many blocks as there
   // are multiprocessors; the two-pass kernels where a sample is large for its few blocks.
   if (p.pixels * p.channels * static_cast<int64_t>(size_of(p.dtype)) > kLargestSlabTensor) return false;
   const int64_t room = facts.max_shared_per_block - kStaticShared;
   int lanes = std::min(4, lanes_for(vectors));
-  lanes = static_cast<int>(tuned("lanes", lanes));
+  lanes = static_cast<int>(overrides.tuned("lanes", lanes));
   const int64_t units = p.batch * ceil_div(vectors, lanes);
   const int64_t slab_bytes = p.pixels * lanes * shape.vector_bytes;
   int cluster = 1;
@@ -132,21 +136,21 @@ bool schedule_slab(const InstanceNormParams& p, const DeviceFacts& facts, const 
                                           (units <= 16 || units * cluster < facts.multiprocessors * 7 / 8)))) {
     cluster *= 2;
   }
-  cluster = static_cast<int>(tuned("cluster", cluster));
+  cluster = static_cast<int>(overrides.tuned("cluster", cluster));
   s.share = ceil_div(p.pixels, cluster);
   const int64_t bytes = s.share * lanes * shape.vector_bytes;
   if (bytes > room) return false;
   s.path = InstanceNormPath::kSlab;
   s.cluster = cluster;
   s.lanes = lanes;
-  s.threads = static_cast<int>(tuned("threads", round_threads(ceil_div(s.share * lanes, 16), 128, 512)));
-  s.shared_bytes = static_cast<size_t>(std::max(bytes, spread(units * cluster, cluster, facts)));
+  s.threads = static_cast<int>(overrides.tuned("threads", round_threads(ceil_div(s.share * lanes, 16), 128, 512)));
+  s.shared_bytes = static_cast<size_t>(std::max(bytes, spread(units * cluster, cluster, facts, overrides)));
   s.name = cluster > 1 ? "instance_norm:cuda:slab:cluster" : "instance_norm:cuda:slab:block";
   return true;
 }
 
 void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
-                    InstanceNormSchedule& s) {
+                    const Overrides& overrides, InstanceNormSchedule& s) {
   const size_t acc = p.dtype == DType::kFloat64 ? 8 : 4;
   s.path = InstanceNormPath::kSplit;
   s.threads = kSplitThreads;
@@ -154,7 +158,7 @@ void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const
     const int64_t vectors = p.pixels / shape.width;
     // Full tiles where they reach half of the device, else half ones.
     const bool many = p.batch * p.channels * ceil_div(vectors, kSplitShare) * 2 >= facts.multiprocessors;
-    s.share = std::min(tuned("tile", many ? kSplitShare : kSplitShare / 2), vectors);
+    s.share = std::min(overrides.tuned("tile", many ? kSplitShare : kSplitShare / 2), vectors);
     s.parts = ceil_div(vectors, s.share);
     s.workspace_bytes = static_cast<size_t>(2 * p.batch * p.channels * s.parts) * acc;
     return;
@@ -164,7 +168,7 @@ void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const
   const int64_t blocks = p.batch * ceil_div(vectors, s.lanes);
   const int64_t rows = kTileThreads / s.lanes;
   // Three blocks a multiprocessor, each with at least eight loads a thread.
-  const int64_t wanted = std::max<int64_t>(1, tuned("tiles", 3 * facts.multiprocessors) / blocks);
+  const int64_t wanted = std::max<int64_t>(1, overrides.tuned("tiles", 3 * facts.multiprocessors) / blocks);
   s.share = std::max(rows * 8, ceil_div(ceil_div(p.pixels, wanted), rows * 4) * rows * 4);
   s.parts = ceil_div(p.pixels, s.share);
   s.workspace_bytes = static_cast<size_t>(2 * p.batch * p.channels * (s.parts + 1)) * acc;
@@ -176,24 +180,25 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const Shape shape = shape_of(params, all_aligned(params));
+  const Overrides overrides;
   schedule = {};
   schedule.vectorized = shape.vectorized;
-  if (!forced("split")) {
-    if (params.channels_last ? schedule_slab(params, facts, shape, schedule)
-                             : schedule_plane(params, facts, shape, schedule)) {
+  if (!overrides.forced("split") && !overrides.forced("ticket")) {
+    if (params.channels_last ? schedule_slab(params, facts, shape, overrides, schedule)
+                             : schedule_plane(params, facts, shape, overrides, schedule)) {
       return cudaSuccess;
     }
   }
-  schedule_tiles(params, facts, shape, schedule);
+  schedule_tiles(params, facts, shape, overrides, schedule);
   if (params.channels_last) {
     schedule.name = "instance_norm:cuda:split:channels_last";
     return cudaSuccess;
   }
   schedule.name = "instance_norm:cuda:split:nchw";
   const int64_t bytes = params.batch * params.channels * params.pixels * static_cast<int64_t>(size_of(params.dtype));
-  if (bytes > facts.l2_bytes / 2 || forced("ticket") || tuned("ticket", 0) != 0) {
+  if (bytes > facts.l2_bytes / 2 || overrides.forced("ticket")) {
     schedule.lead = std::min(params.batch * params.channels * schedule.parts,
-                             std::max<int64_t>(schedule.parts, tuned("lead", 2 * facts.multiprocessors)));
+                             std::max<int64_t>(schedule.parts, overrides.tuned("lead", 2 * facts.multiprocessors)));
     const size_t planes = static_cast<size_t>(params.batch * params.channels);
     schedule.workspace_bytes *= 2;  // at least as many bytes again as the moments of the tiles: the planes' statistics
     schedule.workspace_bytes += sizeof(unsigned) * (1 + planes);
@@ -222,9 +227,10 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
   const bool aligned = aligned16(params.input) && aligned16(params.residual) && aligned16(params.saved_output) &&
                        aligned16(params.grad_output) && aligned16(params.grad_input) && aligned16(params.grad_residual);
   const Shape shape = shape_of(params, aligned);
+  const Overrides overrides;
   schedule = {};
   schedule.vectorized = shape.vectorized;
-  schedule_tiles(params, facts, shape, schedule);
+  schedule_tiles(params, facts, shape, overrides, schedule);
   schedule.name = params.channels_last ? "instance_norm_backward:cuda:split:channels_last"
                                        : "instance_norm_backward:cuda:split:nchw";
   return cudaSuccess;
