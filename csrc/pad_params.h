@@ -2,7 +2,7 @@
 //
 //   output[n, c, y, x] = up[n, c, mode(y - pad_top), mode(x - pad_left)],   up = nearest(input, upsample)
 //
-// Elements are moved, never computed, so only their size matters.
+// Elements are moved, never computed (but for round_tf32), so only their size matters.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +30,10 @@ struct PadParams {
 
   int element_size = 4;  // bytes: 2, 4 or 8
   bool channels_last = false;
+
+  // float32 rounded to the nearest TF32 on the way (CUDA only): for a convolution whose tensor cores would cut the
+  // lower bits off, always towards zero. (A norm takes most of that bias out again; what it leaves is a few percent.)
+  bool round_tf32 = false;
 };
 
 }  // namespace styleforge

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -9,6 +11,13 @@ from hypothesis import settings
 # Kernels and compilers take their time; the examples are the same on each run.
 settings.register_profile("styleforge", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("styleforge")
+
+# The workers of pytest-xdist share the cores: with threads on every core each, they mostly wait.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _workers > 1:
+    _threads = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // _workers))
+    torch.set_num_threads(_threads)
+    os.environ["OMP_NUM_THREADS"] = str(_threads)  # of the processes that tests start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,6 +31,8 @@ PATHS = [
     ("split", "channels_last", (2, 37, 101, 99)),
     ("portable", "contiguous", (1, 3, 511, 513)),
     ("ticket", "contiguous", (1, 2, 2048, 2048)),
+    ("", "contiguous", (1, 3, 512, 512)),
+    ("stream", "contiguous", (3, 50, 132, 144)),
 ]
 
 
@@ -181,6 +183,46 @@ def test_two_streams_at_once() -> None:
     for k in range(2):
         for i, result in enumerate(results[k]):
             assert torch.equal(result, expected[k + 2 * (i % 2)])
+
+
+@cuda
+@pytest.mark.parametrize("tune", ["", "grid=40,stages=1,bytes=4096", "grid=40,stages=1,bytes=4096,order=1"])
+def test_streaming_norms_on_three_streams_at_once(tune: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of different calls share the multiprocessors, so no call can count on all of its own running."""
+    _force(monkeypatch, "stream")
+    monkeypatch.setenv("STYLEFORGE_TUNE", tune)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    inputs = [tensor(2, 8, 512, 512, device="cuda", offset=float(i), scale=1.0 + i) for i in range(3)]
+    expected = [NORM(x, activation="silu") for x in inputs]
+    torch.cuda.synchronize()
+    results: list[list[Tensor]] = [[], [], []]
+    for _ in range(10):
+        for own, x, stream in zip(results, inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                own.append(NORM(x, activation="silu"))
+    torch.cuda.synchronize()
+    for own, right in zip(results, expected, strict=True):
+        assert all(torch.equal(result, right) for result in own)
+
+
+@cuda
+def test_the_streaming_norm_overwrites_the_convolutions_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place, also where blocks take the parts of tiles that others are about to overwrite."""
+    _force(monkeypatch, "stream")
+    # Which no path but ATen's convolution takes.
+    wide: dict[str, Any] = dict(device="cuda", dtype=torch.float64)
+    x, w = tensor(2, 8, 256, 256, **wide), torch.randn(16, 8, 1, 1, **wide) / 3
+    given = dict(input=x, weight=w, residual=tensor(2, 16, 256, 256, **wide), activation="silu")
+    with torch.inference_mode():
+        monkeypatch.setenv("STYLEFORGE_TUNE", "bytes=4096")
+        expected = CONV(**given)
+        assert styleforge.last_path().endswith("instance_norm:cuda:stream")
+        for grid in (1, 7, 132):
+            monkeypatch.setenv("STYLEFORGE_TUNE", f"bytes=4096,stages=1,grid={grid}")
+            for _ in range(3):
+                assert torch.equal(CONV(**given), expected)
+        reference = conv_instance_norm(**given)
+    assert rms_error(expected, reference) < 1e-13
 
 
 @cuda
@@ -379,7 +421,7 @@ def test_the_norm_allocates_its_result_and_little_else(
     size = result.numel() * result.element_size()
     assert left == size
     workspace = peak - left
-    if not styleforge.last_path().startswith("instance_norm:cuda:split"):
+    if not styleforge.last_path().startswith(("instance_norm:cuda:split", "instance_norm:cuda:stream")):
         assert workspace == 0
     assert workspace <= max(size // 16, 1 << 20)
 

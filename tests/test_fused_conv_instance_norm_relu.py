@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections import defaultdict
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,9 +36,15 @@ from _reference import (
 from styleforge.ops import fused_conv_instance_norm_relu
 
 OP = torch.ops.styleforge.fused_conv_instance_norm_relu
-EXAMPLES = int(os.environ.get("STYLEFORGE_TEST_EXAMPLES", "500"))
-EASY = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 MODES = ("zeros", "reflect", "replicate")
+PRECISIONS = ("ieee", "tf32")
+# Random configurations, over all dtypes and precisions (which pytest-xdist can spread).
+EXAMPLES = int(os.environ.get("STYLEFORGE_TEST_EXAMPLES", "500"))
+EASY = settings(
+    max_examples=-(-EXAMPLES // (len(PRECISIONS) * len(FLOATS))),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 
 def _weight(out_channels: int, in_channels: int, kh: int, kw: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -80,10 +85,15 @@ def _ulps(dtype: torch.dtype, device: str, terms: int, precision: str = "ieee") 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_random_configurations_are_as_accurate_as_pytorch(device: str) -> None:
-    """Each of them alone, and all of a dtype together, where luck averages out, without any floor."""
-    errors: dict[tuple[torch.dtype, str], list[tuple[float, float]]] = defaultdict(list)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_random_configurations_are_as_accurate_as_pytorch(
+    precision: str, dtype: torch.dtype, device: str
+) -> None:
+    """Each of them alone, and all together, where luck averages out, without any floor."""
+    errors: list[tuple[float, float]] = []
 
+    @seed(len(PRECISIONS) * FLOATS.index(dtype) + PRECISIONS.index(precision))  # other examples in each
     @EASY
     @given(
         batch=st.integers(1, 4),
@@ -96,9 +106,7 @@ def test_random_configurations_are_as_accurate_as_pytorch(device: str) -> None:
         padding=st.tuples(st.integers(0, 3), st.integers(0, 3)) | st.just((1, 1)),
         padding_mode=st.sampled_from(MODES),
         upsample=st.sampled_from((1, 2)),
-        precision=st.sampled_from(("ieee", "tf32")),
         with_bias=st.booleans(),
-        dtype=st.sampled_from(FLOATS),
         layout=st.sampled_from(LAYOUTS),
         weight_layout=st.sampled_from(("contiguous", "channels_last", "sliced")),
         params=st.sampled_from(("none", "C", "NC", "C-float32", "NC-float32", "C-weight")),
@@ -108,7 +116,7 @@ def test_random_configurations_are_as_accurate_as_pytorch(device: str) -> None:
         eps=st.sampled_from((1e-5, 1e-3)),
         spread=st.sampled_from((1.0, 20.0)),
         offset=st.sampled_from((0.0, 2.0)),
-        seed=st.integers(0, 2**31 - 1),
+        data_seed=st.integers(0, 2**31 - 1),
     )
     def check(
         batch: int,
@@ -120,9 +128,7 @@ def test_random_configurations_are_as_accurate_as_pytorch(device: str) -> None:
         padding: tuple[int, int],
         padding_mode: str,
         upsample: int,
-        precision: str,
         with_bias: bool,
-        dtype: torch.dtype,
         layout: str,
         weight_layout: str,
         params: str,
@@ -132,7 +138,7 @@ def test_random_configurations_are_as_accurate_as_pytorch(device: str) -> None:
         eps: float,
         spread: float,
         offset: float,
-        seed: int,
+        data_seed: int,
     ) -> None:
         if device == "cpu" and dtype == torch.bfloat16:
             # oneDNN's strided bfloat16 convolution (PyTorch 2.13, AVX-512) multiplies memory that it has not
@@ -142,7 +148,7 @@ def test_random_configurations_are_as_accurate_as_pytorch(device: str) -> None:
         assume(all(s + 2 * p >= k for s, p, k in zip(size, padding, kernel, strict=True)))
         if padding_mode == "reflect":
             assume(all(p < s for s, p in zip(size, padding, strict=True)))
-        torch.manual_seed(seed)
+        torch.manual_seed(data_seed)
         ci, co = channels
         x = tensor(
             batch, ci, height, width, dtype=dtype, device=device, layout=layout, scale=spread, offset=offset
@@ -193,12 +199,11 @@ def test_random_configurations_are_as_accurate_as_pytorch(device: str) -> None:
         size_of_result = rms(reference)
         if size_of_result > 0 and not few and not rounded:
             relative = (rms_error(result, reference), rms_error(yardstick, reference))
-            errors[dtype, precision].append((relative[0] / size_of_result, relative[1] / size_of_result))
+            errors.append((relative[0] / size_of_result, relative[1] / size_of_result))
 
     check()
-    for key, pairs in errors.items():
-        if len(pairs) >= 20:
-            assert_as_accurate_together(pairs, key[0])
+    if len(errors) >= 20:
+        assert_as_accurate_together(errors, dtype)
 
 
 # The layers of TransformerNet and CycleGAN: name -> (Ci, Co, kernel, stride, padding, upsample)
@@ -290,6 +295,56 @@ def test_precision_counts_and_not_the_flag(flag: bool, with_grad: bool) -> None:
     assert rms_error(ieee, reference) < 3e-6
     if torch.cuda.get_device_capability() >= (8, 0):
         assert 1e-5 < rms_error(fast, reference) < 2e-3
+
+
+def _rounded_to_tf32(x: Tensor) -> Tensor:
+    """Ten bits of mantissa, to nearest, ties away from zero (finite values below the largest)."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).reshape(x.shape)
+
+
+# layer -> (path, whether the weights pass one of our kernels as well)
+ROUNDED = {
+    "first 9x9": ("padded_channels", True),
+    "up 3x3": ("upsample_phases", False),  # the phases' weights are sums, rounded once they are added
+    "residual 3x3": ("aten_conv", False),
+}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("layer", ROUNDED)
+def test_tf32_operands_are_rounded_to_nearest(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What our kernels write for tensor cores has no bits left to cut: rounding before changes nothing."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("no TF32 below sm_80")
+    monkeypatch.setenv("STYLEFORGE_PATH", "portable")  # cuDNN's convolutions
+    path, with_weights = ROUNDED[layer]
+    ci, co, kernel, stride, padding, upsample = LAYERS[layer]
+    x = tensor(2, ci, 48, 52, device="cuda", layout="channels_last")
+    w = _weight(co, ci, *_two(kernel), torch.float32, "cuda").contiguous(memory_format=torch.channels_last)
+    tail = (None, None, None, _two(stride), _two(padding), "reflect", upsample, 1e-5, "none")
+    rounded_x = _rounded_to_tf32(x).contiguous(memory_format=torch.channels_last)
+    rounded_w = _rounded_to_tf32(w).contiguous(memory_format=torch.channels_last) if with_weights else w
+    fast = OP(x, w, *tail, precision="tf32")
+    assert path in styleforge.last_path()
+    assert torch.equal(fast, OP(rounded_x, rounded_w, *tail, precision="tf32"))
+    exact = OP(x, w, *tail, precision="ieee")
+    assert not torch.equal(exact, OP(rounded_x, rounded_w, *tail, precision="ieee"))
+    reference = conv_instance_norm(x, w, *tail)
+    assert rms_error(exact, reference) < 3e-6
+    assert rms_error(fast, reference) < 1e-3
+
+
+@pytest.mark.cuda
+def test_tf32_keeps_values_at_the_end_of_the_range() -> None:
+    """What would round to infinity stays finite; NaN and infinity stay what they are."""
+    largest = torch.finfo(torch.float32).max
+    w = torch.full((1, 3, 1, 3), 1e-30, device="cuda")
+    for value in (largest, -largest, float("inf"), -float("inf"), float("nan")):
+        x = tensor(1, 3, 8, 9, device="cuda", scale=1e30)
+        x[0, 1, 3, 4] = value
+        args = (None, None, None, (1, 1), (0, 1), "reflect", 1, 1e-5, "none")
+        fast, ieee = OP(x, w, *args, precision="tf32"), OP(x, w, *args, precision="ieee")
+        assert torch.equal(fast.isfinite(), ieee.isfinite())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -444,7 +499,7 @@ def test_gradients_are_as_accurate_as_pytorchs(
     inputs = [x, w, norm_weight, norm_bias]
     reference_output = conv_instance_norm(x, w, None, norm_weight, norm_bias, *tail)
     inputs.append(tensor(*reference_output.shape, dtype=dtype, device=device))
-    grad = torch.randn(reference_output.shape).to(dtype)
+    grad = torch.randn(reference_output.shape, device=device).to(dtype)
 
     def gradients(function: Any, tensors: list[Any], grad: Tensor) -> list[Any]:
         leaves = [t.detach().clone().requires_grad_() for t in tensors]
@@ -453,9 +508,9 @@ def test_gradients_are_as_accurate_as_pytorchs(
 
     poison(grad.numel(), dtype, device)
     with tf32(False):
-        results = gradients(OP, inputs, grad.to(device))
-        yardsticks = gradients(torch_conv_instance_norm, inputs, grad.to(device))
-    references = gradients(conv_instance_norm, [t.double().cpu() for t in inputs], grad.double())
+        results = gradients(OP, inputs, grad)
+        yardsticks = gradients(torch_conv_instance_norm, inputs, grad)
+    references = gradients(conv_instance_norm, [t.double() for t in inputs], grad.double())
     for leaf, result, yardstick, reference in zip(inputs, results, yardsticks, references, strict=True):
         assert result.dtype == leaf.dtype and result.shape == leaf.shape
         pixels = grad.numel() / co

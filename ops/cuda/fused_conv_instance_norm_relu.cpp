@@ -1,8 +1,9 @@
-// fused_conv_instance_norm_relu on CUDA: the convolution is cuDNN's through ATen, the rest is ours.
+// fused_conv_instance_norm_relu on CUDA: our convolution (fused_conv.h) where it takes the call; else cuDNN's through
+// ATen between our kernels for padding and norm.
 #include "../fused_conv_instance_norm_relu.h"
 
 #include "../../csrc/cuda/pad/launch.h"
-#include "../../csrc/cuda/upsample/launch.h"
+#include "fused_conv.h"
 #include "fused_instance_norm.h"
 #include "launch.h"
 
@@ -31,6 +32,12 @@ void launch_pad(const PadParams& params, const Tensor& like) {
   check_cuda(kOp, cuda::launch_pad_upsample(params, scope.stream()));
 }
 
+void launch_pad_tf32(const PadParams& params, const Tensor& like) {
+  PadParams rounded = params;
+  rounded.round_tf32 = true;
+  launch_pad(rounded, like);
+}
+
 template <const char* kPath>
 void norm(const InstanceNormCall& call) {
   launch_instance_norm_cuda(kOp, call, kPath);
@@ -41,6 +48,8 @@ constexpr char kPhases[] = "conv_instance_norm_relu:cuda:upsample_phases";
 constexpr char kPaddedChannels[] = "conv_instance_norm_relu:cuda:padded_channels";
 
 const ConvInstanceNormBackend kBackend{launch_pad, convolution, norm<kPlain>, false};
+// Where the gather feeds a convolution that surely runs on TF32 tensor cores.
+const ConvInstanceNormBackend kTf32Backend{launch_pad_tf32, convolution, norm<kPlain>, false};
 
 // The result in channels_last, written over the tensor that is given (the convolution's, or a fresh one).
 InstanceNormRequest channels_last_in_place(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
@@ -54,31 +63,16 @@ InstanceNormRequest channels_last_in_place(const ConvInstanceNormArgs& args, con
 // csrc/cuda/upsample/launch.h. Nothing where it does not apply.
 std::optional<Tensor> run_upsample_phases(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
   const std::vector<int64_t> one{1, 1}, none{0, 0};
-  if (args.upsample != 2 || args.weight.size(2) != 3 || args.weight.size(3) != 3 || plan.stride != one ||
-      plan.padding != one) {
-    return {};
-  }
-  const Tensor& weight = args.weight;
-  const auto dtype = args.input.scalar_type();
-  Tensor phases = empty_dense(weight, {4 * weight.size(0), weight.size(1), 2, 2}, true, dtype);
-  {
-    cuda::PhaseWeightsParams params;
-    params.weight = weight.const_data_ptr();
-    params.output = phases.mutable_data_ptr();
-    params.out_channels = weight.size(0);
-    params.in_channels = weight.size(1);
-    for (int d = 0; d < 4; ++d) params.stride[d] = weight.stride(d);
-    params.dtype = kernel_dtype(kOp, "weight", dtype);
-    const CudaScope scope(weight);
-    check_cuda(kOp, cuda::launch_phase_weights(params, scope.stream()));
-  }
+  if (!takes_upsample_phases(args, plan)) return {};
+  const Tensor phases = upsample_phase_weights(args.weight, plan.tf32);
   const bool zeros = plan.mode == PaddingMode::kZeros;
+  const ConvInstanceNormBackend& backend = plan.tf32 ? kTf32Backend : kBackend;
   const Tensor padded = zeros ? to_contiguous(args.input, true)
-                              : pad_upsample(kBackend, args.input, 1, PaddingMode::kReplicate, one, true);
+                              : pad_upsample(backend, args.input, 1, PaddingMode::kReplicate, one, true);
   Tensor conv = convolution(padded, phases, one, zeros ? one : none, plan.tf32);
   if (!is_dense(conv, true)) conv = to_contiguous(conv, true);
 
-  const Tensor output = empty_dense(args.input, plan.output_sizes, true, dtype);
+  const Tensor output = empty_dense(args.input, plan.output_sizes, true, args.input.scalar_type());
   auto call = prepare_instance_norm(channels_last_in_place(args, plan), output, args.norm_weight, args.norm_bias,
                                     args.residual);
   call.params.input = conv.const_data_ptr();
@@ -95,8 +89,9 @@ std::optional<Tensor> run_padded_channels(const ConvInstanceNormArgs& args, cons
   const int64_t taps = args.weight.size(2) * args.weight.size(3);
   if (!tensor_cores || args.upsample != 1 || args.input.size(1) >= full || taps == 1) return {};
   const std::vector<int64_t> none{0, 0};
-  const Tensor padded = pad_upsample(kBackend, args.input, 1, plan.mode, plan.padding, true, full);
-  const Tensor weight = pad_upsample(kBackend, args.weight, 1, PaddingMode::kZeros, none, true, full);
+  const ConvInstanceNormBackend& backend = plan.tf32 ? kTf32Backend : kBackend;
+  const Tensor padded = pad_upsample(backend, args.input, 1, plan.mode, plan.padding, true, full);
+  const Tensor weight = pad_upsample(backend, args.weight, 1, PaddingMode::kZeros, none, true, full);
   Tensor conv = convolution(padded, weight, plan.stride, none, plan.tf32);
   if (!is_dense(conv, true)) conv = to_contiguous(conv, true);
   auto call =
@@ -114,9 +109,11 @@ Tensor fused_conv_instance_norm_relu(const Tensor& input, const Tensor& weight, 
                                   padding_mode, upsample, eps,  activation,  negative_slope, residual, precision};
   const ConvInstanceNormPlan plan = plan_conv_instance_norm(args);
   if (plan.empty()) return empty_dense(input, plan.output_sizes, plan.channels_last, input.scalar_type());
+  if (auto output = run_fused_conv(args, plan)) return *output;
   if (auto output = run_upsample_phases(args, plan)) return *output;
   if (auto output = run_padded_channels(args, plan)) return *output;
-  return run_conv_instance_norm(kBackend, args, plan);
+  const bool surely_tf32 = plan.tf32 && plan.channels_last && args.input.size(1) % 4 == 0;
+  return run_conv_instance_norm(surely_tf32 ? kTf32Backend : kBackend, args, plan);
 }
 
 Tensor pad_upsample_operator(const Tensor& input, const std::vector<int64_t>& padding, const Text& padding_mode,

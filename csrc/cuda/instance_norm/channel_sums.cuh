@@ -75,7 +75,7 @@ struct ChannelMoments {
       }
       const Acc delta = m - mean[k];
       mean[k] += delta * share;
-      m2[k] += q + delta * delta * weight;
+      m2[k] += q + delta * weight * delta;  // in this order: delta's square may overflow where the weight is 0
     }
     count = total;
   }

@@ -7,6 +7,13 @@ namespace styleforge::cuda {
 
 cudaError_t launch_plane(const InstanceNormParams& params, const InstanceNormSchedule& schedule, cudaStream_t stream);
 cudaError_t launch_slab(const InstanceNormParams& params, const InstanceNormSchedule& schedule, cudaStream_t stream);
+// The largest tile of the stream path in bytes, the most stages that its blocks have, and what lies before the parts in
+// its workspace (the ticket counter).
+constexpr int kStreamTile = 32 * 1024;
+constexpr int kStreamStages = 16;
+constexpr size_t kStreamHead = 16;
+cudaError_t launch_stream(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,
+                          cudaStream_t stream);
 cudaError_t launch_split_nchw(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,
                               cudaStream_t stream);
 cudaError_t launch_split_channels_last(const InstanceNormParams& params, const InstanceNormSchedule& schedule,

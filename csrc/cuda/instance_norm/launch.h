@@ -3,6 +3,8 @@
 //   path     format         what stays on chip                                launches  where
 //   plane    NCHW           a plane, in one block's or one cluster's shared      1      plane.cu
 //                           memory: one read, one write
+//   stream   NCHW           tiles of planes on their way through shared memory:  2      stream.cu
+//                           one read, one write, planes of any size (sm_90+)
 //   slab     channels_last  a few neighbouring channels of one sample, all       1      slab.cu
 //                           their pixels, in a block or cluster
 //   split    both           nothing: statistics of tiles, then a second pass    2 - 3   split_nchw.cu,
@@ -15,7 +17,7 @@
 
 namespace styleforge::cuda {
 
-enum class InstanceNormPath { kPlane, kSlab, kSplit };
+enum class InstanceNormPath { kPlane, kStream, kSlab, kSplit };
 
 // How a call is going to run. `workspace_bytes` of device memory must be given to the launch (16-byte aligned).
 struct InstanceNormSchedule {
@@ -24,17 +26,24 @@ struct InstanceNormSchedule {
   int cluster = 1;          // blocks that share a plane or slab
   int threads = 256;
   int lanes = 1;      // slab and split in channels_last: vectors of one pixel side by side in a block
-  int64_t share = 0;  // plane, slab: vectors or pixels a block holds; split: those of one tile
-  int64_t parts = 1;  // split: tiles of a plane or sample
+  int64_t share = 0;  // plane, slab: vectors or pixels a block holds; split, stream: those of one tile
+  int64_t parts = 1;  // split, stream: tiles of a plane or sample
   int64_t lead = 0;   // split, NCHW: > 0 takes the ticket kernel, by how many tiles pass 1 runs ahead
+  // stream: tiles that a block holds, blocks, tickets that a block draws at first (0: tiles by block number), and
+  // whether the L2 cache is to let go of the input and the output first
+  int stages = 1;
+  int blocks = 0;
+  int first = 0;
+  bool read_once = false;
+  bool stream_stores = false;
   size_t shared_bytes = 0;
   size_t workspace_bytes = 0;
   const char* name = "";  // for last_path()
 };
 
 // A pure function of the shape and the device, but for STYLEFORGE_PATH, which tests set: plane takes a cluster of 16
-// where that is not the choice, split the two passes, ticket the two passes by tickets (NCHW), portable does as on a
-// device without clusters.
+// where that is not the choice, stream the ring where the tensor allows it, split the two passes, ticket the two passes
+// by tickets (NCHW), portable does as on a device without clusters.
 cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule);
 
 cudaError_t launch_instance_norm(const InstanceNormParams& params, const InstanceNormSchedule& schedule,

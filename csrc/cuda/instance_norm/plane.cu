@@ -10,11 +10,12 @@
 // into the other blocks instead of reading them there needs a second barrier and was slower); 4. normalise from
 // shared memory, add the residual, activate, write. The variance is taken about a mean, never as E[x^2] - E[x]^2, which
 // cancels.
-#include "../common/activation.cuh"
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/reduce.cuh"
 #include "kernels.h"
+#include "moments.cuh"
+#include "normalize.cuh"
 
 namespace styleforge::cuda {
 namespace {
@@ -91,41 +92,26 @@ __global__ void __launch_bounds__(1024) plane_kernel(const __grid_constant__ Ins
     cluster_wait();
     // Lane r of every warp reads the part of rank r; the warp's butterfly adds them in the same order everywhere.
     const int r = threadIdx.x % kWarp;
-    Acc rank_count = 0, rank_mean = 0, rank_m2 = 0;
+    Moments<Acc> part;
     if (r < blocks) {
-      rank_count = static_cast<Acc>(max(min(share, vectors - r * share), 0)) * kWidth;
-      rank_mean = load_remote(&own[0], r);
-      rank_m2 = load_remote(&own[1], r);
+      part.count = static_cast<Acc>(max(min(share, vectors - r * share), 0)) * kWidth;
+      part.mean = load_remote(&own[0], r);
+      part.m2 = load_remote(&own[1], r);
     }
     cluster_arrive();  // this block has read; the wait stands at the end, before any block may leave
-    mean = warp_sum(rank_count * rank_mean) / static_cast<Acc>(p.pixels);
-    const Acc d = rank_mean - mean;
-    m2 = warp_sum(rank_m2 + rank_count * d * d);
+    const auto whole = merge_lanes(static_cast<Acc>(p.pixels), part);
+    mean = whole.mean;
+    m2 = whole.m2;
   }
   const Acc rstd = reciprocal_sqrt(m2 / static_cast<Acc>(p.pixels) + static_cast<Acc>(p.eps));
 
   // 4. normalise
-  const Acc scale = rstd * weight;
-  if (rank == 0 && threadIdx.x == 0 && p.mean != nullptr) {
-    reinterpret_cast<Acc*>(p.mean)[plane] = mean;
-    reinterpret_cast<Acc*>(p.rstd)[plane] = rstd;
-  }
-  const auto finish = [&](const V& x, const V* r) {
-    Acc y[kWidth];
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      y[k] = (to_acc(x.data[k]) - mean) * scale + shift;
-      if (r != nullptr) y[k] += to_acc(r->data[k]);
-    }
-    activate(y, p.activation, p.negative_slope);
-    V out;
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) out.data[k] = from_acc<T>(y[k]);
-    return out;
-  };
+  if (rank == 0 && threadIdx.x == 0) store_statistics(p, plane, mean, rstd);
+  const PlaneAffine<Acc> affine{mean, rstd * weight, shift};
+  const auto finish = [&](const V& x, const V& r) { return normalize(p, affine, x, r); };
   if (p.residual == nullptr) {
 #pragma unroll 4
-    for (i = threadIdx.x; i < count; i += stride) store(p.output, first + i, finish(held[i], nullptr));
+    for (i = threadIdx.x; i < count; i += stride) store(p.output, first + i, finish(held[i], V{}));
   } else {
     constexpr int kBatch = 4;
     for (i = threadIdx.x; i + (kBatch - 1) * stride < count; i += kBatch * stride) {
@@ -133,11 +119,11 @@ __global__ void __launch_bounds__(1024) plane_kernel(const __grid_constant__ Ins
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) r[u] = load_const<V>(p.residual, first + i + u * stride);
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) store(p.output, first + i + u * stride, finish(held[i + u * stride], &r[u]));
+      for (int u = 0; u < kBatch; ++u) store(p.output, first + i + u * stride, finish(held[i + u * stride], r[u]));
     }
     for (; i < count; i += stride) {
       const V r = load_const<V>(p.residual, first + i);
-      store(p.output, first + i, finish(held[i], &r));
+      store(p.output, first + i, finish(held[i], r));
     }
   }
   if (blocks > 1) cluster_wait();

@@ -28,6 +28,15 @@ constexpr int64_t kStaticShared = 12 * 1024;
 constexpr int64_t kPreferredShare = 64 * 1024;
 constexpr int64_t kLeastShare = 2 * 1024;
 constexpr int64_t kLargestSlabTensor = 12 << 20;  // bytes of one sample
+// Stream: what a block's ring holds at most, what it asks for at first, and the tensors and planes it is for.
+constexpr int64_t kStreamRing = 192 * 1024;
+constexpr int64_t kStreamFirst = 64 * 1024;
+constexpr int64_t kStreamStatic = 3 * 1024;  // barriers and statistics, declared statically
+constexpr int64_t kLeastStreamTile = 4 * 1024;
+constexpr int64_t kLeastStreamPlane = 16 * 1024;
+constexpr int64_t kLeastStreamTensor = 16 << 20;
+constexpr int64_t kMostStreamTiles = 1 << 28;
+constexpr int64_t kLine = 8;  // vectors of a cache line: tiles begin where the plane's lines do
 constexpr int kSplitThreads = 256;
 constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
 
@@ -38,7 +47,8 @@ int round_threads(int64_t wanted, int least, int most) {
 
 // What the environment asks for, read once a call: these are on every call's way, and a look at the environment is not
 // free. STYLEFORGE_TUNE="cluster=8,lanes=4,threads=256,shared=120000,lead=500" is what bench/tune.py tries; 0 or
-// absent: as is.
+// absent: as is. Of the stream path: bytes (of a tile), stages, grid (blocks), first (tickets drawn at first), order
+// (1: tiles by block number, 2: by ticket), cache (1: input leaves the L2 cache first, 2: output, 3: both, 4: neither).
 struct Overrides {
   const char* path = std::getenv("STYLEFORGE_PATH");
   const char* tune = std::getenv("STYLEFORGE_TUNE");
@@ -113,6 +123,55 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
   return true;
 }
 
+// `wanted`: asked for by name, so whether it pays is not looked at.
+bool schedule_stream(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
+                     const Overrides& overrides, bool wanted, InstanceNormSchedule& s) {
+  if (!facts.has_cluster() || !shape.vectorized || p.channels_last) return false;
+  const int64_t vectors = p.pixels / shape.width;
+  const int64_t planes = p.batch * p.channels;
+  const int64_t plane_bytes = vectors * shape.vector_bytes;
+  const int64_t total = planes * plane_bytes;
+  // One tile for each multiprocessor where that is enough, else tiles of full size.
+  int64_t parts = ceil_div(plane_bytes, kStreamTile);
+  if (planes <= facts.multiprocessors && plane_bytes <= facts.multiprocessors / planes * kStreamTile) {
+    parts = std::max(parts, std::min(facts.multiprocessors / planes, ceil_div(plane_bytes, kLeastStreamTile)));
+  }
+  const int64_t tile_bytes = std::min<int64_t>(overrides.tuned("bytes", ceil_div(plane_bytes, parts)), kStreamTile);
+  s.share = ceil_div(ceil_div(vectors, ceil_div(plane_bytes, tile_bytes)), kLine) * kLine;
+  s.parts = ceil_div(vectors, s.share);
+  const int64_t tiles = planes * s.parts;
+  if (tiles > kMostStreamTiles || vectors > kMostStreamTiles) return false;
+  const int64_t stage_bytes = s.share * shape.vector_bytes;
+  s.blocks = static_cast<int>(std::min<int64_t>(tiles, overrides.tuned("grid", facts.multiprocessors)));
+  const int64_t room = std::min<int64_t>((facts.max_shared_per_block - kStreamStatic) / stage_bytes, kStreamStages);
+  const int64_t stages = overrides.tuned("stages", std::min<int64_t>(kStreamRing / stage_bytes, kStreamStages));
+  // Where tiles are drawn, a fast block may hold one more than its share.
+  const int64_t useful = tiles <= s.blocks ? 1 : ceil_div(tiles, s.blocks) + 1;
+  s.stages = static_cast<int>(std::clamp<int64_t>(std::min(stages, useful), 1, room));
+  // The rings must hold a plane with room to spare; see stream.cu for what happens where they do not.
+  if (!wanted && s.parts * 2 > static_cast<int64_t>(s.stages) * s.blocks) return false;
+  const bool by_number = overrides.tuned("order", tiles <= s.blocks ? 1 : 2) == 1;
+  const int64_t first = overrides.tuned("first", std::max<int64_t>(1, kStreamFirst / stage_bytes));
+  s.first = by_number ? 0 : static_cast<int>(std::min<int64_t>(first, s.stages));
+  const int64_t cache = overrides.tuned("cache", total > facts.l2_bytes / 2 ? 3 : 4);
+  s.read_once = (cache & 1) != 0;
+  s.stream_stores = (cache & 2) != 0;
+  s.shared_bytes = static_cast<size_t>(s.stages * stage_bytes);
+  const size_t acc = p.dtype == DType::kFloat64 ? 8 : 4;
+  s.workspace_bytes = (kStreamHead + static_cast<size_t>(tiles) * 2 * acc + 15) / 16 * 16;
+  s.path = InstanceNormPath::kStream;
+  s.name = "instance_norm:cuda:stream";
+  return true;
+}
+
+// Where the stream path is worth its zeroed workspace: the tensor is large, or its planes are few and would be spread
+// over clusters. Tiles of a few KB cost more for their bookkeeping than for their bytes.
+bool prefers_stream(const InstanceNormParams& p, const Shape& shape, const InstanceNormSchedule* plane) {
+  const int64_t plane_bytes = p.pixels / shape.width * shape.vector_bytes;
+  if (plane_bytes < kLeastStreamPlane) return false;
+  return plane == nullptr || plane->cluster > 1 || p.batch * p.channels * plane_bytes >= kLeastStreamTensor;
+}
+
 int lanes_for(int64_t vectors) {
   return static_cast<int>(
       std::min<int64_t>(kMaxLanes, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(vectors)))));
@@ -183,11 +242,22 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
   const Overrides overrides;
   schedule = {};
   schedule.vectorized = shape.vectorized;
+  if (overrides.forced("stream") && schedule_stream(params, facts, shape, overrides, true, schedule)) {
+    return cudaSuccess;
+  }
   if (!overrides.forced("split") && !overrides.forced("ticket")) {
-    if (params.channels_last ? schedule_slab(params, facts, shape, overrides, schedule)
-                             : schedule_plane(params, facts, shape, overrides, schedule)) {
-      return cudaSuccess;
+    const bool fits = params.channels_last ? schedule_slab(params, facts, shape, overrides, schedule)
+                                           : schedule_plane(params, facts, shape, overrides, schedule);
+    if (!overrides.forced("plane") && !overrides.forced("portable") &&
+        prefers_stream(params, shape, fits ? &schedule : nullptr)) {
+      InstanceNormSchedule other;
+      other.vectorized = shape.vectorized;
+      if (schedule_stream(params, facts, shape, overrides, false, other)) {
+        schedule = other;
+        return cudaSuccess;
+      }
     }
+    if (fits) return cudaSuccess;
   }
   schedule_tiles(params, facts, shape, overrides, schedule);
   if (params.channels_last) {
@@ -212,6 +282,8 @@ cudaError_t launch_instance_norm(const InstanceNormParams& params, const Instanc
   switch (schedule.path) {
     case InstanceNormPath::kPlane:
       return launch_plane(params, schedule, stream);
+    case InstanceNormPath::kStream:
+      return launch_stream(params, schedule, workspace, stream);
     case InstanceNormPath::kSlab:
       return launch_slab(params, schedule, stream);
     case InstanceNormPath::kSplit:

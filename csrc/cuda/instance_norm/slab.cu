@@ -10,12 +10,12 @@
 // the blocks merge (count, mean, M2) of every channel in the order of their ranks through distributed shared memory
 // (Chan et al. 1983). A thread has four channels: eight, the 16 bytes of a half, make its chain of dependent steps
 // longer than the shorter loads cost.
-#include "../common/activation.cuh"
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/reduce.cuh"
 #include "channel_sums.cuh"
 #include "kernels.h"
+#include "normalize.cuh"
 #include "phases.cuh"
 
 namespace styleforge::cuda {
@@ -162,26 +162,14 @@ __global__ void __launch_bounds__(512) slab_kernel(const __grid_constant__ Insta
 
   // 4. normalise
   if (active) {
-    Acc scale[kWidth], shift[kWidth];
+    ChannelAffine<Acc, kWidth> affine;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      mean[k] = result[0][lane * kWidth + k];
-      scale[k] = result[1][lane * kWidth + k];
-      shift[k] = result[2][lane * kWidth + k];
+      affine.mean[k] = result[0][lane * kWidth + k];
+      affine.scale[k] = result[1][lane * kWidth + k];
+      affine.shift[k] = result[2][lane * kWidth + k];
     }
-    const auto finish = [&](const V& x, const V* r) {
-      Acc y[kWidth];
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        y[k] = (to_acc(x.data[k]) - mean[k]) * scale[k] + shift[k];
-        if (r != nullptr) y[k] += to_acc(r->data[k]);
-      }
-      activate(y, p.activation, p.negative_slope);
-      V out;
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) out.data[k] = from_acc<T>(y[k]);
-      return out;
-    };
+    const auto finish = [&](const V& x, const V& r) { return normalize(p, affine, x, r); };
     i = row;
     if (p.residual != nullptr) {
       constexpr int kBatch = 4;
@@ -194,7 +182,7 @@ __global__ void __launch_bounds__(512) slab_kernel(const __grid_constant__ Insta
 #pragma unroll
         for (int u = 0; u < kBatch; ++u) {
           store(p.output, first + static_cast<int64_t>(i + u * rows) * vectors,
-                finish(held[(i + u * rows) * lanes + lane], &r[u]));
+                finish(held[(i + u * rows) * lanes + lane], r[u]));
         }
       }
     }
@@ -202,9 +190,9 @@ __global__ void __launch_bounds__(512) slab_kernel(const __grid_constant__ Insta
       const int64_t index = first + static_cast<int64_t>(i) * vectors;
       if (p.residual != nullptr) {
         const V r = load_const<V>(p.residual, index);
-        store(p.output, index, finish(held[i * lanes + lane], &r));
+        store(p.output, index, finish(held[i * lanes + lane], r));
       } else {
-        store(p.output, index, finish(held[i * lanes + lane], nullptr));
+        store(p.output, index, finish(held[i * lanes + lane], V{}));
       }
     }
   }

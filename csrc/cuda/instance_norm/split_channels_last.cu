@@ -1,12 +1,12 @@
 // channels_last tensors whose slabs do not fit on chip: pass 1 takes (mean, M2) of every channel in tiles of pixels, a
 // small kernel merges a channel's tiles in a fixed order, pass 2 normalises, last tile first, so that it starts with
 // what the L2 cache still holds. Blocks are cut as in slab.cu: lanes x 16 bytes of channels by rows of pixels.
-#include "../common/activation.cuh"
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "channel_sums.cuh"
 #include "channel_tiles.cuh"
 #include "kernels.h"
+#include "normalize.cuh"
 #include "phases.cuh"
 
 namespace styleforge::cuda {
@@ -122,29 +122,17 @@ __global__ void __launch_bounds__(kTileThreads)
   wait_for_predecessor();
   release_successor();
   if (!at.active) return;
-  Acc mean[kWidth], scale[kWidth], shift[kWidth];
+  ChannelAffine<Acc, kWidth> affine;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
     const int64_t c = static_cast<int64_t>(at.vector) * kWidth + k;
     const int64_t param = at.n * p.param_batch_stride + c;
-    mean[k] = mean_in[at.n * p.channels + c];
-    scale[k] = rstd_in[at.n * p.channels + c] * load_param(p.weight, p.param_dtype, param, Acc(1));
-    shift[k] = load_param(p.bias, p.param_dtype, param, Acc(0));
+    affine.mean[k] = mean_in[at.n * p.channels + c];
+    affine.scale[k] = rstd_in[at.n * p.channels + c] * load_param(p.weight, p.param_dtype, param, Acc(1));
+    affine.shift[k] = load_param(p.bias, p.param_dtype, param, Acc(0));
   }
   const bool has_residual = p.residual != nullptr;
-  const auto finish = [&](const V& x, const V& r) {
-    Acc y[kWidth];
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      y[k] = (to_acc(x.data[k]) - mean[k]) * scale[k] + shift[k];
-      if (has_residual) y[k] += to_acc(r.data[k]);
-    }
-    activate(y, p.activation, p.negative_slope);
-    V out;
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) out.data[k] = from_acc<T>(y[k]);
-    return out;
-  };
+  const auto finish = [&](const V& x, const V& r) { return normalize(p, affine, x, r); };
   const auto residual_at = [&](int i, const V& unused) {
     return has_residual ? load_const<V>(p.residual, at.index(i)) : unused;
   };

@@ -2,7 +2,8 @@
 // fixed order and normalises. The second read is to come from the L2 cache:
 //
 // - a tensor that the L2 holds: two launches, the second in reverse order (what was read last is still there);
-// - a larger one: one launch of 2 x tiles blocks that draw tickets. Ticket order runs pass 1 ahead of pass 2 by `lead`
+// - a larger one, where the stream path does not take it (before sm_90, single elements, planes larger than all rings):
+//   one launch of 2 x tiles blocks that draw tickets. Ticket order runs pass 1 ahead of pass 2 by `lead`
 //   tiles, so that pass 2 finds its tile in the L2 and its plane's statistics complete:
 //
 //     ticket:  S0 S1 ... S(lead-1) | S(lead) A0 | S(lead+1) A1 | ... | A(last-1) A(last)
@@ -10,12 +11,13 @@
 //   A block that waits for a plane's tiles waits only for smaller tickets, whose blocks already run and wait for
 //   nothing (S) or for still smaller ones (A): no co-residency is needed, and the order of block launches does not
 //   matter.
-#include "../common/activation.cuh"
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/reduce.cuh"
 #include "channel_sums.cuh"
 #include "kernels.h"
+#include "moments.cuh"
+#include "normalize.cuh"
 
 namespace styleforge::cuda {
 namespace {
@@ -96,33 +98,35 @@ struct HeldTile {
   }
 
   __device__ __forceinline__ void finish(const InstanceNormParams& p, Acc mean, Acc rstd) const {
-    const Acc scale = rstd * weight;
+    const PlaneAffine<Acc> affine{mean, rstd * weight, shift};
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       const int i = threadIdx.x + u * kThreads;
       if (i >= tile.count) continue;
-      Acc y[kWidth];
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) y[k] = (to_acc(x[u].data[k]) - mean) * scale + shift;
-      if (p.residual != nullptr) {
-        const V r = load_const<V>(p.residual, tile.first + i);
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) y[k] += to_acc(r.data[k]);
-      }
-      activate(y, p.activation, p.negative_slope);
-      V out;
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) out.data[k] = from_acc<T>(y[k]);
-      store(p.output, tile.first + i, out);
+      const V r = p.residual != nullptr ? load_const<V>(p.residual, tile.first + i) : V{};
+      store(p.output, tile.first + i, normalize(p, affine, x[u], r));
     }
   }
 };
 
-template <typename Acc>
-__device__ __forceinline__ void store_statistics(const InstanceNormParams& p, int64_t plane, Acc mean, Acc rstd) {
-  if (p.mean == nullptr) return;
-  reinterpret_cast<Acc*>(p.mean)[plane] = mean;
-  reinterpret_cast<Acc*>(p.rstd)[plane] = rstd;
+// The part of tile `part` of a plane whose parts are `own`.
+template <typename T, int kWidth>
+__device__ __forceinline__ Moments<acc_t<T>> part_at(const InstanceNormParams& p, int64_t plane, int part, int share,
+                                                     const acc_t<T>* own) {
+  const auto elements = static_cast<acc_t<T>>(tile_at<T, kWidth>(p, plane, part, share).count) * kWidth;
+  return {elements, __ldcg(&own[2 * part]), __ldcg(&own[2 * part + 1])};
+}
+
+// Merges a plane's tiles by the `step` threads that `sum` adds over.
+template <typename T, int kWidth, typename Sum>
+__device__ __forceinline__ Moments<acc_t<T>> merge_tiles(const InstanceNormParams& p, int64_t plane, int parts,
+                                                         int share, const acc_t<T>* own, int step, Sum&& sum) {
+  return merge_moments(
+      static_cast<acc_t<T>>(p.pixels),
+      [&](auto visit) {
+        for (int j = threadIdx.x % step; j < parts; j += step) visit(part_at<T, kWidth>(p, plane, j, share, own));
+      },
+      sum);
 }
 
 template <typename T, int kWidth>
@@ -146,32 +150,20 @@ __global__ void __launch_bounds__(kThreads)
   held.load(p, plane, part, share);
   wait_for_predecessor();
   release_successor();
-  // Every warp merges the plane's tiles for itself: mean first, then squares about it.
-  const auto elements = [&](int j) { return static_cast<Acc>(tile_at<T, kWidth>(p, plane, j, share).count) * kWidth; };
+  // Every warp merges the plane's tiles for itself.
   const Acc* own = partials + plane * parts * 2;
   const int lane = threadIdx.x % kWarp;
-  Acc mean, m2;
+  Moments<Acc> whole;
   if (parts <= kWarp) {
-    const Acc count = lane < parts ? elements(lane) : Acc(0);
-    const Acc lane_mean = lane < parts ? __ldcg(&own[2 * lane]) : Acc(0);
-    const Acc lane_m2 = lane < parts ? __ldcg(&own[2 * lane + 1]) : Acc(0);
-    mean = warp_sum(count * lane_mean) / static_cast<Acc>(p.pixels);
-    const Acc d = lane_mean - mean;
-    m2 = warp_sum(lane_m2 + count * d * d);
+    Moments<Acc> of_lane;
+    if (lane < parts) of_lane = part_at<T, kWidth>(p, plane, lane, share, own);
+    whole = merge_lanes(static_cast<Acc>(p.pixels), of_lane);
   } else {
-    Acc sum = 0;
-    for (int j = lane; j < parts; j += kWarp) sum += __ldcg(&own[2 * j]) * elements(j);
-    mean = warp_sum(sum) / static_cast<Acc>(p.pixels);
-    Acc squares = 0;
-    for (int j = lane; j < parts; j += kWarp) {
-      const Acc d = __ldcg(&own[2 * j]) - mean;
-      squares += __ldcg(&own[2 * j + 1]) + elements(j) * d * d;
-    }
-    m2 = warp_sum(squares);
+    whole = merge_tiles<T, kWidth>(p, plane, parts, share, own, kWarp, [](Acc v) { return warp_sum(v); });
   }
-  const Acc rstd = reciprocal_sqrt(m2 / static_cast<Acc>(p.pixels) + static_cast<Acc>(p.eps));
-  if (part == 0 && threadIdx.x == 0) store_statistics(p, plane, mean, rstd);
-  held.finish(p, mean, rstd);
+  const Acc rstd = whole.rstd(p.eps);
+  if (part == 0 && threadIdx.x == 0) store_statistics(p, plane, whole.mean, rstd);
+  held.finish(p, whole.mean, rstd);
 }
 
 __device__ __forceinline__ void wait_a_little() { __nanosleep(64); }
@@ -182,25 +174,6 @@ struct TicketState {
   unsigned* tiles;  // [planes]: tiles whose moments are there; parts + 1 once the plane's statistics are
 };
 
-// The whole block merges a plane's tiles: mean first, then squares about it. Every thread gets both.
-template <typename T, int kWidth>
-__device__ __forceinline__ void merge_tiles(const InstanceNormParams& p, int64_t plane, int parts, int share,
-                                            const acc_t<T>* partials, acc_t<T>& mean, acc_t<T>& m2) {
-  using Acc = acc_t<T>;
-  __shared__ Acc scratch[2][kMaxWarps];
-  const auto elements = [&](int j) { return static_cast<Acc>(tile_at<T, kWidth>(p, plane, j, share).count) * kWidth; };
-  const Acc* own = partials + plane * parts * 2;
-  Acc sum = 0;
-  for (int j = threadIdx.x; j < parts; j += kThreads) sum += __ldcg(&own[2 * j]) * elements(j);
-  mean = block_sum(sum, scratch[0]) / static_cast<Acc>(p.pixels);
-  Acc squares = 0;
-  for (int j = threadIdx.x; j < parts; j += kThreads) {
-    const Acc d = __ldcg(&own[2 * j]) - mean;
-    squares += __ldcg(&own[2 * j + 1]) + elements(j) * d * d;
-  }
-  m2 = block_sum(squares, scratch[1]);
-}
-
 // The block that completes a plane's moments merges them once for all; `statistics` holds mean and rstd of every plane.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads, 3)
@@ -209,6 +182,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   using Acc = acc_t<T>;
   __shared__ int64_t drawn;
   __shared__ bool completes;
+  __shared__ Acc scratch[kMaxWarps];
   wait_for_predecessor();
   if (threadIdx.x == 0) drawn = atomicAdd(state.next, 1u);
   __syncthreads();
@@ -238,13 +212,13 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
     __syncthreads();
     if (!completes) return;
-    Acc mean, m2;
-    merge_tiles<T, kWidth>(p, plane, parts, share, partials, mean, m2);
+    const auto whole = merge_tiles<T, kWidth>(p, plane, parts, share, partials + plane * parts * 2, kThreads,
+                                              [&](Acc v) { return block_sum(v, scratch); });
     if (threadIdx.x == 0) {
-      const Acc rstd = reciprocal_sqrt(m2 / static_cast<Acc>(p.pixels) + static_cast<Acc>(p.eps));
-      __stcg(&statistics[2 * plane], mean);
+      const Acc rstd = whole.rstd(p.eps);
+      __stcg(&statistics[2 * plane], whole.mean);
       __stcg(&statistics[2 * plane + 1], rstd);
-      store_statistics(p, plane, mean, rstd);
+      store_statistics(p, plane, whole.mean, rstd);
       __threadfence();
       atomicAdd(&state.tiles[plane], 1u);
     }

@@ -3,9 +3,12 @@
 //   channels_last: vectors of neighbouring channels of one pixel: the whole vector has one source pixel
 //   NCHW:          single elements of a row, neighbouring threads write neighbouring elements; a grid row is one
 //                  output row, so that the row's source is worked out once
+#include <type_traits>
+
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "launch.h"
+#include "tf32.cuh"
 
 namespace styleforge::cuda {
 namespace {
@@ -23,6 +26,21 @@ __device__ __forceinline__ int source(int position, int size, PaddingMode mode) 
     default:
       return -1;
   }
+}
+
+// What a thread moves as float32 values, each rounded to TF32.
+__device__ __forceinline__ uint32_t rounded_tf32(uint32_t v) { return round_bits_to_tf32(v); }
+__device__ __forceinline__ uint4 rounded_tf32(const uint4& v) {
+  return {round_bits_to_tf32(v.x), round_bits_to_tf32(v.y), round_bits_to_tf32(v.z), round_bits_to_tf32(v.w)};
+}
+
+// The flag is the same for all threads: a branch that costs nothing next to the loads.
+template <typename Element>
+__device__ __forceinline__ Element finish(const Element& value, bool round_tf32) {
+  if constexpr (std::is_same_v<Element, uint32_t> || std::is_same_v<Element, uint4>) {
+    if (round_tf32) return rounded_tf32(value);
+  }
+  return value;
 }
 
 // Element: what a thread moves. `per_pixel` and `out_per_pixel` count those in a pixel of the input and the output.
@@ -45,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
       const int x = source(pixel - static_cast<int>(p.pad_left), static_cast<int>(p.width * up), p.mode);
       Element value{};
       if (x >= 0 && y >= 0 && c < per_pixel) value = from[x / up * per_pixel + c];
-      out[i] = value;
+      out[i] = finish(value, p.round_tf32);
     }
   }
 }
@@ -65,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) gather_nchw(const __grid_constant__ 
       const int x = source(static_cast<int>(i - p.pad_left), static_cast<int>(p.width * up), p.mode);
       Element value{};
       if (x >= 0 && y >= 0) value = in[x / up];
-      out[i] = value;
+      out[i] = finish(value, p.round_tf32);
     }
   }
 }
@@ -91,6 +109,7 @@ cudaError_t launch_as(const PadParams& params, const DeviceFacts& facts, cudaStr
 }  // namespace
 
 cudaError_t launch_pad_upsample(const PadParams& params, cudaStream_t stream) {
+  if (params.round_tf32 && params.element_size != 4) return cudaErrorInvalidValue;
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const int64_t pixel = params.channels * params.element_size;

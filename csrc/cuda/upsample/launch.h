@@ -23,9 +23,10 @@ struct PhaseWeightsParams {
   int64_t in_channels = 0;
   int64_t stride[4] = {};  // of weight, in elements
   DType dtype = DType::kFloat32;
+  bool round_tf32 = false;  // kFloat32 only: see PadParams
 };
 
-// Sums are taken in float32 (float64 for kFloat64) and rounded once.
+// Sums are taken in float32 (float64 for kFloat64) and rounded once (float32 not at all without round_tf32).
 cudaError_t launch_phase_weights(const PhaseWeightsParams& params, cudaStream_t stream);
 
 }  // namespace styleforge::cuda

@@ -1,6 +1,9 @@
+#include <type_traits>
+
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/types.cuh"
+#include "../pad/tf32.cuh"
 #include "launch.h"
 
 namespace styleforge::cuda {
@@ -31,6 +34,9 @@ __global__ void __launch_bounds__(kThreads) phase_weights_kernel(const __grid_co
   Acc sum = 0;
   for (int y = from(a, dy); y < to(a, dy); ++y) {
     for (int x = from(b, dx); x < to(b, dx); ++x) sum += to_acc(weight[y * p.stride[2] + x * p.stride[3]]);
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (p.round_tf32) sum = __uint_as_float(round_bits_to_tf32(__float_as_uint(sum)));
   }
   static_cast<T*>(p.output)[index] = from_acc<T>(sum);
 }

@@ -192,7 +192,7 @@ def bench_net(compile: bool, cases: Sequence[tuple[int, int, int]] = ((1, 512, 5
 
 
 def bench_host() -> None:
-    """Host time of eager calls against ``torch.relu``."""
+    """Host time of eager calls against ``torch.relu``; of modules also against their operator."""
     x = torch.randn(1, 4, 8, 8, device="cuda")
     weight = torch.randn(4, device="cuda")
     conv_weight = torch.randn(4, 4, 3, 3, device="cuda")
@@ -216,12 +216,24 @@ def bench_host() -> None:
         "nn.InstanceNorm2d": lambda: plain_norm(x),
         "FusedConvInstanceNormReLU": lambda: block(x),
     }
+    w, b, k, kb, kw, ks = norm.weight, norm.bias, block.weight, block.bias, block.norm_weight, block.norm_bias
+    operators: dict[str, Callable[[], Any]] = {
+        "FusedInstanceNorm2d": lambda: torch.ops.styleforge.fused_instance_norm(
+            x, w, b, 1e-5, "none", 0.01, None
+        ),
+        "FusedConvInstanceNormReLU": lambda: torch.ops.styleforge.fused_conv_instance_norm_relu(
+            x, k, kb, kw, ks, (1, 1), (1, 1), "zeros", 1, 1e-5, "relu", 0.01, None, block.scripted_precision
+        ),
+    }
     for mode, context in (("inference_mode", torch.inference_mode), ("no_grad", torch.no_grad)):
         with context():
             base = host_time(calls["relu"])
             for name, call in calls.items():
                 time = host_time(call)
-                print(f"host {mode:15s} {name:36s} {time:7.2f} us  {time / base:5.2f} x relu", flush=True)
+                line = f"host {mode:15s} {name:36s} {time:7.2f} us  {time / base:5.2f} x relu"
+                if name in operators:
+                    line += f"  {time - host_time(operators[name]):+5.2f} us over the operator"
+                print(line, flush=True)
 
 
 def bench_backward() -> None:

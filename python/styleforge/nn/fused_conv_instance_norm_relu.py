@@ -206,14 +206,16 @@ class FusedConvInstanceNormReLU(nn.Module):
         """Input [N, Ci, H, W] and residual [N, Co, Ho, Wo] to [N, Co, Ho, Wo]."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             precision = self.scripted_precision
+            weight, bias, norm_weight, norm_bias = self.weight, self.bias, self.norm_weight, self.norm_bias
         else:
             precision = conv_precision(self.precision)
+            weight, bias, norm_weight, norm_bias = self._tensors()
         output: Tensor = torch.ops.styleforge.fused_conv_instance_norm_relu(
             input,
-            self.weight,
-            self.bias,
-            self.norm_weight,
-            self.norm_bias,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
             self.stride,
             self.padding,
             self.padding_mode,
@@ -225,6 +227,17 @@ class FusedConvInstanceNormReLU(nn.Module):
             precision,
         )
         return output
+
+    def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        # nn.Module finds a parameter only after it has looked everywhere else for an attribute of that name.
+        parameters = self._parameters
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+            norm_weight, norm_bias = parameters["norm_weight"], parameters["norm_bias"]
+        except KeyError:  # a parametrization or a wrapper keeps them elsewhere
+            return self.weight, self.bias, self.norm_weight, self.norm_bias
+        assert weight is not None
+        return weight, bias, norm_weight, norm_bias
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

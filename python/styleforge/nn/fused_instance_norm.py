@@ -10,6 +10,8 @@ from torch import Tensor
 from styleforge.ops._common import ACTIVATIONS
 from styleforge.ops._composite import activate
 
+_fused_instance_norm = torch.ops.styleforge.fused_instance_norm.default
+
 
 class FusedInstanceNorm2d(nn.InstanceNorm2d):
     """Drop-in for ``nn.InstanceNorm2d`` (same state dict), optionally with the activation that follows it.
@@ -78,23 +80,40 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
         """Input and residual [N, C, H, W] or [C, H, W] to the same shape."""
         if self.track_running_stats:
             return self._forward_with_running_stats(input, residual)
-        if input.dim() == 3:
-            batched: Tensor = torch.ops.styleforge.fused_instance_norm(
-                input.unsqueeze(0),
-                self.weight,
-                self.bias,
-                self.eps,
-                self.activation,
-                self.negative_slope,
-                residual.unsqueeze(0) if residual is not None else None,
+        if input.dim() != 4:
+            return self._forward_of_another_rank(input, residual)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            scripted: Tensor = torch.ops.styleforge.fused_instance_norm(
+                input, self.weight, self.bias, self.eps, self.activation, self.negative_slope, residual
             )
-            return batched.squeeze(0)
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            self._check_input_dim(input)
-        output: Tensor = torch.ops.styleforge.fused_instance_norm(
-            input, self.weight, self.bias, self.eps, self.activation, self.negative_slope, residual
+            return scripted
+        weight, bias = self._scale_and_shift()
+        output: Tensor = _fused_instance_norm(
+            input, weight, bias, self.eps, self.activation, self.negative_slope, residual
         )
         return output
+
+    def _scale_and_shift(self) -> tuple[Tensor | None, Tensor | None]:
+        # nn.Module finds a parameter only after it has looked everywhere else for an attribute of that name.
+        parameters = self._parameters
+        try:
+            return parameters["weight"], parameters["bias"]
+        except KeyError:  # a parametrization or a wrapper keeps them elsewhere
+            return self.weight, self.bias
+
+    def _forward_of_another_rank(self, input: Tensor, residual: Optional[Tensor]) -> Tensor:
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self._check_input_dim(input)
+        batched: Tensor = torch.ops.styleforge.fused_instance_norm(
+            input.unsqueeze(0),
+            self.weight,
+            self.bias,
+            self.eps,
+            self.activation,
+            self.negative_slope,
+            residual.unsqueeze(0) if residual is not None else None,
+        )
+        return batched.squeeze(0)
 
     def _forward_with_running_stats(self, input: Tensor, residual: Optional[Tensor]) -> Tensor:
         x = input.unsqueeze(0) if input.dim() == 3 else input

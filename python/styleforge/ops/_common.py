@@ -22,6 +22,21 @@ def register_kernel(name: str, key: str, kernel: Callable[..., Any], *, with_key
     _library.impl(name, kernel, key, with_keyset=with_keyset)
 
 
+class _BelowAutograd(dict[int, Any]):
+    """From a dispatch keyset, in raw form, to that of the kernels below autograd.
+
+    There are a handful of keysets in a program; looking one up takes half as long as working it out.
+    """
+
+    def __missing__(self, raw: int) -> Any:
+        keyset = torch._C.DispatchKeySet.from_raw_repr(raw) & torch._C._after_autograd_keyset
+        self[raw] = keyset
+        return keyset
+
+
+below_autograd = _BelowAutograd()
+
+
 def prefers_channels_last(input: Tensor) -> bool:
     """Whether an operator on this [N, C, H, W] tensor gives a channels_last result.
 

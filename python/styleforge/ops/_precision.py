@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+_get_cudnn_allow_tf32 = torch._C._get_cudnn_allow_tf32
+
 
 def conv_precision(precision: str | None = None) -> str:
     """``precision`` where given; else "tf32" if PyTorch's cuDNN convolutions may use TF32, "ieee" if not.
@@ -17,7 +19,9 @@ def conv_precision(precision: str | None = None) -> str:
     if precision is not None:
         return precision
     try:
-        tf32: bool = torch.backends.cudnn.allow_tf32
+        # Both read the same flag: the property is what torch.compile knows, the function takes no time.
+        compiling = torch.compiler.is_dynamo_compiling()
+        tf32: bool = torch.backends.cudnn.allow_tf32 if compiling else _get_cudnn_allow_tf32()
     except RuntimeError:
         # The newer flags were set, and convolutions differ from RNNs: the older one has no answer.
         tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ NAME = "fused_conv_instance_norm_relu"
 _op = torch.ops.styleforge.fused_conv_instance_norm_relu.default
 _norm_op = torch.ops.styleforge.fused_instance_norm.default
 _redispatch = _op._handle.redispatch_boxed
-_after_autograd = torch._C._after_autograd_keyset
+_below_autograd = common.below_autograd
 _any_requires_grad = torch._C._any_requires_grad
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -211,9 +211,10 @@ class _UnusedBias(torch.autograd.Function):
 
 
 def _autograd(keyset: Any, *args: Any) -> Tensor:
-    # As in fused_instance_norm: the first line is what a call under no_grad costs on top of the operator.
+    # As in fused_instance_norm, the first lines are what a call under no_grad costs on top of the operator.
+    # Here the arguments stay a tuple: the dispatcher has left out trailing defaults, of which there are many.
     if not _is_grad_enabled() or not _any_requires_grad(*args):
-        result: Tensor = _redispatch(keyset & _after_autograd, *args)
+        result: Tensor = _redispatch(_below_autograd[keyset.raw_repr()], *args)
         return result
     return _differentiable(*args)
 

@@ -20,7 +20,7 @@ _op = torch.ops.styleforge.fused_instance_norm.default
 _forward_op = torch.ops.styleforge._fused_instance_norm_forward.default
 _backward_op = torch.ops.styleforge._fused_instance_norm_backward.default
 _redispatch = _op._handle.redispatch_boxed
-_after_autograd = torch._C._after_autograd_keyset
+_below_autograd = common.below_autograd
 _any_requires_grad = torch._C._any_requires_grad
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -220,13 +220,31 @@ class _InstanceNormBackward(torch.autograd.Function):
         raise RuntimeError(f"{NAME}: double backward is not supported")
 
 
-def _autograd(keyset: Any, *args: Any) -> Tensor:
-    # This first line is what a call under no_grad costs on top of the operator: nothing is unpacked (the
-    # dispatcher has left out trailing defaults), and the redispatch goes to the handle itself.
-    if not _is_grad_enabled() or not _any_requires_grad(*args):
-        result: Tensor = _redispatch(keyset & _after_autograd, *args)
+def _autograd(
+    keyset: Any,
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+) -> Tensor:
+    # These first lines are what a call under no_grad costs on top of the operator: named arguments (no tuple
+    # is packed and unpacked), a table in place of keyset arithmetic, the redispatch on the handle itself.
+    if not _is_grad_enabled() or not _any_requires_grad(input, weight, bias, residual):
+        result: Tensor = _redispatch(
+            _below_autograd[keyset.raw_repr()],
+            input,
+            weight,
+            bias,
+            eps,
+            activation,
+            negative_slope,
+            residual,
+        )
         return result
-    return _differentiable(*args)
+    return _differentiable(input, weight, bias, eps, activation, negative_slope, residual)
 
 
 def _differentiable(

@@ -1,0 +1,607 @@
+// Implicit GEMM on wgmma (sm_90a): 2-d convolution, channels_last, with per-tile channel moments in the epilogue.
+//
+//   tile:  16 x (4 or 8) output pixels x kColumns output channels; a warp has one row of 16 pixels
+//   K:     chunks of 128 bytes of input channels (64 halves, 32 floats), for each chunk all taps of the kernel
+//
+//   producer warps 1-3: the tile's input with its halo, one chunk of channels -> ring of input stages, each used by all
+//                       taps. One TMA box, which fills what lies outside with zeros; tiles at the border of a reflected
+//                       or replicated picture by cp.async, 16 bytes each, where the padding is index arithmetic
+//   producer warp 0:    weights of one (chunk, tap), kColumns x 128 bytes, by TMA, shared by the blocks of a cluster
+//                       (each fetches a part and multicasts it)  ->  ring of weight stages
+//   consumer warps:     A fragments by ldmatrix from the halo, at the tap's offset, into registers; B from the weight
+//                       stage; one wgmma group runs while the next one's fragments are loaded
+//
+// The input is read from L2 once a tile instead of once a tap. A pixel's 128 bytes are swizzled in 16-byte pieces by
+// its index, as the copy engine does it, so that eight neighbouring pixels lie in different banks.
+//
+// kIeee, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo, both split to nearest; lo * hi, hi * lo,
+// then hi * hi. The units truncate when they add, so the sum of every 32 numbers moves on to float32 registers.
+#include <cuda.h>
+
+#include <algorithm>
+
+#include "../common/cluster.cuh"
+#include "../common/launch.h"
+#include "../common/types.cuh"
+#include "../common/wgmma.cuh"
+#include "kernels.h"
+#include "tiles.h"
+
+namespace styleforge::cuda {
+namespace {
+
+constexpr int kWarps = 4;  // of a warpgroup
+constexpr int kLoaders = 96;
+constexpr int kChunk = 128;  // bytes of input channels
+constexpr int kConsumerBarrier = 1;
+
+template <typename T>
+struct KindOf;
+template <>
+struct KindOf<__half> {
+  static constexpr MmaKind kKind = MmaKind::kF16;
+};
+template <>
+struct KindOf<__nv_bfloat16> {
+  static constexpr MmaKind kKind = MmaKind::kBF16;
+};
+template <>
+struct KindOf<float> {
+  static constexpr MmaKind kKind = MmaKind::kTF32;
+};
+
+#ifdef STYLEFORGE_HAS_WGMMA
+
+// The source coordinate of a reflected or replicated one; beyond the padding (tiles stand over) it stays inside.
+__device__ __forceinline__ int padded_source(int position, int size, PaddingMode mode) {
+  if (mode == PaddingMode::kReflect) position = position < 0 ? -position : min(position, 2 * (size - 1) - position);
+  return min(max(position, 0), size - 1);
+}
+
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
+  const int bytes = valid ? 16 : 0;  // the rest of the 16 is zeros
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_async_arrive(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void arrive_remote(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+__device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, int channel, int x, int y, int n,
+                                         uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(to),
+      "l"(map), "r"(channel), "r"(x), "r"(y), "r"(n), "r"(shared_address(barrier))
+      : "memory");
+}
+template <int kCluster>
+__device__ __forceinline__ void load_weights(uint32_t to, const CUtensorMap* map, int channel, int tap, int row,
+                                             uint64_t* barrier) {
+  if constexpr (kCluster == 1) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+            "r"(to),
+        "l"(map), "r"(channel), "r"(tap), "r"(row), "r"(shared_address(barrier))
+        : "memory");
+  } else {
+    constexpr uint16_t kAll = (1 << kCluster) - 1;
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+        "l"(map), "r"(channel), "r"(tap), "r"(row), "r"(shared_address(barrier)), "h"(kAll)
+        : "memory");
+  }
+}
+
+__device__ __forceinline__ uint32_t round_tf32(float v) {
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
+  return r;
+}
+
+// Moments of kColumns / 4 columns over the rows of a warp: every step halves the columns a lane keeps and merges its
+// moments with those of the lane that held the other rows (Chan, Golub, LeVeque 1983). Afterwards mean[0 .. kLeft) are
+// of the columns `first` .. of the list.
+template <int kList>
+__device__ __forceinline__ void merge_rows(float (&mean)[kList], float (&m2)[kList], float& count, int& first) {
+  const int lane = threadIdx.x % 32;
+  first = 0;
+#pragma unroll
+  for (int step = 0; step < 3; ++step) {
+    const int half = kList >> (step + 1);
+    const int mask = 16 >> step;
+    const bool upper = (lane & mask) != 0;
+    const float other = __shfl_xor_sync(0xffffffffu, count, mask);
+    const float total = count + other;
+    const float share = total > 0 ? other * __frcp_rn(total) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kList / 2; ++i) {
+      if (i >= half) continue;
+      const float sent_mean = upper ? mean[i] : mean[i + half];
+      const float sent_m2 = upper ? m2[i] : m2[i + half];
+      const float own_mean = upper ? mean[i + half] : mean[i];
+      const float own_m2 = upper ? m2[i + half] : m2[i];
+      const float d = __shfl_xor_sync(0xffffffffu, sent_mean, mask) - own_mean;
+      mean[i] = own_mean + d * share;
+      m2[i] = own_m2 + __shfl_xor_sync(0xffffffffu, sent_m2, mask) + d * d * count * share;
+    }
+    count = total;
+    if (upper) first += half;
+  }
+}
+
+#endif  // STYLEFORGE_HAS_WGMMA
+
+template <typename T, int kColumns, int kGroups, bool kSplit>
+struct ConvTraits {
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kConsumers = 128 * kGroups;
+  static constexpr int kRows = kWarps * kGroups;  // tile height: a warp has one row of 16 pixels
+  static constexpr int kWeightBytes = kColumns * kChunk * (kSplit ? 2 : 1);
+  static constexpr int kElements = kChunk / static_cast<int>(sizeof(T));
+  // Half a multiprocessor each where the accumulators leave room.
+  static constexpr int kBlocks = kColumns <= 64 && !kSplit ? 2 : 1;
+  // Where the sums and the fragments are more than an even share of the registers, the producers give theirs away.
+  static constexpr bool kMoveRegisters = kGroups == 2 && (kSplit || (kColumns == 64 && kBlocks == 2));
+  // A row of pixels on its way out, padded so that a warp's writes of fragments fall into different banks.
+  static constexpr int kStorePitch = kColumns * static_cast<int>(sizeof(T)) + (sizeof(T) == 2 ? 16 : 32);
+  static constexpr int kStoreBytes = ConvSchedule::kTileWidth * kStorePitch;
+  static constexpr int kEpilogueBytes = kRows * (kStoreBytes + kColumns * static_cast<int>(sizeof(float2))) + 1024;
+  static_assert(kColumns % 32 == 0 && kColumns <= 128);
+};
+
+template <typename T, int kColumns, int kGroups, bool kSplit, int kCluster>
+__global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThreads,
+                                  ConvTraits<T, kColumns, kGroups, kSplit>::kBlocks)
+    conv_kernel(const __grid_constant__ ConvParams p, const __grid_constant__ ConvSchedule s,
+                const __grid_constant__ CUtensorMap input, const __grid_constant__ CUtensorMap weights,
+                const __grid_constant__ CUtensorMap weights_lo) {
+#ifdef STYLEFORGE_HAS_WGMMA
+  using Traits = ConvTraits<T, kColumns, kGroups, kSplit>;
+  constexpr int kElements = Traits::kElements;
+  constexpr int kSliceRows = kColumns / kCluster;
+  extern __shared__ unsigned char dynamic[];
+  // Swizzled tiles start at multiples of 1024 bytes.
+  unsigned char* ring = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
+  const uint32_t weight_ring = shared_address(ring);
+  const uint32_t input_ring = weight_ring + s.weight_stages * Traits::kWeightBytes;
+  __shared__ uint64_t weight_full[8], weight_empty[8], input_full[4], input_empty[4];
+
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int n = blockIdx.z;
+  const int entry = blockIdx.x;
+  const bool outside = entry >= s.entries;  // the grid is rounded up to whole clusters
+  const ConvTileAt at = conv_tile(p, s, outside ? s.entries - 1 : entry);
+  const int first_column = blockIdx.y * kColumns;
+  const int taps = p.kernel_h * p.kernel_w;
+  const int chunks = (p.in_channels + kElements - 1) / kElements;
+  const int steps = chunks * taps;
+  const int top = at.y * p.stride_h - p.pad_top + (at.phase >> 1);
+  const int left = at.x * p.stride_w - p.pad_left + (at.phase & 1);
+  const bool boxes = p.mode == PaddingMode::kZeros ||
+                     (top >= 0 && left >= 0 && top + s.halo_height <= p.height && left + s.halo_width <= p.width);
+
+  if (threadIdx.x == Traits::kConsumers) {
+    prefetch_map(&weights);
+    prefetch_map(&input);
+    if constexpr (kSplit) prefetch_map(&weights_lo);
+  }
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < s.weight_stages; ++i) {
+      mbarrier_init(&weight_full[i], 1);
+      mbarrier_init(&weight_empty[i], kWarps * kGroups * kCluster);
+    }
+    for (int i = 0; i < s.input_stages; ++i) {
+      mbarrier_init(&input_full[i], boxes ? 1 : kLoaders);
+      mbarrier_init(&input_empty[i], kWarps * kGroups);
+    }
+    mbarrier_init_fence();
+  }
+  if constexpr (kCluster > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+  wait_for_predecessor();
+
+  if (warp >= kWarps * kGroups) {
+    if constexpr (Traits::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(40));
+    if (warp == kWarps * kGroups) {
+      if (lane == 0) {
+        const int rank = kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+        const int row = at.phase * p.out_channels + first_column + rank * kSliceRows;
+        int tap = 0, channel = 0, stage = 0;
+        uint32_t parity = 1;
+        for (int i = 0; i < steps; ++i) {
+          mbarrier_wait(&weight_empty[stage], parity);
+          mbarrier_arrive_expect(&weight_full[stage], Traits::kWeightBytes);
+          const uint32_t to = weight_ring + stage * Traits::kWeightBytes + rank * kSliceRows * kChunk;
+          load_weights<kCluster>(to, &weights, channel, tap, row, &weight_full[stage]);
+          if constexpr (kSplit) {
+            load_weights<kCluster>(to + kColumns * kChunk, &weights_lo, channel, tap, row, &weight_full[stage]);
+          }
+          if (++tap == taps) {
+            tap = 0;
+            channel += kElements;
+          }
+          if (++stage == s.weight_stages) {
+            stage = 0;
+            parity ^= 1;
+          }
+        }
+      }
+      __syncwarp();
+    } else if (boxes) {
+      if (threadIdx.x == Traits::kConsumers + 32) {
+        const uint32_t bytes = s.halo_height * s.halo_width * kChunk;
+        int stage = 0;
+        uint32_t parity = 1;
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+          mbarrier_wait(&input_empty[stage], parity);
+          mbarrier_arrive_expect(&input_full[stage], bytes);
+          load_box(input_ring + stage * s.halo_bytes, &input, chunk * kElements, left, top, n, &input_full[stage]);
+          if (++stage == s.input_stages) {
+            stage = 0;
+            parity ^= 1;
+          }
+        }
+      }
+      __syncwarp();
+    } else {
+      // 96 loaders move 12 pixels at a time: a thread keeps its 16 bytes within the pixel.
+      const int loader = threadIdx.x - Traits::kConsumers - 32;
+      const int piece = loader % 8;
+      const int pixels = s.halo_height * s.halo_width;
+      const T* sample = static_cast<const T*>(p.input) + static_cast<int64_t>(n) * p.height * p.width * p.in_channels;
+      int stage = 0;
+      uint32_t parity = 1;
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        mbarrier_wait(&input_empty[stage], parity);
+        const uint32_t to = input_ring + stage * s.halo_bytes;
+        const int channel = chunk * kElements + piece * (16 / static_cast<int>(sizeof(T)));
+        const bool valid = channel < p.in_channels;
+        const T* from = sample + (valid ? channel : 0);
+#pragma unroll 4
+        for (int pixel = loader / 8; pixel < pixels; pixel += kLoaders / 8) {
+          const int y = __umulhi(pixel, s.halo_divisor);
+          const int x = pixel - y * s.halo_width;
+          const int sy = padded_source(top + y, p.height, p.mode);
+          const int sx = padded_source(left + x, p.width, p.mode);
+          copy_async(to + pixel * kChunk + ((piece ^ (pixel & 7)) << 4), from + (sy * p.width + sx) * p.in_channels,
+                     valid);
+        }
+        copy_async_arrive(&input_full[stage]);
+        if (++stage == s.input_stages) {
+          stage = 0;
+          parity ^= 1;
+        }
+      }
+    }
+    release_successor();
+  } else {
+    if constexpr (Traits::kMoveRegisters)
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Traits::kBlocks == 2 ? 96 : 232));
+    using Mma = Wgmma<KindOf<T>::kKind, kColumns>;
+    float d[kColumns / 2];
+    float total[kSplit ? kColumns / 2 : 1];
+    if constexpr (kSplit) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) total[i] = 0;
+    }
+    uint32_t fragments[2][4][4];
+    const int half = lane / 16;
+    const int base = warp * p.stride_h * s.halo_width + (lane % 16) * p.stride_w;
+    int r = 0, c = 0, input_stage = 0, weight_stage = 0, last_stage = 0;
+    uint32_t input_parity = 0, weight_parity = 0;
+    bool fresh = true;  // the accumulators start anew
+
+    const auto load_fragments = [&](uint32_t (&a)[4][4]) {
+      if (r == 0 && c == 0) mbarrier_wait(&input_full[input_stage], input_parity);
+      const int pixel = base + r * s.halo_width + c;
+      const uint32_t row = input_ring + input_stage * s.halo_bytes + pixel * kChunk;
+      const int swizzle = pixel & 7;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) load_matrix(a[k], row + (((2 * k + half) ^ swizzle) << 4));
+      if (++c == p.kernel_w) {
+        c = 0;
+        if (++r == p.kernel_h) {
+          r = 0;
+          __syncwarp();
+          if (lane == 0) mbarrier_arrive(&input_empty[input_stage]);
+          if (++input_stage == s.input_stages) {
+            input_stage = 0;
+            input_parity ^= 1;
+          }
+        }
+      }
+    };
+    const auto release_weights = [&](int stage) {
+      if constexpr (kCluster > 1) {
+        if (lane < kCluster) arrive_remote(&weight_empty[stage], lane);
+      } else {
+        if (lane == 0) mbarrier_arrive(&weight_empty[stage]);
+      }
+    };
+    const auto multiply = [&](uint32_t (&a)[4][4]) {
+      mbarrier_wait(&weight_full[weight_stage], weight_parity);
+      const uint64_t b = wgmma_descriptor(weight_ring + weight_stage * Traits::kWeightBytes);
+      if constexpr (kSplit) {
+        const uint64_t b_lo = b + (kColumns * kChunk >> 4);
+        uint32_t lo[4][4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float v = __uint_as_float(a[k][i]);
+            a[k][i] = round_tf32(v);
+            lo[k][i] = round_tf32(v - __uint_as_float(a[k][i]));
+          }
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Mma::run(d, lo[k], b + 2 * k, !(fresh && k == 0));
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b_lo + 2 * k, true);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b + 2 * k, true);
+        wgmma_commit();
+        wgmma_wait<0>();
+        release_weights(weight_stage);
+      } else {
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b + 2 * k, !(fresh && k == 0));
+        wgmma_commit();
+        wgmma_wait<1>();  // the group before this one is done with its fragments and its weights
+        if (!fresh) release_weights(last_stage);
+      }
+      fresh = false;
+      last_stage = weight_stage;
+      if (++weight_stage == s.weight_stages) {
+        weight_stage = 0;
+        weight_parity ^= 1;
+      }
+    };
+
+    if constexpr (kSplit) {
+      for (int i = 0; i < steps; ++i) {
+        load_fragments(fragments[0]);
+        multiply(fragments[0]);
+#pragma unroll
+        for (int j = 0; j < kColumns / 2; ++j) total[j] += d[j];
+        fresh = true;
+      }
+#pragma unroll
+      for (int j = 0; j < kColumns / 2; ++j) d[j] = total[j];
+    } else {
+      load_fragments(fragments[0]);
+      for (int i = 0; i < steps; i += 2) {
+        multiply(fragments[0]);
+        if (i + 1 < steps) {
+          load_fragments(fragments[1]);
+          multiply(fragments[1]);
+          if (i + 2 < steps) load_fragments(fragments[0]);
+        }
+      }
+      wgmma_wait<0>();
+    }
+    release_successor();
+
+    // This lane's two pixels and their columns: d[4 i + {0, 1}] at x = lane / 4, d[4 i + {2, 3}] at x + 8.
+    const int x = lane / 4;
+    const bool row_valid = !outside && warp < at.rows;
+    const bool valid[2] = {row_valid && x < at.columns, row_valid && x + 8 < at.columns};
+
+    // The rings are free: everything loaded has been multiplied, in every consumer warp after the barrier.
+    named_barrier(kConsumerBarrier, Traits::kConsumers);
+
+    // The warp's row of pixels, by way of shared memory: 16 bytes of neighbouring channels each.
+    const int spread = p.phases == 1 ? 1 : 2;
+    const int out_y = (at.y + warp) * spread + (at.phase >> 1);
+    const int out_x = at.x * spread + (at.phase & 1);
+    T* output = static_cast<T*>(p.output) +
+                ((static_cast<int64_t>(n) * p.out_height + out_y) * p.out_width + out_x) * p.out_channels +
+                first_column;
+    unsigned char* own = ring + warp * Traits::kStoreBytes;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 8; ++i) {
+        Vec<T, 2> v;
+        v.data[0] = from_acc<T>(d[4 * i + 2 * h]);
+        v.data[1] = from_acc<T>(d[4 * i + 2 * h + 1]);
+        *reinterpret_cast<Vec<T, 2>*>(own + (x + 8 * h) * Traits::kStorePitch +
+                                      (8 * i + 2 * (lane % 4)) * static_cast<int>(sizeof(T))) = v;
+      }
+    }
+
+    // Moments: of the lane's two pixels, then of the warp's sixteen.
+    constexpr int kList = kColumns / 4;
+    float mean[kList], m2[kList];
+    float count = static_cast<float>(valid[0]) + static_cast<float>(valid[1]);
+#pragma unroll
+    for (int i = 0; i < kList; ++i) {
+      const float a = d[4 * (i / 2) + i % 2];
+      const float b = d[4 * (i / 2) + i % 2 + 2];
+      const float difference = b - a;
+      mean[i] = valid[1] ? a + 0.5f * difference : a;  // the second pixel is valid only where the first is
+      m2[i] = valid[1] ? 0.5f * difference * difference : 0.0f;
+    }
+    int first = 0;
+    merge_rows(mean, m2, count, first);
+    float2* parts = reinterpret_cast<float2*>(ring + Traits::kRows * Traits::kStoreBytes);
+#pragma unroll
+    for (int i = 0; i < kList / 8; ++i) {
+      const int j = first + i;
+      parts[warp * kColumns + 8 * (j / 2) + 2 * (lane % 4) + j % 2] = make_float2(mean[i], m2[i]);
+    }
+
+    __syncwarp();
+    if (row_valid) {
+      const int width = p.out_channels % kFullWidth<T> == 0 ? kFullWidth<T> : 2;  // out_channels is even
+      const int vectors = kColumns / width;
+      const int columns = min(kColumns, p.out_channels - first_column);
+#pragma unroll 4
+      for (int i = lane; i < vectors * at.columns; i += 32) {
+        const int pixel = i / vectors;
+        const int column = (i - pixel * vectors) * width;
+        if (column >= columns) continue;
+        const unsigned char* from = own + pixel * Traits::kStorePitch + column * static_cast<int>(sizeof(T));
+        T* to = output + static_cast<int64_t>(pixel) * spread * p.out_channels + column;
+        if (width == 2) {
+          *reinterpret_cast<Vec<T, 2>*>(to) = *reinterpret_cast<const Vec<T, 2>*>(from);
+        } else {
+          *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        }
+      }
+    }
+    named_barrier(kConsumerBarrier, Traits::kConsumers);
+    const int column = threadIdx.x;
+    if (column < kColumns && first_column + column < p.out_channels && !outside) {
+      // Every valid row has at.columns pixels.
+      float tile_mean = 0, tile_m2 = 0;
+      for (int w = 0; w < at.rows; ++w) {
+        const float2 part = parts[w * kColumns + column];
+        const float d_mean = part.x - tile_mean;
+        const float share = __frcp_rn(static_cast<float>(w + 1));
+        tile_mean += d_mean * share;
+        tile_m2 += part.y + d_mean * d_mean * (static_cast<float>(at.columns * w) * share);
+      }
+      p.moments[(static_cast<int64_t>(n) * s.entries + entry) * p.out_channels + first_column + column] =
+          make_float2(tile_mean, tile_m2);
+    }
+  }
+  if constexpr (kCluster > 1) {  // no block leaves while others still write into it or arrive at its barriers
+    cluster_arrive();
+    cluster_wait();
+  }
+#endif
+}
+
+// A tensor in boxes with the 128-byte swizzle; what lies beyond its ends is zeros.
+template <int kDims>
+cudaError_t tensor_map(const ConvParams& p, const void* data, const cuuint64_t (&sizes)[kDims],
+                       const cuuint32_t (&box)[kDims], CUtensorMap& map) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    const auto error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+    const auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) function = nullptr;
+    return reinterpret_cast<Encode>(function);
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const auto type = p.dtype == DType::kFloat16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                    : p.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  cuuint64_t strides[kDims - 1];
+  cuuint64_t stride = size_of(p.dtype);
+  for (int d = 0; d + 1 < kDims; ++d) strides[d] = stride *= sizes[d];
+  cuuint32_t steps[kDims];
+  for (auto& step : steps) step = 1;
+  const auto result =
+      encode(&map, type, kDims, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cuuint64_t extent(int value) { return static_cast<cuuint64_t>(value); }
+cuuint32_t chunk_elements(const ConvParams& p) { return static_cast<cuuint32_t>(kChunk / size_of(p.dtype)); }
+
+// [rows, taps, channels], one tap and a slice of rows a box.
+cudaError_t weight_map(const ConvParams& p, const void* weight, int slice_rows, CUtensorMap& map) {
+  const cuuint64_t sizes[3] = {extent(p.in_channels), extent(p.kernel_h * p.kernel_w),
+                               extent(p.phases) * extent(p.out_channels)};
+  const cuuint32_t box[3] = {chunk_elements(p), 1, static_cast<cuuint32_t>(slice_rows)};
+  return tensor_map(p, weight, sizes, box, map);
+}
+
+// [batch, height, width, channels], a tile with its halo a box.
+cudaError_t input_map(const ConvParams& p, const ConvSchedule& s, CUtensorMap& map) {
+  const cuuint64_t sizes[4] = {extent(p.in_channels), extent(p.width), extent(p.height), extent(p.batch)};
+  const cuuint32_t box[4] = {chunk_elements(p), static_cast<cuuint32_t>(s.halo_width),
+                             static_cast<cuuint32_t>(s.halo_height), 1};
+  return tensor_map(p, p.input, sizes, box, map);
+}
+
+template <typename T, int kColumns, int kGroups, bool kSplit, int kCluster>
+cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
+  using Traits = ConvTraits<T, kColumns, kGroups, kSplit>;
+  CUtensorMap input, weights, weights_lo = {};
+  if (const auto error = input_map(p, s, input)) return error;
+  if (const auto error = weight_map(p, p.weight, kColumns / kCluster, weights)) return error;
+  if (kSplit) {
+    if (const auto error = weight_map(p, p.weight_lo, kColumns / kCluster, weights_lo)) return error;
+  }
+  const auto grid = dim3(static_cast<unsigned>(ceil_div(s.entries, kCluster) * kCluster),
+                         static_cast<unsigned>(ceil_div(p.out_channels, kColumns)), static_cast<unsigned>(p.batch));
+  const size_t shared = std::max(s.shared_bytes, static_cast<size_t>(Traits::kEpilogueBytes));
+  return launch(conv_kernel<T, kColumns, kGroups, kSplit, kCluster>, grid, dim3(Traits::kThreads), shared, kCluster,
+                facts, stream, p, s, input, weights, weights_lo);
+}
+
+template <typename T, int kColumns, int kGroups, bool kSplit>
+cudaError_t launch_cluster(const ConvParams& p, const ConvSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
+  switch (s.cluster) {
+    case 2:
+      return launch_tile<T, kColumns, kGroups, kSplit, 2>(p, s, facts, stream);
+    default:
+      return launch_tile<T, kColumns, kGroups, kSplit, 1>(p, s, facts, stream);
+  }
+}
+
+template <typename T, bool kSplit>
+cudaError_t launch_kind(const ConvParams& p, const ConvSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
+  const bool tall = s.tile_height == 8;
+  switch (s.columns) {
+    case 32:
+      return tall ? launch_cluster<T, 32, 2, kSplit>(p, s, facts, stream)
+                  : launch_cluster<T, 32, 1, kSplit>(p, s, facts, stream);
+    case 64:
+      return tall ? launch_cluster<T, 64, 2, kSplit>(p, s, facts, stream)
+                  : launch_cluster<T, 64, 1, kSplit>(p, s, facts, stream);
+    case 128:
+      return tall ? launch_cluster<T, 128, 2, kSplit>(p, s, facts, stream)
+                  : launch_cluster<T, 128, 1, kSplit>(p, s, facts, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t launch_conv_sm90(const ConvParams& p, const ConvSchedule& s, cudaStream_t stream) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  switch (p.dtype) {
+    case DType::kFloat16:
+      return launch_kind<__half, false>(p, s, facts, stream);
+    case DType::kBFloat16:
+      return launch_kind<__nv_bfloat16, false>(p, s, facts, stream);
+    case DType::kFloat32:
+      return p.precision == ConvPrecision::kIeee ? launch_kind<float, true>(p, s, facts, stream)
+                                                 : launch_kind<float, false>(p, s, facts, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace styleforge::cuda

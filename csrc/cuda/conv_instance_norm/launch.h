@@ -1,0 +1,79 @@
+// Convolution whose epilogue takes the instance norm's statistics, and the pass that normalises: what the operator
+// layer calls. Everything is channels_last inside.
+//
+//   kernel       file           what it does
+//   convolution  conv_sm90.cu   implicit GEMM; writes the raw result and (mean, M2) of each tile's channels
+//   finish       finish.cu      merges the tiles' moments; normalises, adds the residual, activates, in place
+//   weights      weights.cu     brings weights to [rows][taps][channels], split for float32 accuracy
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../../instance_norm_params.h"
+#include "../../pad_params.h"
+
+namespace styleforge::cuda {
+
+enum class ConvPrecision : int { kNative = 0, kTF32 = 1, kIeee = 2 };  // kNative: 16-bit inputs
+
+struct ConvParams {
+  // tensors
+  const void* input = nullptr;      // [batch, height, width, in_channels]
+  const void* weight = nullptr;     // [phases * out_channels, kernel_h * kernel_w, in_channels]
+  const void* weight_lo = nullptr;  // kIeee: what the TF32 weights leave out, the same shape
+  void* output = nullptr;           // [batch, out_height, out_width, out_channels]
+  // [batch, entries, out_channels]: (mean, M2) of each tile's valid pixels; then [batch, out_channels]: mean and rstd
+  // times the norm's weight
+  float2* moments = nullptr;
+
+  // sizes
+  int batch = 0, in_channels = 0, height = 0, width = 0;
+  int out_channels = 0, out_height = 0, out_width = 0;
+  int kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0;
+  PaddingMode mode = PaddingMode::kZeros;
+  // 4: the phases of a 3x3 convolution after a 2x upsampling (csrc/cuda/upsample/launch.h), each a 2x2 convolution of
+  // the input that fills every second pixel of every second row; 1: a plain convolution.
+  int phases = 1;
+  DType dtype = DType::kFloat32;
+  ConvPrecision precision = ConvPrecision::kNative;
+};
+
+// How the result is cut. `entries` tiles a sample, each of kTileWidth x tile_height pixels (of one phase).
+struct ConvSchedule {
+  static constexpr int kTileWidth = 16;
+  int tile_height = 8;
+  int columns = 128;  // output channels of a tile
+  int tiles_x = 0, tiles_y = 0, entries = 0;
+  int cluster = 1;  // blocks that share what they read of the weights
+  int input_stages = 1, weight_stages = 2;
+  int halo_height = 0, halo_width = 0, halo_bytes = 0;  // of a tile's input, one stage
+  unsigned halo_divisor = 0;                            // ceil(2^32 / halo_width)
+  size_t shared_bytes = 0;
+  const char* name = "";
+  size_t moments_bytes(const ConvParams& p) const {
+    return sizeof(float2) * static_cast<size_t>(p.batch) * static_cast<size_t>(entries + 1) *
+           static_cast<size_t>(p.out_channels);
+  }
+};
+
+// Whether the fused kernels take this shape on the current device; fills the schedule if so. Pointers may still be
+// null; input and weight must come 16-byte aligned.
+cudaError_t schedule_conv(const ConvParams& params, ConvSchedule& schedule, bool& supported);
+
+cudaError_t launch_conv(const ConvParams& params, const ConvSchedule& schedule, cudaStream_t stream);
+
+// norm.input is the convolution's result, channels_last; norm.output may be the same memory.
+cudaError_t launch_conv_finish(const ConvParams& params, const ConvSchedule& schedule, const InstanceNormParams& norm,
+                               cudaStream_t stream);
+
+struct ConvWeightsParams {
+  const void* weight = nullptr;  // [out_channels, in_channels, kernel_h, kernel_w], any strides
+  void* output = nullptr;        // [out_channels, kernel_h, kernel_w, in_channels]
+  void* output_lo = nullptr;     // given: output is rounded to TF32 and this takes the difference
+  int64_t stride[4] = {};        // of weight, in elements
+  int out_channels = 0, in_channels = 0, kernel_h = 1, kernel_w = 1;
+  DType dtype = DType::kFloat32;
+};
+cudaError_t launch_conv_weights(const ConvWeightsParams& params, cudaStream_t stream);
+
+}  // namespace styleforge::cuda

@@ -1,0 +1,62 @@
+// Weights of any strides as [out_channels, taps, in_channels], for float32 accuracy split in two TF32 numbers.
+#include "../common/cluster.cuh"
+#include "../common/launch.h"
+#include "../common/types.cuh"
+#include "launch.h"
+
+namespace styleforge::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// To 11 significant bits, to nearest, ties away from zero (what cvt.rna.tf32.f32 does); NaN and infinity stay.
+__device__ __forceinline__ float round_tf32(float v) {
+  const uint32_t bits = __float_as_uint(v);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return v;
+  return __uint_as_float((bits + 0x1000u) & 0xffffe000u);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) conv_weights_kernel(const __grid_constant__ ConvWeightsParams p) {
+  wait_for_predecessor();
+  release_successor();
+  const int index = blockIdx.x * kThreads + threadIdx.x;
+  const int taps = p.kernel_h * p.kernel_w;
+  if (index >= p.out_channels * taps * p.in_channels) return;
+  const int ci = index % p.in_channels;
+  const int rest = index / p.in_channels;
+  const int tap = rest % taps;
+  const int co = rest / taps;
+  const int y = tap / p.kernel_w;
+  const T value = static_cast<const T*>(
+      p.weight)[co * p.stride[0] + ci * p.stride[1] + y * p.stride[2] + (tap - y * p.kernel_w) * p.stride[3]];
+  if constexpr (sizeof(T) == 4) {
+    if (p.output_lo != nullptr) {
+      const float hi = round_tf32(value);
+      static_cast<float*>(p.output)[index] = hi;
+      static_cast<float*>(p.output_lo)[index] = isfinite(value) ? round_tf32(value - hi) : 0.0f;
+      return;
+    }
+  }
+  static_cast<T*>(p.output)[index] = value;
+}
+
+}  // namespace
+
+cudaError_t launch_conv_weights(const ConvWeightsParams& params, cudaStream_t stream) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const int64_t count = int64_t{params.out_channels} * params.in_channels * params.kernel_h * params.kernel_w;
+  const auto grid = dim3(static_cast<unsigned>(ceil_div(count, kThreads)));
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return launch(conv_weights_kernel<float>, grid, dim3(kThreads), 0, 1, facts, stream, params);
+    case DType::kFloat16:
+    case DType::kBFloat16:
+      return launch(conv_weights_kernel<uint16_t>, grid, dim3(kThreads), 0, 1, facts, stream, params);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace styleforge::cuda

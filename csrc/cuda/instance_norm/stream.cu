@@ -1,0 +1,494 @@
+// NCHW, one read and one write of planes of any size (sm_90+): tiles of planes flow through a ring of stages in the
+// shared memory of one resident block for each multiprocessor, so that loads, sums and stores of different tiles go on
+// at the same time and memory never idles.
+//
+//            draw, bulk load          full            moments -> parts[]
+//   producer ----------------> stage ------> stats ---------------------.
+//       ^                        |                                      | (global memory, all blocks)
+//       |         empty          v            ready                     v
+//       '----------------------apply <-------------- mergers <-- all parts of the plane are there
+//
+//   warp 0        producer  draws tiles in order, waits until a stage is free, starts its load
+//   warps 1-3     mergers   take tiles in turn, wait for all parts of the tile's plane, merge them in their order
+//   warps 4-7     stats     (mean, M2) of a tile from shared memory; the last of the four publishes it
+//   warps 8-15    apply     stage -> registers (the stage is free again), normalise, residual, activate, store
+//
+// Tiles are drawn by ticket, so the tiles of the oldest unfinished plane are always with blocks that run, and what a
+// block publishes waits for nobody. One case is left: a plane of more tiles than the rings of the blocks that run have
+// stages (a slice of a GPU, many streams). A merger that has waited kPatience takes the missing parts itself, from
+// global memory and to the bit as their owner takes them. So every block by itself always gets on, and a grid of one
+// block is correct for any plane. It also allows to give tiles to blocks by number, without a ticket, where there is no
+// more than one for each: the loads then start before the predecessor has zeroed the parts.
+//
+// In place: only a tile's owner writes it, and only after the tile's part is published. A merger that read a tile of
+// another block looks at its part again afterwards, and drops what it computed if the part is there by then.
+#include <algorithm>
+
+#include "../common/cluster.cuh"
+#include "../common/launch.h"
+#include "../common/mbarrier.cuh"
+#include "kernels.h"
+#include "moments.cuh"
+#include "normalize.cuh"
+#include "parts.cuh"
+
+namespace styleforge::cuda {
+namespace {
+
+constexpr int kMergers = 3;
+constexpr int kStatsWarps = 4;
+constexpr int kApplyWarps = 8;
+constexpr int kFirstStats = 1 + kMergers;
+constexpr int kFirstApply = kFirstStats + kStatsWarps;
+constexpr int kThreads = (kFirstApply + kApplyWarps) * kWarp;
+constexpr int kHeld = 8;  // vectors of a tile, at most, that an apply thread finishes
+constexpr int kZeroThreads = 128;
+// Parts that a lane of a merger looks for at a time.
+template <typename Acc>
+constexpr int kPartsHeld = sizeof(Acc) == 8 ? 2 : 4;
+// Vectors that a stats thread takes from shared memory at a time: as many as its registers hold converted.
+template <typename V>
+constexpr int kBatch = V::kWidth == 4 ? 8 : 4;
+static_assert(kHeld * kApplyWarps * kWarp * 16 == kStreamTile);
+
+// Not all registers of a multiprocessor, so that the next kernel's first blocks can come while these drain.
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204
+#define STYLEFORGE_STREAM_BOUNDS __maxnreg__(sizeof(T) == 8 ? 128 : 120)
+#else
+#define STYLEFORGE_STREAM_BOUNDS __launch_bounds__(kThreads, 1)
+#endif
+
+struct StreamCut {
+  int tiles;   // of the tensor
+  int parts;   // tiles of a plane
+  int share;   // vectors of a tile, the plane's last one may have fewer
+  int stages;  // up to kStreamStages
+  int first;   // tickets that a block draws at once when it starts; 0: tile blockIdx.x, + gridDim.x, ...
+  int stage_bytes;
+  bool read_once;      // loads are the first that the L2 cache lets go
+  bool stream_stores;  // stores, too
+};
+
+#ifdef STYLEFORGE_HAS_BULK_COPY
+
+constexpr int kTaken = 4;              // vectors that an apply thread takes from shared memory at a time
+constexpr uint64_t kPatience = 20000;  // nanoseconds: many times what a plane takes where all is well
+
+template <typename Acc>
+struct Ring {
+  uint64_t full[kStreamStages], ready[kStreamStages], empty[kStreamStages];
+  int tile[kStreamStages];        // -1: no more
+  unsigned taken[kStreamStages];  // stats warps that are done, over all rounds
+  Part<Acc> warp_part[kStreamStages][kStatsWarps];
+  PlaneAffine<Acc> affine[kStreamStages];
+};
+
+// Stages in their order, with the parity of the phase that their barriers are in.
+struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+struct Span {
+  int64_t plane;
+  int64_t first;  // index of its first vector in the tensor
+  int part;
+  int count;  // vectors
+};
+
+template <int kWidth>
+__device__ __forceinline__ Span span_of(const InstanceNormParams& p, const StreamCut& cut, int tile) {
+  const int vectors = static_cast<int>(p.pixels / kWidth);
+  const int plane = tile / cut.parts;
+  const int part = tile - plane * cut.parts;
+  const int begin = part * cut.share;
+  return {plane, static_cast<int64_t>(plane) * vectors + begin, part, min(cut.share, vectors - begin)};
+}
+
+// Vectors of a tile that stats warp `w` takes: 32 w + lane, + 128, ...
+__device__ __forceinline__ int warp_vectors(int w, int count) {
+  constexpr int kStride = kStatsWarps * kWarp;
+  const int rows = count / kStride;
+  return rows * kWarp + min(max(count - rows * kStride - w * kWarp, 0), kWarp);
+}
+
+// Their moments; every lane gets the result.
+template <typename V, typename Acc, typename Load>
+__device__ __forceinline__ Moments<Acc> warp_moments(int w, int count, Load&& load) {
+  constexpr int kStride = kStatsWarps * kWarp;
+  Moments<Acc> own;
+  int base = w * kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (; base + (kBatch<V> - 1) * kStride + kWarp <= count; base += kBatch<V> * kStride) {
+    V v[kBatch<V>];
+#pragma unroll
+    for (int u = 0; u < kBatch<V>; ++u) v[u] = load(base + lane + u * kStride);
+    own.add(v, kBatch<V>);
+  }
+  for (; base < count; base += kBatch<V> * kStride) {
+    V v[kBatch<V>];
+    const int present = min(max((count - base - lane + kStride - 1) / kStride, 0), kBatch<V>);
+#pragma unroll
+    for (int u = 0; u < kBatch<V>; ++u) {
+      if (u < present) v[u] = load(base + lane + u * kStride);
+    }
+    own.add(v, present);
+  }
+  return merge_lanes(static_cast<Acc>(warp_vectors(w, count) * V::kWidth), own);
+}
+
+template <int kWidth, typename Acc>
+__device__ __forceinline__ Moments<Acc> merge_warps(int count, const Moments<Acc> (&of)[kStatsWarps]) {
+  return merge_moments(
+      static_cast<Acc>(count) * kWidth,
+      [&](auto visit) {
+#pragma unroll
+        for (int w = 0; w < kStatsWarps; ++w) visit(of[w]);
+      },
+      [](Acc v) { return v; });
+}
+
+// A warp takes and publishes what is missing of a plane's parts. Not inlined: it is hardly ever called, and its
+// registers would count for all.
+template <typename T>
+__device__ __noinline__ void help(Part<acc_t<T>>* first, int count, const uint4* from, int vectors, int share) {
+  using V = Vec<T, kFullWidth<T>>;
+  using Acc = acc_t<T>;
+  for (int j = 0; j < count; ++j, from += share, vectors -= share) {
+    Moments<Acc> seen;
+    if (__all_sync(0xffffffffu, look(first + j, seen))) continue;
+    const int own = min(share, vectors);
+    Moments<Acc> mine;  // lane w holds those of stats warp w: a loop that is not unrolled needs fewer registers
+#pragma unroll 1
+    for (int w = 0; w < kStatsWarps; ++w) {
+      const auto taken = warp_moments<V, Acc>(w, own, [&](int i) {
+        V v;
+        *reinterpret_cast<uint4*>(&v) = __ldcg(from + i);
+        return v;
+      });
+      if (static_cast<int>(threadIdx.x) % kWarp == w) mine = taken;
+    }
+    Moments<Acc> of[kStatsWarps];
+#pragma unroll
+    for (int w = 0; w < kStatsWarps; ++w) {
+      of[w] = {__shfl_sync(0xffffffffu, mine.count, w), __shfl_sync(0xffffffffu, mine.mean, w),
+               __shfl_sync(0xffffffffu, mine.m2, w)};
+    }
+    const auto taken = merge_warps<V::kWidth>(own, of);
+    __threadfence();
+    if (__any_sync(0xffffffffu, look(first + j, seen))) continue;
+    if (threadIdx.x % kWarp == 0) publish(first + j, taken.mean, taken.m2);
+    __syncwarp();
+  }
+}
+
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+template <typename T>
+struct Stream {
+  static constexpr int kWidth = kFullWidth<T>;
+  using V = Vec<T, kWidth>;
+  using Acc = acc_t<T>;
+
+  const InstanceNormParams& p;
+  const StreamCut& cut;
+  Ring<Acc>& ring;
+  unsigned char* stages;
+  unsigned* tickets;
+  Part<Acc>* parts;
+
+  __device__ __forceinline__ V* stage(int s) const { return reinterpret_cast<V*>(stages + s * cut.stage_bytes); }
+  __device__ __forceinline__ Span span(int tile) const { return span_of<kWidth>(p, cut, tile); }
+
+  // One thread.
+  __device__ __forceinline__ void produce() const {
+    Turn turn;
+    int next = static_cast<int>(blockIdx.x);
+    int drawn = 0;  // tickets in hand
+    if (cut.first > 0) {
+      wait_for_predecessor();
+      drawn = cut.first;
+      next = static_cast<int>(atomicAdd(tickets, static_cast<unsigned>(drawn)));
+    }
+    for (int used = 0;; ++used, turn.next(cut.stages)) {
+      const int s = turn.stage;
+      const bool again = used >= cut.stages;
+      if (cut.first > 0 && drawn == 0) {
+        // Once its statistics are known the stage becomes free whatever other blocks do. Not earlier: a ticket in hand
+        // that waits for its own plane would wait for kPatience.
+        if (again) mbarrier_wait(&ring.ready[s], turn.parity ^ 1);
+        next = static_cast<int>(atomicAdd(tickets, 1u));
+        drawn = 1;
+      }
+      if (again) mbarrier_wait(&ring.empty[s], turn.parity ^ 1);
+      if (next >= cut.tiles) {
+        ring.tile[s] = -1;
+        mbarrier_arrive(&ring.full[s]);
+        break;
+      }
+      const Span at = span(next);
+      const uint32_t bytes = static_cast<uint32_t>(at.count) * sizeof(V);
+      const V* from = reinterpret_cast<const V*>(p.input) + at.first;
+      ring.tile[s] = next;
+      mbarrier_arrive_expect(&ring.full[s], bytes);
+      if (cut.read_once) {
+        bulk_load_once(stage(s), from, bytes, &ring.full[s]);
+      } else {
+        bulk_load(stage(s), from, bytes, &ring.full[s]);
+      }
+      if (cut.first > 0) {
+        --drawn;
+        ++next;
+      } else {
+        next += static_cast<int>(gridDim.x);
+      }
+    }
+    release_successor();
+  }
+
+  // Stats warp `w`.
+  __device__ __forceinline__ void take_moments(int w) const {
+    wait_for_predecessor();
+    for (Turn turn;; turn.next(cut.stages)) {
+      const int s = turn.stage;
+      mbarrier_wait(&ring.full[s], turn.parity);
+      const int tile = ring.tile[s];
+      if (tile < 0) return;
+      const int count = span(tile).count;
+      const V* held = stage(s);
+      const auto own = warp_moments<V, Acc>(w, count, [&](int i) { return held[i]; });
+      if (threadIdx.x % kWarp == 0) {
+        ring.warp_part[s][w] = {own.mean, own.m2};
+        __threadfence_block();
+        const bool last = atomicAdd(&ring.taken[s], 1u) % kStatsWarps == kStatsWarps - 1;
+        if (last) {
+          __threadfence_block();
+          Moments<Acc> of[kStatsWarps];
+#pragma unroll
+          for (int v = 0; v < kStatsWarps; ++v) {
+            const volatile Part<Acc>& part = ring.warp_part[s][v];
+            of[v] = {static_cast<Acc>(warp_vectors(v, count) * kWidth), part.mean, part.m2};
+          }
+          const auto merged = merge_warps<kWidth>(count, of);
+          publish(&parts[tile], merged.mean, merged.m2);
+        }
+        mbarrier_arrive(&ring.empty[s]);
+      }
+    }
+  }
+
+  // One merger warp: waits until all parts of the plane are there, and merges them in their order; false where they do
+  // not come.
+  __device__ __forceinline__ bool plane_moments(int64_t plane, Moments<Acc>& whole) const {
+    const int vectors = static_cast<int>(p.pixels / kWidth);
+    const Part<Acc>* first = parts + plane * cut.parts;
+    uint64_t since = 0;
+    whole = {};
+    for (int base = 0; base < cut.parts; base += kPartsHeld<Acc> * kWarp) {
+      const int count = min(cut.parts - base, kPartsHeld<Acc> * kWarp);
+      const int left = vectors - base * cut.share;
+      Moments<Acc> part[kPartsHeld<Acc>];
+      if (!collect(first + base, count, left, part, since)) return false;
+      whole.add(merge_moments(
+          static_cast<Acc>(min(count * cut.share, left)) * kWidth,
+          [&](auto visit) {
+#pragma unroll
+            for (int u = 0; u < kPartsHeld<Acc>; ++u) visit(part[u]);
+          },
+          [](Acc v) { return warp_sum(v); }));
+    }
+    return true;
+  }
+
+  // Lane l gets parts l, l + 32, ... of `count`; false where they do not come.
+  __device__ __forceinline__ bool collect(const Part<Acc>* first, int count, int vectors,
+                                          Moments<Acc> (&part)[kPartsHeld<Acc>], uint64_t& since) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    bool there[kPartsHeld<Acc>];
+#pragma unroll
+    for (int u = 0; u < kPartsHeld<Acc>; ++u) {
+      const int j = u * kWarp + lane;
+      there[u] = j >= count;
+      part[u] = {};
+      if (!there[u]) part[u].count = static_cast<Acc>(min(cut.share, vectors - j * cut.share)) * kWidth;
+    }
+    while (true) {
+      bool missing = false;
+#pragma unroll
+      for (int u = 0; u < kPartsHeld<Acc>; ++u) {
+        if (!there[u]) there[u] = look(first + u * kWarp + lane, part[u]);
+        missing |= !there[u];
+      }
+      if (!__any_sync(0xffffffffu, missing)) return true;
+      const uint64_t now = __shfl_sync(0xffffffffu, nanoseconds(), 0);
+      if (since == 0) since = now;
+      if (now - since > kPatience) return false;
+    }
+  }
+
+  // Merger `m` takes tiles m, m + kMergers, ... of the block.
+  __device__ __forceinline__ void merge(int m) const {
+    wait_for_predecessor();
+    int64_t known = -1;
+    Acc mean = 0, rstd = 0, weight = 0, shift = 0;
+    int others = m;  // tiles until the next of its own
+    for (Turn turn;; turn.next(cut.stages)) {
+      const int s = turn.stage;
+      mbarrier_wait(&ring.full[s], turn.parity);
+      const int tile = ring.tile[s];
+      if (tile < 0) return;
+      __syncwarp();
+      if (threadIdx.x % kWarp == 0) mbarrier_arrive(&ring.empty[s]);  // has seen the tile's number
+      if (others-- != 0) continue;
+      others = kMergers - 1;
+      const Span at = span(tile);
+      if (at.plane != known) {
+        // On their way while the parts are waited for.
+        const int64_t param = at.plane / p.channels * p.param_batch_stride + at.plane % p.channels;
+        weight = load_param(p.weight, p.param_dtype, param, Acc(1));
+        shift = load_param(p.bias, p.param_dtype, param, Acc(0));
+        Moments<Acc> whole;
+        while (!plane_moments(at.plane, whole)) {
+          const int vectors = static_cast<int>(p.pixels / kWidth);
+          help<T>(parts + at.plane * cut.parts, cut.parts, reinterpret_cast<const uint4*>(p.input) + at.plane * vectors,
+                  vectors, cut.share);
+        }
+        known = at.plane;
+        mean = whole.mean;
+        rstd = whole.rstd(p.eps);
+      }
+      if (threadIdx.x % kWarp == 0) {
+        ring.affine[s] = {mean, rstd * weight, shift};
+        mbarrier_arrive(&ring.ready[s]);
+        if (at.part == 0) store_statistics(p, at.plane, mean, rstd);
+      }
+      __syncwarp();
+    }
+  }
+
+  // Apply thread `t`.
+  __device__ __forceinline__ void apply(int t) const {
+    constexpr int kStride = kApplyWarps * kWarp;
+    for (Turn turn;; turn.next(cut.stages)) {
+      const int s = turn.stage;
+      mbarrier_wait(&ring.full[s], turn.parity);
+      const int tile = ring.tile[s];
+      if (tile < 0) return;
+      const Span at = span(tile);
+      uint4 r[kHeld] = {};  // as raw words: elements of two bytes, zeroed, take a register each
+      if (p.residual != nullptr) {
+        const uint4* residual = reinterpret_cast<const uint4*>(p.residual) + at.first;
+#pragma unroll
+        for (int u = 0; u < kHeld; ++u) {
+          if (t + u * kStride < at.count) r[u] = __ldg(residual + t + u * kStride);
+        }
+      }
+      mbarrier_wait(&ring.ready[s], turn.parity);
+      const PlaneAffine<Acc> affine = ring.affine[s];
+      const V* held = stage(s);
+#pragma unroll
+      for (int from = 0; from < kHeld; from += kTaken) {
+        V x[kTaken];
+#pragma unroll
+        for (int u = 0; u < kTaken; ++u) {
+          const int i = t + (from + u) * kStride;
+          if (i < at.count) x[u] = held[i];
+        }
+        if (from + kTaken == kHeld) {
+          __syncwarp();
+          if (t % kWarp == 0) mbarrier_arrive(&ring.empty[s]);
+        }
+#pragma unroll
+        for (int u = 0; u < kTaken; ++u) {
+          const int i = t + (from + u) * kStride;
+          if (i >= at.count) continue;
+          const V y = normalize(p, affine, x[u], *reinterpret_cast<const V*>(&r[from + u]));
+          if (cut.stream_stores) {
+            __stcs(reinterpret_cast<uint4*>(p.output) + at.first + i, *reinterpret_cast<const uint4*>(&y));
+          } else {
+            store(p.output, at.first + i, y);
+          }
+        }
+      }
+    }
+  }
+};
+
+#endif  // STYLEFORGE_HAS_BULK_COPY
+
+template <typename T>
+__global__ void STYLEFORGE_STREAM_BOUNDS stream_kernel(const __grid_constant__ InstanceNormParams p,
+                                                       const __grid_constant__ StreamCut cut, unsigned* tickets,
+                                                       Part<acc_t<T>>* parts) {
+#ifdef STYLEFORGE_HAS_BULK_COPY
+  extern __shared__ __align__(128) unsigned char stages[];
+  __shared__ Ring<acc_t<T>> ring;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < cut.stages; ++s) {
+      mbarrier_init(&ring.full[s], 1);
+      mbarrier_init(&ring.ready[s], 1);
+      mbarrier_init(&ring.empty[s], kMergers + kStatsWarps + kApplyWarps);
+      ring.taken[s] = 0;
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  const Stream<T> stream{p, cut, ring, stages, tickets, parts};
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  if (warp >= kFirstApply) {
+    stream.apply(static_cast<int>(threadIdx.x) - kFirstApply * kWarp);
+  } else if (warp >= kFirstStats) {
+    stream.take_moments(warp - kFirstStats);
+  } else if (warp > 0) {
+    stream.merge(warp - 1);
+  } else if (threadIdx.x == 0) {
+    stream.produce();
+  }
+#endif
+}
+
+// No memset: this one starts while its predecessor drains, and lets the stream kernel start at once.
+__global__ void __launch_bounds__(kZeroThreads) zero_kernel(uint4* at, int count) {
+  wait_for_predecessor();
+  release_successor();
+  for (int i = blockIdx.x * kZeroThreads + threadIdx.x; i < count; i += gridDim.x * kZeroThreads) at[i] = uint4{};
+}
+
+}  // namespace
+
+cudaError_t launch_stream(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,
+                          cudaStream_t stream) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const auto quads = static_cast<int>(schedule.workspace_bytes / sizeof(uint4));
+  const auto zero_blocks = static_cast<unsigned>(std::clamp(quads / (4 * kZeroThreads), 1, 32));
+  if (const auto error = launch(zero_kernel, dim3(zero_blocks), dim3(kZeroThreads), 0, 1, facts, stream,
+                                static_cast<uint4*>(workspace), quads))
+    return error;
+  const StreamCut cut{static_cast<int>(params.batch * params.channels * schedule.parts),
+                      static_cast<int>(schedule.parts),
+                      static_cast<int>(schedule.share),
+                      schedule.stages,
+                      schedule.first,
+                      static_cast<int>(schedule.shared_bytes) / schedule.stages,
+                      schedule.read_once,
+                      schedule.stream_stores};
+  return switch_dtype(params.dtype, [&]<typename T>() {
+    auto* tickets = static_cast<unsigned*>(workspace);
+    auto* parts = reinterpret_cast<Part<acc_t<T>>*>(static_cast<unsigned char*>(workspace) + kStreamHead);
+    return launch(stream_kernel<T>, dim3(schedule.blocks), dim3(kThreads), schedule.shared_bytes, 1, facts, stream,
+                  params, cut, tickets, parts);
+  });
+}
+
+}  // namespace styleforge::cuda

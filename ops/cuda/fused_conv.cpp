@@ -1,0 +1,129 @@
+#include "fused_conv.h"
+
+#include "../../csrc/cuda/conv_instance_norm/launch.h"
+#include "../../csrc/cuda/upsample/launch.h"
+#include "launch.h"
+
+namespace styleforge {
+namespace {
+
+constexpr const char* kOp = "fused_conv_instance_norm_relu";
+
+int narrow(int64_t value) { return static_cast<int>(value); }
+
+bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0; }
+
+// Dense, channels_last and aligned for 16-byte accesses: the tensor itself or a copy.
+Tensor channels_last_aligned(const Tensor& tensor) {
+  const Tensor dense = is_dense(tensor, true) ? tensor : to_contiguous(tensor, true);
+  return aligned(dense) ? dense : torch::stable::clone(dense);
+}
+
+// The weights as the kernels read them: [rows, taps, channels], for kIeee split into two TF32 numbers.
+void prepare_weights(const Tensor& weight, cuda::ConvParams& params, const CudaScope& scope,
+                     std::vector<Tensor>& held) {
+  const bool split = params.precision == cuda::ConvPrecision::kIeee;
+  if (!split && is_dense(weight, true) && aligned(weight)) {
+    params.weight = weight.const_data_ptr();
+    return;
+  }
+  const std::vector<int64_t> sizes{weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
+  cuda::ConvWeightsParams prepare;
+  prepare.weight = weight.const_data_ptr();
+  for (int d = 0; d < 4; ++d) prepare.stride[d] = weight.stride(d);
+  prepare.out_channels = narrow(sizes[0]);
+  prepare.in_channels = narrow(sizes[1]);
+  prepare.kernel_h = narrow(sizes[2]);
+  prepare.kernel_w = narrow(sizes[3]);
+  prepare.dtype = params.dtype;
+  held.push_back(empty_dense(weight, sizes, true, weight.scalar_type()));
+  params.weight = prepare.output = held.back().mutable_data_ptr();
+  if (split) {
+    held.push_back(empty_dense(weight, sizes, true, weight.scalar_type()));
+    params.weight_lo = prepare.output_lo = held.back().mutable_data_ptr();
+  }
+  check_cuda(kOp, cuda::launch_conv_weights(prepare, scope.stream()));
+}
+
+}  // namespace
+
+bool takes_upsample_phases(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+  const std::vector<int64_t> one{1, 1};
+  return args.upsample == 2 && args.weight.size(2) == 3 && args.weight.size(3) == 3 && plan.stride == one &&
+         plan.padding == one;
+}
+
+Tensor upsample_phase_weights(const Tensor& weight, bool round_tf32) {
+  const auto dtype = weight.scalar_type();
+  Tensor phases = empty_dense(weight, {4 * weight.size(0), weight.size(1), 2, 2}, true, dtype);
+  cuda::PhaseWeightsParams params;
+  params.weight = weight.const_data_ptr();
+  params.output = phases.mutable_data_ptr();
+  params.out_channels = weight.size(0);
+  params.in_channels = weight.size(1);
+  for (int d = 0; d < 4; ++d) params.stride[d] = weight.stride(d);
+  params.dtype = kernel_dtype(kOp, "weight", dtype);
+  params.round_tf32 = round_tf32;
+  const CudaScope scope(weight);
+  check_cuda(kOp, cuda::launch_phase_weights(params, scope.stream()));
+  return phases;
+}
+
+std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+  const auto dtype = args.input.scalar_type();
+  const bool phases = takes_upsample_phases(args, plan);
+  if (dtype == ScalarType::Double || (args.upsample != 1 && !phases)) return {};
+
+  cuda::ConvParams params;
+  params.batch = narrow(args.input.size(0));
+  params.in_channels = narrow(args.input.size(1));
+  params.height = narrow(args.input.size(2));
+  params.width = narrow(args.input.size(3));
+  params.out_channels = narrow(plan.output_sizes[1]);
+  params.out_height = narrow(plan.output_sizes[2]);
+  params.out_width = narrow(plan.output_sizes[3]);
+  params.kernel_h = phases ? 2 : narrow(args.weight.size(2));
+  params.kernel_w = phases ? 2 : narrow(args.weight.size(3));
+  params.stride_h = narrow(plan.stride[0]);
+  params.stride_w = narrow(plan.stride[1]);
+  params.pad_top = narrow(plan.padding[0]);
+  params.pad_left = narrow(plan.padding[1]);
+  params.mode = phases && plan.mode == PaddingMode::kReflect ? PaddingMode::kReplicate : plan.mode;
+  params.phases = phases ? 4 : 1;
+  params.dtype = kernel_dtype(kOp, "input", dtype);
+  params.precision = dtype != ScalarType::Float ? cuda::ConvPrecision::kNative
+                     : plan.tf32                ? cuda::ConvPrecision::kTF32
+                                                : cuda::ConvPrecision::kIeee;
+
+  const CudaScope scope(args.input);
+  cuda::ConvSchedule schedule;
+  bool supported = false;
+  check_cuda(kOp, cuda::schedule_conv(params, schedule, supported));
+  if (!supported) return {};
+
+  std::vector<Tensor> held;
+  held.push_back(channels_last_aligned(args.input));
+  params.input = held.back().const_data_ptr();
+  if (phases) {
+    const Tensor phase_weights = upsample_phase_weights(args.weight, plan.tf32);
+    held.push_back(phase_weights);
+    prepare_weights(phase_weights, params, scope, held);
+  } else {
+    prepare_weights(args.weight, params, scope, held);
+  }
+  std::optional<Tensor> holder;
+  params.moments = static_cast<float2*>(workspace(args.input, schedule.moments_bytes(params), holder));
+
+  InstanceNormRequest request = norm_request(args, plan);
+  request.output_channels_last = true;
+  request.in_place = true;
+  const Tensor output = empty_dense(args.input, plan.output_sizes, true, dtype);
+  params.output = output.mutable_data_ptr();
+  const auto call = prepare_instance_norm(request, output, args.norm_weight, args.norm_bias, args.residual);
+  check_cuda(kOp, cuda::launch_conv(params, schedule, scope.stream()));
+  check_cuda(kOp, cuda::launch_conv_finish(params, schedule, call.params, scope.stream()));
+  record_path("conv_instance_norm_relu:cuda", schedule.name);
+  return in_format(output, plan.channels_last);
+}
+
+}  // namespace styleforge

@@ -1,0 +1,18 @@
+// The convolution with the norm's statistics in its epilogue: csrc/cuda/conv_instance_norm.
+#pragma once
+
+#include "../fused_conv_instance_norm_relu.h"
+
+namespace styleforge {
+
+// The operator's result, or nothing where no fused kernel takes this device, shape and dtype.
+std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan);
+
+// Weights of the four phases of a 3x3 convolution after an upsampling, [4 * Co, Ci, 2, 2] in channels_last: see
+// csrc/cuda/upsample/launch.h. `round_tf32` rounds float32 to TF32.
+Tensor upsample_phase_weights(const Tensor& weight, bool round_tf32);
+
+// Whether that is how an upsampling convolution can run.
+bool takes_upsample_phases(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan);
+
+}  // namespace styleforge
