@@ -69,19 +69,49 @@ Tensor upsample_phase_weights(const Tensor& weight, bool round_tf32) {
   return phases;
 }
 
-std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
-  const auto dtype = args.input.scalar_type();
-  const bool phases = takes_upsample_phases(args, plan);
-  if (dtype == ScalarType::Double || (args.upsample != 1 && !phases)) return {};
+namespace {
 
+// Sizes that both kinds of call share.
+cuda::ConvParams output_params(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
   cuda::ConvParams params;
   params.batch = narrow(args.input.size(0));
-  params.in_channels = narrow(args.input.size(1));
-  params.height = narrow(args.input.size(2));
-  params.width = narrow(args.input.size(3));
   params.out_channels = narrow(plan.output_sizes[1]);
   params.out_height = narrow(plan.output_sizes[2]);
   params.out_width = narrow(plan.output_sizes[3]);
+  const auto dtype = args.input.scalar_type();
+  params.dtype = kernel_dtype(kOp, "input", dtype);
+  params.precision = dtype != ScalarType::Float ? cuda::ConvPrecision::kNative
+                     : plan.tf32                ? cuda::ConvPrecision::kTF32
+                                                : cuda::ConvPrecision::kIeee;
+  return params;
+}
+
+// Convolution and norm, with the input and the weights in place.
+Tensor launch_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan, cuda::ConvParams& params,
+                         const cuda::ConvSchedule& schedule, const CudaScope& scope) {
+  std::optional<Tensor> holder;
+  params.moments = static_cast<float2*>(workspace(args.input, schedule.moments_bytes(params), holder));
+  InstanceNormRequest request = norm_request(args, plan);
+  request.output_channels_last = true;
+  request.in_place = true;
+  const Tensor output = empty_dense(args.input, plan.output_sizes, true, args.input.scalar_type());
+  params.output = output.mutable_data_ptr();
+  const auto call = prepare_instance_norm(request, output, args.norm_weight, args.norm_bias, args.residual);
+  check_cuda(kOp, cuda::launch_conv(params, schedule, scope.stream()));
+  check_cuda(kOp, cuda::launch_conv_finish(params, schedule, call.params, scope.stream()));
+  record_path("conv_instance_norm_relu:cuda", schedule.name);
+  return in_format(output, plan.channels_last);
+}
+
+}  // namespace
+
+std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+  const bool phases = takes_upsample_phases(args, plan);
+  if (args.input.scalar_type() == ScalarType::Double || (args.upsample != 1 && !phases)) return {};
+  cuda::ConvParams params = output_params(args, plan);
+  params.in_channels = narrow(args.input.size(1));
+  params.height = narrow(args.input.size(2));
+  params.width = narrow(args.input.size(3));
   params.kernel_h = phases ? 2 : narrow(args.weight.size(2));
   params.kernel_w = phases ? 2 : narrow(args.weight.size(3));
   params.stride_h = narrow(plan.stride[0]);
@@ -90,10 +120,6 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
   params.pad_left = narrow(plan.padding[1]);
   params.mode = phases && plan.mode == PaddingMode::kReflect ? PaddingMode::kReplicate : plan.mode;
   params.phases = phases ? 4 : 1;
-  params.dtype = kernel_dtype(kOp, "input", dtype);
-  params.precision = dtype != ScalarType::Float ? cuda::ConvPrecision::kNative
-                     : plan.tf32                ? cuda::ConvPrecision::kTF32
-                                                : cuda::ConvPrecision::kIeee;
 
   const CudaScope scope(args.input);
   cuda::ConvSchedule schedule;
@@ -111,19 +137,39 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
   } else {
     prepare_weights(args.weight, params, scope, held);
   }
-  std::optional<Tensor> holder;
-  params.moments = static_cast<float2*>(workspace(args.input, schedule.moments_bytes(params), holder));
+  return launch_fused_conv(args, plan, params, schedule, scope);
+}
 
-  InstanceNormRequest request = norm_request(args, plan);
-  request.output_channels_last = true;
-  request.in_place = true;
-  const Tensor output = empty_dense(args.input, plan.output_sizes, true, dtype);
-  params.output = output.mutable_data_ptr();
-  const auto call = prepare_instance_norm(request, output, args.norm_weight, args.norm_bias, args.residual);
-  check_cuda(kOp, cuda::launch_conv(params, schedule, scope.stream()));
-  check_cuda(kOp, cuda::launch_conv_finish(params, schedule, call.params, scope.stream()));
-  record_path("conv_instance_norm_relu:cuda", schedule.name);
-  return in_format(output, plan.channels_last);
+std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args,
+                                             const ConvInstanceNormPlan& plan) {
+  const int64_t full = 16 / static_cast<int64_t>(args.input.element_size());
+  const int64_t kernel_w = args.weight.size(3);
+  if (args.input.scalar_type() == ScalarType::Double || args.upsample != 1 || args.input.size(1) >= full) return {};
+  cuda::ConvParams params = output_params(args, plan);
+  // cuDNN runs such layers in float32 also where TF32 is allowed; so accurate is this one too.
+  if (params.precision == cuda::ConvPrecision::kTF32) params.precision = cuda::ConvPrecision::kIeee;
+  const int64_t padded_width = args.input.size(3) + 2 * plan.padding[1];
+  params.in_channels = narrow(full * kernel_w);
+  params.height = narrow(args.input.size(2) + 2 * plan.padding[0]);
+  params.width = params.out_width;
+  params.kernel_h = narrow(args.weight.size(2));
+  params.stride_h = narrow(plan.stride[0]);
+  params.pixel_stride = full * plan.stride[1];
+  params.row_stride = full * padded_width;
+
+  const CudaScope scope(args.input);
+  cuda::ConvSchedule schedule;
+  bool supported = false;
+  check_cuda(kOp, cuda::schedule_conv(params, schedule, supported));
+  if (!supported) return {};
+
+  std::vector<Tensor> held;
+  held.push_back(pad_upsample(backend, args.input, 1, plan.mode, plan.padding, true, full));
+  params.input = held.back().const_data_ptr();
+  const Tensor weight = pad_upsample(backend, args.weight, 1, PaddingMode::kZeros, {0, 0}, true, full);
+  held.push_back(weight);
+  prepare_weights(weight, params, scope, held);
+  return launch_fused_conv(args, plan, params, schedule, scope);
 }
 
 }  // namespace styleforge

@@ -8,6 +8,11 @@ namespace styleforge {
 // The operator's result, or nothing where no fused kernel takes this device, shape and dtype.
 std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan);
 
+// The same for inputs of a few channels (pictures): padded in space and to 16 bytes of channels, after which the taps
+// of a kernel's row are neighbours in memory and serve as the channels of one tap.
+std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args,
+                                             const ConvInstanceNormPlan& plan);
+
 // Weights of the four phases of a 3x3 convolution after an upsampling, [4 * Co, Ci, 2, 2] in channels_last: see
 // csrc/cuda/upsample/launch.h. `round_tf32` rounds float32 to TF32.
 Tensor upsample_phase_weights(const Tensor& weight, bool round_tf32);

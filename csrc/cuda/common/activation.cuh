@@ -13,6 +13,21 @@ __device__ __forceinline__ double tanh_acc(double v) { return tanh(v); }
 __device__ __forceinline__ float sigmoid_acc(float v) { return 1.0f / (1.0f + expf(-v)); }
 __device__ __forceinline__ double sigmoid_acc(double v) { return 1.0 / (1.0 + exp(-v)); }
 
+// none, relu and leaky_relu in a few instructions, without a branch.
+__host__ __device__ constexpr bool is_piecewise(Activation activation) {
+  return activation == Activation::kNone || activation == Activation::kRelu || activation == Activation::kLeakyRelu;
+}
+template <int kSize, typename Acc>
+__device__ __forceinline__ void activate_piecewise(Acc (&v)[kSize], Activation activation, Acc negative_slope) {
+  const Acc slope = activation == Activation::kLeakyRelu ? negative_slope : Acc(1);
+  const bool zero = activation == Activation::kRelu;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {  // NaN stays NaN
+    const Acc low = zero ? Acc(0) : v[i] * slope;
+    v[i] = v[i] <= Acc(0) ? low : v[i];
+  }
+}
+
 template <int kSize, typename Acc>
 __device__ __forceinline__ void activate(Acc (&v)[kSize], Activation activation, double negative_slope) {
   switch (activation) {

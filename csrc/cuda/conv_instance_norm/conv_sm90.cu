@@ -6,8 +6,9 @@
 //   producer warps 1-3: the tile's input with its halo, one chunk of channels -> ring of input stages, each used by all
 //                       taps. One TMA box, which fills what lies outside with zeros; tiles at the border of a reflected
 //                       or replicated picture by cp.async, 16 bytes each, where the padding is index arithmetic
-//   producer warp 0:    weights of one (chunk, tap), kColumns x 128 bytes, by TMA, shared by the blocks of a cluster
-//                       (each fetches a part and multicasts it)  ->  ring of weight stages
+//   producer warp 0:    weights of one (chunk, tap), kColumns x 128 bytes, by TMA -> ring of weight stages. Multicast
+//   in
+//                       clusters of two was slower (20.5 against 12.8 thousand clocks for 1x128x128x128)
 //   consumer warps:     A fragments by ldmatrix from the halo, at the tap's offset, into registers; B from the weight
 //                       stage; one wgmma group runs while the next one's fragments are loaded
 //
@@ -65,16 +66,6 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool v
 __device__ __forceinline__ void copy_async_arrive(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-__device__ __forceinline__ void arrive_remote(uint64_t* barrier, int rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-      "}\n" ::"r"(shared_address(barrier)),
-      "r"(rank)
-      : "memory");
-}
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -86,23 +77,13 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, in
       "l"(map), "r"(channel), "r"(x), "r"(y), "r"(n), "r"(shared_address(barrier))
       : "memory");
 }
-template <int kCluster>
 __device__ __forceinline__ void load_weights(uint32_t to, const CUtensorMap* map, int channel, int tap, int row,
                                              uint64_t* barrier) {
-  if constexpr (kCluster == 1) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
-            "r"(to),
-        "l"(map), "r"(channel), "r"(tap), "r"(row), "r"(shared_address(barrier))
-        : "memory");
-  } else {
-    constexpr uint16_t kAll = (1 << kCluster) - 1;
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
-        "l"(map), "r"(channel), "r"(tap), "r"(row), "r"(shared_address(barrier)), "h"(kAll)
-        : "memory");
-  }
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+          "r"(to),
+      "l"(map), "r"(channel), "r"(tap), "r"(row), "r"(shared_address(barrier))
+      : "memory");
 }
 
 __device__ __forceinline__ uint32_t round_tf32(float v) {
@@ -162,7 +143,8 @@ struct ConvTraits {
   static_assert(kColumns % 32 == 0 && kColumns <= 128);
 };
 
-template <typename T, int kColumns, int kGroups, bool kSplit, int kCluster>
+// kSide: of a square kernel with stride 1 whose taps are unrolled, which is 10% faster; 0: any kernel.
+template <typename T, int kColumns, int kGroups, bool kSplit, int kSide>
 __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThreads,
                                   ConvTraits<T, kColumns, kGroups, kSplit>::kBlocks)
     conv_kernel(const __grid_constant__ ConvParams p, const __grid_constant__ ConvSchedule s,
@@ -171,7 +153,6 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
 #ifdef STYLEFORGE_HAS_WGMMA
   using Traits = ConvTraits<T, kColumns, kGroups, kSplit>;
   constexpr int kElements = Traits::kElements;
-  constexpr int kSliceRows = kColumns / kCluster;
   extern __shared__ unsigned char dynamic[];
   // Swizzled tiles start at multiples of 1024 bytes.
   unsigned char* ring = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
@@ -183,8 +164,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
   const int lane = threadIdx.x % 32;
   const int n = blockIdx.z;
   const int entry = blockIdx.x;
-  const bool outside = entry >= s.entries;  // the grid is rounded up to whole clusters
-  const ConvTileAt at = conv_tile(p, s, outside ? s.entries - 1 : entry);
+  const ConvTileAt at = conv_tile(p, s, entry);
   const int first_column = blockIdx.y * kColumns;
   const int taps = p.kernel_h * p.kernel_w;
   const int chunks = (p.in_channels + kElements - 1) / kElements;
@@ -202,7 +182,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
   if (threadIdx.x == 0) {
     for (int i = 0; i < s.weight_stages; ++i) {
       mbarrier_init(&weight_full[i], 1);
-      mbarrier_init(&weight_empty[i], kWarps * kGroups * kCluster);
+      mbarrier_init(&weight_empty[i], kWarps * kGroups);
     }
     for (int i = 0; i < s.input_stages; ++i) {
       mbarrier_init(&input_full[i], boxes ? 1 : kLoaders);
@@ -210,30 +190,23 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     }
     mbarrier_init_fence();
   }
-  if constexpr (kCluster > 1) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
   wait_for_predecessor();
 
   if (warp >= kWarps * kGroups) {
     if constexpr (Traits::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(40));
     if (warp == kWarps * kGroups) {
       if (lane == 0) {
-        const int rank = kCluster > 1 ? static_cast<int>(cluster_rank()) : 0;
-        const int row = at.phase * p.out_channels + first_column + rank * kSliceRows;
+        const int row = at.phase * p.out_channels + first_column;
         int tap = 0, channel = 0, stage = 0;
         uint32_t parity = 1;
         for (int i = 0; i < steps; ++i) {
           mbarrier_wait(&weight_empty[stage], parity);
           mbarrier_arrive_expect(&weight_full[stage], Traits::kWeightBytes);
-          const uint32_t to = weight_ring + stage * Traits::kWeightBytes + rank * kSliceRows * kChunk;
-          load_weights<kCluster>(to, &weights, channel, tap, row, &weight_full[stage]);
-          if constexpr (kSplit) {
-            load_weights<kCluster>(to + kColumns * kChunk, &weights_lo, channel, tap, row, &weight_full[stage]);
-          }
+          const uint32_t to = weight_ring + stage * Traits::kWeightBytes;
+          load_weights(to, &weights, channel, tap, row, &weight_full[stage]);
+          if constexpr (kSplit)
+            load_weights(to + kColumns * kChunk, &weights_lo, channel, tap, row, &weight_full[stage]);
           if (++tap == taps) {
             tap = 0;
             channel += kElements;
@@ -297,79 +270,54 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Traits::kBlocks == 2 ? 96 : 232));
     using Mma = Wgmma<KindOf<T>::kKind, kColumns>;
     float d[kColumns / 2];
-    float total[kSplit ? kColumns / 2 : 1];
-    if constexpr (kSplit) {
-#pragma unroll
-      for (int i = 0; i < kColumns / 2; ++i) total[i] = 0;
-    }
     uint32_t fragments[2][4][4];
+    uint32_t rest[kSplit ? 2 : 1][4][4];  // kSplit: what the fragments' TF32 numbers leave out
     const int half = lane / 16;
-    const int base = warp * p.stride_h * s.halo_width + (lane % 16) * p.stride_w;
-    int r = 0, c = 0, input_stage = 0, weight_stage = 0, last_stage = 0;
+    const int halo_width = kSide > 0 ? ConvSchedule::kTileWidth - 1 + kSide : s.halo_width;
+    const int base =
+        kSide > 0 ? warp * halo_width + lane % 16 : warp * p.stride_h * halo_width + lane % 16 * p.stride_w;
+    const uint32_t weight_full_at = shared_address(weight_full), weight_empty_at = shared_address(weight_empty);
+    const uint32_t input_full_at = shared_address(input_full), input_empty_at = shared_address(input_empty);
+    int input_stage = 0, weight_stage = 0, last_stage = 0;
     uint32_t input_parity = 0, weight_parity = 0;
-    bool fresh = true;  // the accumulators start anew
 
-    const auto load_fragments = [&](uint32_t (&a)[4][4]) {
-      if (r == 0 && c == 0) mbarrier_wait(&input_full[input_stage], input_parity);
-      const int pixel = base + r * s.halo_width + c;
-      const uint32_t row = input_ring + input_stage * s.halo_bytes + pixel * kChunk;
-      const int swizzle = pixel & 7;
+    // The fragments of the tap `offset` pixels from the first one in the halo.
+    const auto load_tap = [&](uint32_t (&a)[4][4], int offset) {
+      const int pixel = base + offset;
+      // 16-byte piece 2 k + half of the pixel, swizzled: 2 k only turns bits over.
+      const uint32_t row = input_ring + input_stage * s.halo_bytes + pixel * kChunk + (((pixel & 7) ^ half) << 4);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) load_matrix(a[k], row + (((2 * k + half) ^ swizzle) << 4));
+      for (int k = 0; k < 4; ++k) load_matrix(a[k], row ^ (k << 5));
+    };
+    const auto wait_for_input = [&] { mbarrier_wait(input_full_at + 8 * input_stage, input_parity); };
+    const auto release_input = [&] {
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(input_empty_at + 8 * input_stage);
+      if (++input_stage == s.input_stages) {
+        input_stage = 0;
+        input_parity ^= 1;
+      }
+    };
+    int r = 0, c = 0;
+    const auto load_next = [&](uint32_t (&a)[4][4]) {
+      if (r == 0 && c == 0) wait_for_input();
+      load_tap(a, r * halo_width + c);
       if (++c == p.kernel_w) {
         c = 0;
         if (++r == p.kernel_h) {
           r = 0;
-          __syncwarp();
-          if (lane == 0) mbarrier_arrive(&input_empty[input_stage]);
-          if (++input_stage == s.input_stages) {
-            input_stage = 0;
-            input_parity ^= 1;
-          }
+          release_input();
         }
       }
+    };
+    const auto weight_descriptor = [&] {
+      mbarrier_wait(weight_full_at + 8 * weight_stage, weight_parity);
+      return wgmma_descriptor(weight_ring + weight_stage * Traits::kWeightBytes);
     };
     const auto release_weights = [&](int stage) {
-      if constexpr (kCluster > 1) {
-        if (lane < kCluster) arrive_remote(&weight_empty[stage], lane);
-      } else {
-        if (lane == 0) mbarrier_arrive(&weight_empty[stage]);
-      }
+      if (lane == 0) mbarrier_arrive(weight_empty_at + 8 * stage);
     };
-    const auto multiply = [&](uint32_t (&a)[4][4]) {
-      mbarrier_wait(&weight_full[weight_stage], weight_parity);
-      const uint64_t b = wgmma_descriptor(weight_ring + weight_stage * Traits::kWeightBytes);
-      if constexpr (kSplit) {
-        const uint64_t b_lo = b + (kColumns * kChunk >> 4);
-        uint32_t lo[4][4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float v = __uint_as_float(a[k][i]);
-            a[k][i] = round_tf32(v);
-            lo[k][i] = round_tf32(v - __uint_as_float(a[k][i]));
-          }
-        }
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) Mma::run(d, lo[k], b + 2 * k, !(fresh && k == 0));
-#pragma unroll
-        for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b_lo + 2 * k, true);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b + 2 * k, true);
-        wgmma_commit();
-        wgmma_wait<0>();
-        release_weights(weight_stage);
-      } else {
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b + 2 * k, !(fresh && k == 0));
-        wgmma_commit();
-        wgmma_wait<1>();  // the group before this one is done with its fragments and its weights
-        if (!fresh) release_weights(last_stage);
-      }
-      fresh = false;
+    const auto next_weights = [&] {
       last_stage = weight_stage;
       if (++weight_stage == s.weight_stages) {
         weight_stage = 0;
@@ -378,23 +326,94 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     };
 
     if constexpr (kSplit) {
-      for (int i = 0; i < steps; ++i) {
-        load_fragments(fragments[0]);
-        multiply(fragments[0]);
+      const auto load_split = [&](uint32_t (&hi)[4][4], uint32_t (&lo)[4][4]) {
+        load_next(hi);
 #pragma unroll
-        for (int j = 0; j < kColumns / 2; ++j) total[j] += d[j];
-        fresh = true;
+        for (int k = 0; k < 4; ++k) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float v = __uint_as_float(hi[k][i]);
+            hi[k][i] = round_tf32(v);
+            lo[k][i] = round_tf32(v - __uint_as_float(hi[k][i]));
+          }
+        }
+      };
+      float total[kColumns / 2];
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) total[i] = 0;
+      const auto multiply = [&](int set, bool more) {
+        const uint64_t b = weight_descriptor();
+        const uint64_t b_lo = b + (kColumns * kChunk >> 4);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Mma::run(d, rest[set][k], b + 2 * k, k > 0);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Mma::run(d, fragments[set][k], b_lo + 2 * k, true);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Mma::run(d, fragments[set][k], b + 2 * k, true);
+        wgmma_commit();
+        if (more) load_split(fragments[set ^ 1], rest[set ^ 1]);
+        wgmma_wait<0>();
+        release_weights(weight_stage);
+        next_weights();
+#pragma unroll
+        for (int i = 0; i < kColumns / 2; ++i) total[i] += d[i];
+      };
+      load_split(fragments[0], rest[0]);
+      for (int i = 0; i < steps; i += 2) {
+        multiply(0, i + 1 < steps);
+        if (i + 1 < steps) multiply(1, i + 2 < steps);
       }
 #pragma unroll
-      for (int j = 0; j < kColumns / 2; ++j) d[j] = total[j];
+      for (int i = 0; i < kColumns / 2; ++i) d[i] = total[i];
     } else {
-      load_fragments(fragments[0]);
-      for (int i = 0; i < steps; i += 2) {
-        multiply(fragments[0]);
-        if (i + 1 < steps) {
-          load_fragments(fragments[1]);
-          multiply(fragments[1]);
-          if (i + 2 < steps) load_fragments(fragments[0]);
+      const auto multiply = [&](uint32_t (&a)[4][4], bool first) {
+        const uint64_t b = weight_descriptor();
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b + 2 * k, k > 0 || !first);
+        wgmma_commit();
+        wgmma_wait<1>();  // the group before this one is done with its fragments and its weights
+        if (!first) release_weights(last_stage);
+        next_weights();
+      };
+      if constexpr (kSide > 0) {
+        // Unrolled over the taps; with an odd number of them the two sets of fragments change roles from chunk to
+        // chunk.
+        constexpr int kTaps = kSide * kSide;
+        const auto multiply_chunk = [&]<int kFirst>(int chunk) {
+#pragma unroll
+          for (int tap = 0; tap < kTaps; ++tap) {
+            multiply(fragments[(kFirst + tap) % 2], tap == 0 && chunk == 0);
+            if (tap + 1 < kTaps) {
+              load_tap(fragments[(kFirst + tap + 1) % 2], (tap + 1) / kSide * halo_width + (tap + 1) % kSide);
+            } else {
+              release_input();
+              if (chunk + 1 < chunks) {
+                wait_for_input();
+                load_tap(fragments[(kFirst + kTaps) % 2], 0);
+              }
+            }
+          }
+        };
+        wait_for_input();
+        load_tap(fragments[0], 0);
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+          if (kTaps % 2 == 0 || chunk % 2 == 0) {
+            multiply_chunk.template operator()<0>(chunk);
+          } else {
+            multiply_chunk.template operator()<1>(chunk);
+          }
+        }
+      } else {
+        load_next(fragments[0]);
+        for (int i = 0; i < steps; i += 2) {
+          multiply(fragments[0], i == 0);
+          if (i + 1 < steps) {
+            load_next(fragments[1]);
+            multiply(fragments[1], false);
+            if (i + 2 < steps) load_next(fragments[0]);
+          }
         }
       }
       wgmma_wait<0>();
@@ -403,7 +422,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
 
     // This lane's two pixels and their columns: d[4 i + {0, 1}] at x = lane / 4, d[4 i + {2, 3}] at x + 8.
     const int x = lane / 4;
-    const bool row_valid = !outside && warp < at.rows;
+    const bool row_valid = warp < at.rows;
     const bool valid[2] = {row_valid && x < at.columns, row_valid && x + 8 < at.columns};
 
     // The rings are free: everything loaded has been multiplied, in every consumer warp after the barrier.
@@ -451,27 +470,37 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     }
 
     __syncwarp();
-    if (row_valid) {
-      const int width = p.out_channels % kFullWidth<T> == 0 ? kFullWidth<T> : 2;  // out_channels is even
-      const int vectors = kColumns / width;
-      const int columns = min(kColumns, p.out_channels - first_column);
-#pragma unroll 4
-      for (int i = lane; i < vectors * at.columns; i += 32) {
-        const int pixel = i / vectors;
-        const int column = (i - pixel * vectors) * width;
-        if (column >= columns) continue;
-        const unsigned char* from = own + pixel * Traits::kStorePitch + column * static_cast<int>(sizeof(T));
-        T* to = output + static_cast<int64_t>(pixel) * spread * p.out_channels + column;
-        if (width == 2) {
-          *reinterpret_cast<Vec<T, 2>*>(to) = *reinterpret_cast<const Vec<T, 2>*>(from);
-        } else {
-          *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    if (row_valid && p.out_channels % kFullWidth<T> == 0) {
+      constexpr int kVectors = kColumns / kFullWidth<T>;
+      constexpr int kPixels = 32 / kVectors > 0 ? 32 / kVectors : 1;
+      const int column = lane % kVectors * kFullWidth<T>;
+      T* to = output + column;
+      const unsigned char* from = own + column * static_cast<int>(sizeof(T));
+      if (first_column + column < p.out_channels) {
+#pragma unroll
+        for (int i = 0; i < ConvSchedule::kTileWidth; i += kPixels) {
+          const int pixel = i + lane / kVectors;
+          if (pixel < at.columns) {
+            *reinterpret_cast<uint4*>(to + static_cast<int64_t>(pixel) * spread * p.out_channels) =
+                *reinterpret_cast<const uint4*>(from + pixel * Traits::kStorePitch);
+          }
         }
+      }
+    } else if (row_valid) {  // out_channels is even
+      const int columns = min(kColumns, p.out_channels - first_column);
+#pragma unroll 1
+      for (int i = lane; i < kColumns / 2 * at.columns; i += 32) {
+        const int pixel = i / (kColumns / 2);
+        const int column = i % (kColumns / 2) * 2;
+        if (column >= columns) continue;
+        *reinterpret_cast<Vec<T, 2>*>(output + static_cast<int64_t>(pixel) * spread * p.out_channels + column) =
+            *reinterpret_cast<const Vec<T, 2>*>(own + pixel * Traits::kStorePitch +
+                                                column * static_cast<int>(sizeof(T)));
       }
     }
     named_barrier(kConsumerBarrier, Traits::kConsumers);
     const int column = threadIdx.x;
-    if (column < kColumns && first_column + column < p.out_channels && !outside) {
+    if (column < kColumns && first_column + column < p.out_channels) {
       // Every valid row has at.columns pixels.
       float tile_mean = 0, tile_m2 = 0;
       for (int w = 0; w < at.rows; ++w) {
@@ -485,17 +514,13 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
           make_float2(tile_mean, tile_m2);
     }
   }
-  if constexpr (kCluster > 1) {  // no block leaves while others still write into it or arrive at its barriers
-    cluster_arrive();
-    cluster_wait();
-  }
 #endif
 }
 
-// A tensor in boxes with the 128-byte swizzle; what lies beyond its ends is zeros.
+// A tensor in boxes with the 128-byte swizzle; what lies beyond its ends is zeros. Strides are in bytes.
 template <int kDims>
 cudaError_t tensor_map(const ConvParams& p, const void* data, const cuuint64_t (&sizes)[kDims],
-                       const cuuint32_t (&box)[kDims], CUtensorMap& map) {
+                       const cuuint64_t (&strides)[kDims - 1], const cuuint32_t (&box)[kDims], CUtensorMap& map) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -513,9 +538,6 @@ cudaError_t tensor_map(const ConvParams& p, const void* data, const cuuint64_t (
   const auto type = p.dtype == DType::kFloat16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                     : p.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-  cuuint64_t strides[kDims - 1];
-  cuuint64_t stride = size_of(p.dtype);
-  for (int d = 0; d + 1 < kDims; ++d) strides[d] = stride *= sizes[d];
   cuuint32_t steps[kDims];
   for (auto& step : steps) step = 1;
   const auto result =
@@ -527,46 +549,47 @@ cudaError_t tensor_map(const ConvParams& p, const void* data, const cuuint64_t (
 cuuint64_t extent(int value) { return static_cast<cuuint64_t>(value); }
 cuuint32_t chunk_elements(const ConvParams& p) { return static_cast<cuuint32_t>(kChunk / size_of(p.dtype)); }
 
-// [rows, taps, channels], one tap and a slice of rows a box.
-cudaError_t weight_map(const ConvParams& p, const void* weight, int slice_rows, CUtensorMap& map) {
+// [rows, taps, channels], one tap and some rows a box.
+cudaError_t weight_map(const ConvParams& p, const void* weight, int rows, CUtensorMap& map) {
   const cuuint64_t sizes[3] = {extent(p.in_channels), extent(p.kernel_h * p.kernel_w),
                                extent(p.phases) * extent(p.out_channels)};
-  const cuuint32_t box[3] = {chunk_elements(p), 1, static_cast<cuuint32_t>(slice_rows)};
-  return tensor_map(p, weight, sizes, box, map);
+  const cuuint64_t tap = sizes[0] * size_of(p.dtype);
+  const cuuint64_t strides[2] = {tap, tap * sizes[1]};
+  const cuuint32_t box[3] = {chunk_elements(p), 1, static_cast<cuuint32_t>(rows)};
+  return tensor_map(p, weight, sizes, strides, box, map);
 }
 
 // [batch, height, width, channels], a tile with its halo a box.
 cudaError_t input_map(const ConvParams& p, const ConvSchedule& s, CUtensorMap& map) {
   const cuuint64_t sizes[4] = {extent(p.in_channels), extent(p.width), extent(p.height), extent(p.batch)};
+  const cuuint64_t element = size_of(p.dtype);
+  const cuuint64_t pixel = p.pixel_stride > 0 ? static_cast<cuuint64_t>(p.pixel_stride) : sizes[0];
+  const cuuint64_t row = p.row_stride > 0 ? static_cast<cuuint64_t>(p.row_stride) : pixel * sizes[1];
+  const cuuint64_t strides[3] = {pixel * element, row * element, row * element * sizes[2]};
   const cuuint32_t box[4] = {chunk_elements(p), static_cast<cuuint32_t>(s.halo_width),
                              static_cast<cuuint32_t>(s.halo_height), 1};
-  return tensor_map(p, p.input, sizes, box, map);
+  return tensor_map(p, p.input, sizes, strides, box, map);
 }
 
-template <typename T, int kColumns, int kGroups, bool kSplit, int kCluster>
+template <typename T, int kColumns, int kGroups, bool kSplit>
 cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
   using Traits = ConvTraits<T, kColumns, kGroups, kSplit>;
   CUtensorMap input, weights, weights_lo = {};
   if (const auto error = input_map(p, s, input)) return error;
-  if (const auto error = weight_map(p, p.weight, kColumns / kCluster, weights)) return error;
+  if (const auto error = weight_map(p, p.weight, kColumns, weights)) return error;
   if (kSplit) {
-    if (const auto error = weight_map(p, p.weight_lo, kColumns / kCluster, weights_lo)) return error;
+    if (const auto error = weight_map(p, p.weight_lo, kColumns, weights_lo)) return error;
   }
-  const auto grid = dim3(static_cast<unsigned>(ceil_div(s.entries, kCluster) * kCluster),
-                         static_cast<unsigned>(ceil_div(p.out_channels, kColumns)), static_cast<unsigned>(p.batch));
+  const auto grid = dim3(static_cast<unsigned>(s.entries), static_cast<unsigned>(ceil_div(p.out_channels, kColumns)),
+                         static_cast<unsigned>(p.batch));
   const size_t shared = std::max(s.shared_bytes, static_cast<size_t>(Traits::kEpilogueBytes));
-  return launch(conv_kernel<T, kColumns, kGroups, kSplit, kCluster>, grid, dim3(Traits::kThreads), shared, kCluster,
-                facts, stream, p, s, input, weights, weights_lo);
-}
-
-template <typename T, int kColumns, int kGroups, bool kSplit>
-cudaError_t launch_cluster(const ConvParams& p, const ConvSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
-  switch (s.cluster) {
-    case 2:
-      return launch_tile<T, kColumns, kGroups, kSplit, 2>(p, s, facts, stream);
-    default:
-      return launch_tile<T, kColumns, kGroups, kSplit, 1>(p, s, facts, stream);
+  auto* kernel = conv_kernel<T, kColumns, kGroups, kSplit, 0>;
+  if constexpr (!kSplit) {
+    if (p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1) {
+      kernel = conv_kernel<T, kColumns, kGroups, kSplit, 3>;
+    }
   }
+  return launch(kernel, grid, dim3(Traits::kThreads), shared, 1, facts, stream, p, s, input, weights, weights_lo);
 }
 
 template <typename T, bool kSplit>
@@ -574,14 +597,14 @@ cudaError_t launch_kind(const ConvParams& p, const ConvSchedule& s, const Device
   const bool tall = s.tile_height == 8;
   switch (s.columns) {
     case 32:
-      return tall ? launch_cluster<T, 32, 2, kSplit>(p, s, facts, stream)
-                  : launch_cluster<T, 32, 1, kSplit>(p, s, facts, stream);
+      return tall ? launch_tile<T, 32, 2, kSplit>(p, s, facts, stream)
+                  : launch_tile<T, 32, 1, kSplit>(p, s, facts, stream);
     case 64:
-      return tall ? launch_cluster<T, 64, 2, kSplit>(p, s, facts, stream)
-                  : launch_cluster<T, 64, 1, kSplit>(p, s, facts, stream);
+      return tall ? launch_tile<T, 64, 2, kSplit>(p, s, facts, stream)
+                  : launch_tile<T, 64, 1, kSplit>(p, s, facts, stream);
     case 128:
-      return tall ? launch_cluster<T, 128, 2, kSplit>(p, s, facts, stream)
-                  : launch_cluster<T, 128, 1, kSplit>(p, s, facts, stream);
+      return tall ? launch_tile<T, 128, 2, kSplit>(p, s, facts, stream)
+                  : launch_tile<T, 128, 1, kSplit>(p, s, facts, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -18,7 +18,7 @@ enum class ConvPrecision : int { kNative = 0, kTF32 = 1, kIeee = 2 };  // kNativ
 
 struct ConvParams {
   // tensors
-  const void* input = nullptr;      // [batch, height, width, in_channels]
+  const void* input = nullptr;      // [batch, height, width, in_channels], see row_stride
   const void* weight = nullptr;     // [phases * out_channels, kernel_h * kernel_w, in_channels]
   const void* weight_lo = nullptr;  // kIeee: what the TF32 weights leave out, the same shape
   void* output = nullptr;           // [batch, out_height, out_width, out_channels]
@@ -31,6 +31,9 @@ struct ConvParams {
   int out_channels = 0, out_height = 0, out_width = 0;
   int kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0;
   PaddingMode mode = PaddingMode::kZeros;
+  // Of input, in elements; 0: dense. Pixels may overlap (mode kZeros without padding): a few channels times the taps of
+  // a kernel's row as the channels of one tap.
+  int64_t pixel_stride = 0, row_stride = 0;
   // 4: the phases of a 3x3 convolution after a 2x upsampling (csrc/cuda/upsample/launch.h), each a 2x2 convolution of
   // the input that fills every second pixel of every second row; 1: a plain convolution.
   int phases = 1;
@@ -44,7 +47,6 @@ struct ConvSchedule {
   int tile_height = 8;
   int columns = 128;  // output channels of a tile
   int tiles_x = 0, tiles_y = 0, entries = 0;
-  int cluster = 1;  // blocks that share what they read of the weights
   int input_stages = 1, weight_stages = 2;
   int halo_height = 0, halo_width = 0, halo_bytes = 0;  // of a tile's input, one stage
   unsigned halo_divisor = 0;                            // ceil(2^32 / halo_width)

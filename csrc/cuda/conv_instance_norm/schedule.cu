@@ -14,7 +14,7 @@ constexpr int kMaxInputStages = 4;
 constexpr int kMaxWeightStages = 8;
 constexpr int kShared = 227 * 1024 - 2048;  // of a block, less what is declared statically
 
-// STYLEFORGE_CONV_TUNE="columns=64,height=4,cluster=1,inputs=2,weights=6": what bench/tune.py tries.
+// STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6": what bench/tune.py tries.
 int tuned(const char* key, int chosen) {
   const char* text = std::getenv("STYLEFORGE_CONV_TUNE");
   const char* at = text == nullptr ? nullptr : std::strstr(text, key);
@@ -49,15 +49,16 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
   s.columns = p.out_channels > 64 ? 128 : p.out_channels > 32 ? 64 : 32;
   s.tile_height = 8;
   // Smaller tiles while half of the multiprocessors would have none.
-  if (blocks(8, s.columns) * 2 <= facts.multiprocessors) s.tile_height = 4;
-  while (s.columns > 32 && blocks(s.tile_height, s.columns) * 2 <= facts.multiprocessors) s.columns /= 2;
+  const auto idle = [&] { return blocks(s.tile_height, s.columns) * 2 <= facts.multiprocessors; };
+  if (idle() && s.columns > 64) s.columns = 64;
+  if (idle()) s.tile_height = 4;
+  if (idle() && s.columns > 32) s.columns /= 2;
+  if (idle() && s.columns > 32) s.columns /= 2;
   s.columns = tuned("columns", s.columns);
   s.tile_height = tuned("height", s.tile_height);
   s.tiles_x = static_cast<int>(ceil_div(width, s.kTileWidth));
   s.tiles_y = static_cast<int>(ceil_div(height, s.tile_height));
   s.entries = p.phases * s.tiles_x * s.tiles_y;
-  s.cluster = tuned("cluster", 1);
-  if (s.tiles_x * s.tiles_y % s.cluster != 0) s.cluster = 1;  // the blocks of a cluster have the same weights
 
   s.halo_height = (s.tile_height - 1) * p.stride_h + p.kernel_h;
   s.halo_width = (s.kTileWidth - 1) * p.stride_w + p.kernel_w;
@@ -69,7 +70,7 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
   const bool pair = blocks(s.tile_height, s.columns) > facts.multiprocessors && s.columns * s.tile_height <= 128 * 4 &&
                     !split;  // two blocks a multiprocessor
   const int room = pair ? (kShared - 2048) / 2 : kShared;
-  s.weight_stages = std::min({steps, kMaxWeightStages, tuned("weights", pair ? 4 : 6)});
+  s.weight_stages = std::min({steps, kMaxWeightStages, tuned("weights", pair ? 4 : split ? 8 : 6)});
   s.input_stages = std::min({chunks, kMaxInputStages, tuned("inputs", kMaxInputStages)});
   const auto bytes = [&] { return 1024 + s.weight_stages * weight_bytes + s.input_stages * s.halo_bytes; };
   while (bytes() > room && s.input_stages > std::min(chunks, 2)) --s.input_stages;
