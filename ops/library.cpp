@@ -27,4 +27,8 @@ STABLE_TORCH_LIBRARY(styleforge, m) {
   // pad(nearest upsampling) in the input's memory format, without a gradient: the input side of a convolution whose
   // other side is not one of ours.
   m.def("_pad_upsample(Tensor input, int[2] padding, str padding_mode=\"zeros\", int upsample=1) -> Tensor");
+
+  // conv2d(reflection_pad(input), weight, bias) with half of the (odd) kernel as padding, without a gradient: the last
+  // layer of style-transfer networks.
+  m.def("_reflect_conv2d(Tensor input, Tensor weight, Tensor? bias=None, str precision=\"ieee\") -> Tensor");
 }

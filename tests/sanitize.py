@@ -28,6 +28,24 @@ CASES = [
 ]
 
 
+def _fused_convolutions(channels_last: bool, paths: set[str]) -> None:
+    """Our own convolutions, where the GPU has them: all kinds of arithmetic, tiles, borders and inputs."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    for dtype, precision in ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")):
+        for ci, co, kernel, upsample in ((64, 128, 3, 1), (32, 40, 3, 2), (72, 34, 5, 1), (3, 32, 9, 1)):
+            x = torch.randn(1, ci, 21, 35, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
+            w = torch.randn(co, ci, kernel, kernel, device="cuda", dtype=dtype)
+            fused_conv_instance_norm_relu(
+                x, w, padding=kernel // 2, padding_mode="reflect", upsample=upsample, precision=precision
+            )
+            if "sm90" in styleforge.last_path():  # else it was cuDNN's, which takes some tools minutes
+                paths.add(styleforge.last_path())
+        x = torch.randn(1, 32, 21, 35, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
+        w = torch.randn(3, 32, 9, 9, device="cuda", dtype=dtype)
+        torch.ops.styleforge._reflect_conv2d(x, w, None, precision)
+        paths.add(styleforge.last_path())
+
+
 def main() -> None:
     paths: set[str] = set()
     device = torch.device("cuda")
@@ -58,6 +76,7 @@ def main() -> None:
             if channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
             pad_upsample(x, (2, 1), padding_mode="reflect", upsample=2)
+            _fused_convolutions(channels_last, paths)
             if "--no-conv" in sys.argv:  # cuDNN's own kernels make some tools take minutes
                 continue
             w = torch.randn(8, 8, 3, 3, device=device)

@@ -281,6 +281,60 @@ def test_large_layers_on_every_path(
         assert_as_accurate(result, yardstick, reference, ulps=ulps)
 
 
+# input channels, output channels, (H, W), kernel, stride, padding, upsample: whole and partial tiles, every
+# tile size, one and several chunks of channels, taps unrolled and not, channels that vectors do not divide,
+# pictures
+FUSED = [
+    (64, 64, (64, 64), (3, 3), (1, 1), (1, 1), 1),
+    (128, 128, (128, 128), (3, 3), (1, 1), (1, 1), 1),
+    (128, 128, (32, 32), (3, 3), (1, 1), (1, 1), 1),
+    (256, 256, (64, 64), (1, 1), (1, 1), (0, 0), 1),
+    (64, 128, (128, 128), (3, 3), (2, 2), (1, 1), 1),
+    (200, 72, (45, 31), (3, 3), (1, 1), (1, 1), 1),
+    (32, 34, (17, 9), (5, 4), (1, 2), (2, 1), 1),
+    (72, 100, (33, 50), (7, 7), (3, 3), (3, 2), 1),
+    (64, 32, (40, 70), (3, 3), (1, 1), (1, 1), 2),
+    (32, 70, (17, 9), (3, 3), (1, 1), (1, 1), 2),
+    (3, 32, (70, 90), (9, 9), (1, 1), (4, 4), 1),
+    (2, 64, (61, 44), (7, 7), (2, 2), (3, 3), 1),
+]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")],
+    ids=str,
+)
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_fused_convolution(case: Any, dtype: torch.dtype, precision: str, padding_mode: str) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the fused convolution is for sm_90")
+    ci, co, size, kernel, stride, padding, upsample = case
+    for batch, layout, weight_format in ((1, "channels_last", torch.channels_last), (3, "contiguous", None)):
+        x = tensor(batch, ci, *size, dtype=dtype, device="cuda", layout=layout, offset=0.3)
+        w = _weight(co, ci, *kernel, dtype, "cuda")
+        if weight_format is not None:
+            w = w.contiguous(memory_format=weight_format)
+        norm_weight, norm_bias = _norm_params("NC" if batch > 1 else "C", batch, co, dtype, "cuda")
+        args = (x, w, None, norm_weight, norm_bias, stride, padding, padding_mode, upsample)
+        reference = conv_instance_norm(*args)
+        residual = torch.randn_like(reference).to(dtype) if batch > 1 else None
+        reference = conv_instance_norm(*args, residual=residual)
+        with tf32(precision == "tf32"):
+            yardstick = torch_conv_instance_norm(*args, residual=residual)
+        poison(reference.numel(), dtype, "cuda")
+        result = OP(*args, residual=residual, precision=precision)
+        assert "sm90" in styleforge.last_path()
+        assert result.stride() == dense_strides(reference.shape, x)
+        error, allowed = rms_error(result, reference), rms_error(yardstick, reference)
+        # TF32 is allowed, not demanded: PyTorch may have computed in float32. Sums in another order: 1e-7.
+        assert error <= max(1.2 * allowed + 1e-7, 5e-4 if precision == "tf32" else 0.0)
+        again = OP(*args, residual=residual, precision=precision)
+        assert torch.equal(result, again)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("flag", [False, True])

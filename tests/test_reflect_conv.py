@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import styleforge
 from styleforge.models import _reflect_conv
 from styleforge.models._reflect_conv import reflect_conv2d, reflect_conv2d_by_columns
 
@@ -131,3 +132,51 @@ def test_compiled_with_dynamic_sizes() -> None:
 def test_input_smaller_than_the_padding_is_refused() -> None:
     with pytest.raises(RuntimeError):
         reflect_conv2d(*arguments(1, 2, 3, 4, 16, 9, 9))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_operator_opcheck(device: str) -> None:
+    x, weight, bias = (t.to(device) for t in arguments(2, 8, 3, 12, 16, 9, 9, torch.float32))
+    op = torch.ops.styleforge._reflect_conv2d.default
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, (x, weight, bias), test_utils=tests)
+    torch.library.opcheck(op, (x.contiguous(), weight, None, "tf32"), test_utils=tests)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "case", [*CASES, (2, 64, 3, 131, 150, 9, 9), (1, 32, 4, 33, 257, 7, 7), (1, 32, 2, 40, 40, 3, 9)], ids=str
+)
+def test_on_the_gpu(case: tuple[int, ...], dtype: torch.dtype, precision: str, channels_last: bool) -> None:
+    x, weight, bias = (t.cuda().to(dtype) for t in arguments(*case))  # type: ignore[arg-type]
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    reference = padded_conv2d(x.double(), weight.double(), bias.double())
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        yardstick = padded_conv2d(x, weight, bias)
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    with torch.no_grad():
+        poison = torch.full((4 * x.numel(),), float("nan"), device="cuda", dtype=dtype)
+        del poison
+        result = reflect_conv2d(x, weight, bias, precision)
+    path = styleforge.last_path()
+    assert path.startswith("reflect_conv2d:cuda")
+    if torch.cuda.get_device_capability() == (9, 0) and case[1] >= 32:
+        assert "sm90" in path
+    assert result.dtype == dtype
+    assert result.stride() == torch.empty_like(yardstick, memory_format=torch.preserve_format).stride()
+
+    def error(y: Tensor) -> float:
+        return float((y.double() - reference).norm() / reference.norm())
+
+    # TF32 is allowed, not demanded: PyTorch may have computed in float32.
+    least = 5e-4 if precision == "tf32" else 1e-7
+    assert error(result) <= 1.5 * error(yardstick) + least

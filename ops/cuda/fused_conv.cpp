@@ -19,30 +19,39 @@ Tensor channels_last_aligned(const Tensor& tensor) {
   return aligned(dense) ? dense : torch::stable::clone(dense);
 }
 
-// The weights as the kernels read them: [rows, taps, channels], for kIeee split into two TF32 numbers.
-void prepare_weights(const Tensor& weight, cuda::ConvParams& params, const CudaScope& scope,
-                     std::vector<Tensor>& held) {
-  const bool split = params.precision == cuda::ConvPrecision::kIeee;
-  if (!split && is_dense(weight, true) && aligned(weight)) {
-    params.weight = weight.const_data_ptr();
-    return;
-  }
-  const std::vector<int64_t> sizes{weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
-  cuda::ConvWeightsParams prepare;
-  prepare.weight = weight.const_data_ptr();
-  for (int d = 0; d < 4; ++d) prepare.stride[d] = weight.stride(d);
-  prepare.out_channels = narrow(sizes[0]);
-  prepare.in_channels = narrow(sizes[1]);
-  prepare.kernel_h = narrow(sizes[2]);
-  prepare.kernel_w = narrow(sizes[3]);
-  prepare.dtype = params.dtype;
+cuda::ConvWeightsParams weights_of(const Tensor& weight, DType dtype) {
+  cuda::ConvWeightsParams params;
+  params.weight = weight.const_data_ptr();
+  for (int d = 0; d < 4; ++d) params.stride[d] = weight.stride(d);
+  params.out_channels = narrow(weight.size(0));
+  params.in_channels = narrow(weight.size(1));
+  params.kernel_h = narrow(weight.size(2));
+  params.kernel_w = narrow(weight.size(3));
+  params.dtype = dtype;
+  return params;
+}
+
+// Writes the weights as the kernels read them, [rows, taps, channels], for kIeee split into two TF32 numbers.
+void write_weights(const Tensor& weight, cuda::ConvWeightsParams& prepare, const std::vector<int64_t>& sizes,
+                   cuda::ConvParams& params, const CudaScope& scope, std::vector<Tensor>& held) {
   held.push_back(empty_dense(weight, sizes, true, weight.scalar_type()));
   params.weight = prepare.output = held.back().mutable_data_ptr();
-  if (split) {
+  if (params.precision == cuda::ConvPrecision::kIeee) {
     held.push_back(empty_dense(weight, sizes, true, weight.scalar_type()));
     params.weight_lo = prepare.output_lo = held.back().mutable_data_ptr();
   }
   check_cuda(kOp, cuda::launch_conv_weights(prepare, scope.stream()));
+}
+
+// The same, or the weights themselves where they lie so.
+void prepare_weights(const Tensor& weight, cuda::ConvParams& params, const CudaScope& scope,
+                     std::vector<Tensor>& held) {
+  if (params.precision != cuda::ConvPrecision::kIeee && is_dense(weight, true) && aligned(weight)) {
+    params.weight = weight.const_data_ptr();
+    return;
+  }
+  auto prepare = weights_of(weight, params.dtype);
+  write_weights(weight, prepare, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, params, scope, held);
 }
 
 }  // namespace
@@ -71,6 +80,11 @@ Tensor upsample_phase_weights(const Tensor& weight, bool round_tf32) {
 
 namespace {
 
+cuda::ConvPrecision precision_of(const Tensor& input, bool tf32) {
+  if (input.scalar_type() != ScalarType::Float) return cuda::ConvPrecision::kNative;
+  return tf32 ? cuda::ConvPrecision::kTF32 : cuda::ConvPrecision::kIeee;
+}
+
 // Sizes that both kinds of call share.
 cuda::ConvParams output_params(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
   cuda::ConvParams params;
@@ -78,11 +92,8 @@ cuda::ConvParams output_params(const ConvInstanceNormArgs& args, const ConvInsta
   params.out_channels = narrow(plan.output_sizes[1]);
   params.out_height = narrow(plan.output_sizes[2]);
   params.out_width = narrow(plan.output_sizes[3]);
-  const auto dtype = args.input.scalar_type();
-  params.dtype = kernel_dtype(kOp, "input", dtype);
-  params.precision = dtype != ScalarType::Float ? cuda::ConvPrecision::kNative
-                     : plan.tf32                ? cuda::ConvPrecision::kTF32
-                                                : cuda::ConvPrecision::kIeee;
+  params.dtype = kernel_dtype(kOp, "input", args.input.scalar_type());
+  params.precision = precision_of(args.input, plan.tf32);
   return params;
 }
 
@@ -170,6 +181,65 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormBackend& back
   held.push_back(weight);
   prepare_weights(weight, params, scope, held);
   return launch_fused_conv(args, plan, params, schedule, scope);
+}
+
+std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                             bool tf32) {
+  if (input.scalar_type() == ScalarType::Double) return {};
+  const int64_t full = 16 / static_cast<int64_t>(input.element_size());
+  const bool channels_last = prefers_channels_last(input);
+  cuda::SumColumnsParams sum;
+  sum.batch = narrow(input.size(0));
+  sum.channels = narrow(weight.size(0));
+  sum.height = narrow(input.size(2));
+  sum.width = narrow(input.size(3));
+  sum.kernel_w = narrow(weight.size(3));
+  sum.pitch = narrow((weight.size(0) * weight.size(3) + full - 1) / full * full);
+  sum.channels_last = channels_last;
+  sum.dtype = kernel_dtype(kOp, "input", input.scalar_type());
+  if (!cuda::takes_sum_columns(sum)) return {};
+
+  cuda::ConvParams params;
+  params.batch = sum.batch;
+  params.in_channels = narrow(input.size(1));
+  params.height = params.out_height = sum.height;
+  params.width = sum.width;
+  params.out_width = sum.width + sum.kernel_w - 1;
+  params.out_channels = sum.pitch;
+  params.kernel_h = narrow(weight.size(2));
+  params.pad_top = params.kernel_h / 2;
+  params.pad_left = sum.kernel_w / 2;
+  params.mode = PaddingMode::kReflect;
+  params.dtype = sum.dtype;
+  params.precision = precision_of(input, tf32);
+  const CudaScope scope(input);
+  cuda::ConvSchedule schedule;
+  bool supported = false;
+  check_cuda(kOp, cuda::schedule_conv(params, schedule, supported));
+  if (!supported) return {};
+
+  std::vector<Tensor> held;
+  held.push_back(channels_last_aligned(input));
+  params.input = held.back().const_data_ptr();
+  auto prepare = weights_of(weight, params.dtype);
+  prepare.column_rows = sum.pitch;
+  write_weights(weight, prepare, {sum.pitch, weight.size(1), weight.size(2), 1}, params, scope, held);
+  const Tensor columns =
+      empty_dense(input, {sum.batch, sum.pitch, sum.height, params.out_width}, true, input.scalar_type());
+  params.output = columns.mutable_data_ptr();
+  check_cuda(kOp, cuda::launch_conv(params, schedule, scope.stream()));
+
+  const Tensor output =
+      empty_dense(input, {sum.batch, sum.channels, sum.height, sum.width}, channels_last, input.scalar_type());
+  if (bias) {
+    held.push_back(bias->is_contiguous() ? *bias : to_contiguous(*bias, false));
+    sum.bias = held.back().const_data_ptr();
+  }
+  sum.columns = columns.const_data_ptr();
+  sum.output = output.mutable_data_ptr();
+  check_cuda(kOp, cuda::launch_sum_columns(sum, scope.stream()));
+  record_path("reflect_conv2d:cuda:columns", schedule.name);
+  return output;
 }
 
 }  // namespace styleforge

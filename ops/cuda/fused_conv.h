@@ -13,6 +13,11 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
 std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args,
                                              const ConvInstanceNormPlan& plan);
 
+// A reflection-padded convolution of stride 1 with few output channels, by the columns of its kernel
+// (csrc/cuda/conv_instance_norm/columns.cu).
+std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                             bool tf32);
+
 // Weights of the four phases of a 3x3 convolution after an upsampling, [4 * Co, Ci, 2, 2] in channels_last: see
 // csrc/cuda/upsample/launch.h. `round_tf32` rounds float32 to TF32.
 Tensor upsample_phase_weights(const Tensor& weight, bool round_tf32);

@@ -3,6 +3,7 @@
 #include "../fused_conv_instance_norm_relu.h"
 
 #include "../../csrc/cuda/pad/launch.h"
+#include "convolution.h"
 #include "fused_conv.h"
 #include "fused_instance_norm.h"
 #include "launch.h"
@@ -12,19 +13,9 @@ namespace {
 
 constexpr const char* kOp = "fused_conv_instance_norm_relu";
 
-// aten::_convolution, which takes what the global cuDNN flags would say as arguments.
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                    const std::vector<int64_t>& padding, bool tf32) {
-  using torch::stable::detail::from;
-  const std::vector<int64_t> dilation{1, 1};
-  const std::vector<int64_t> output_padding{0, 0};
-  const bool benchmark = false, deterministic = true, cudnn_enabled = true;
-  std::array<StableIValue, 13> stack{from(input),      from(weight),    from(std::nullopt),  from(stride),
-                                     from(padding),    from(dilation),  from(false),         from(output_padding),
-                                     from(int64_t{1}), from(benchmark), from(deterministic), from(cudnn_enabled),
-                                     from(tf32)};
-  check_shim(torch_call_dispatcher("aten::_convolution", "", stack.data(), TORCH_ABI_VERSION), "aten::_convolution");
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return cudnn_convolution(input, weight, {}, stride, padding, tf32);
 }
 
 void launch_pad(const PadParams& params, const Tensor& like) {

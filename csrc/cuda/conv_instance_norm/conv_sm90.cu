@@ -31,9 +31,12 @@
 namespace styleforge::cuda {
 namespace {
 
-constexpr int kWarps = 4;  // of a warpgroup
-constexpr int kLoaders = 96;
+constexpr int kWarps = 4;    // of a warpgroup
 constexpr int kChunk = 128;  // bytes of input channels
+
+#ifdef STYLEFORGE_HAS_WGMMA
+
+constexpr int kLoaders = 96;
 constexpr int kConsumerBarrier = 1;
 
 template <typename T>
@@ -50,8 +53,6 @@ template <>
 struct KindOf<float> {
   static constexpr MmaKind kKind = MmaKind::kTF32;
 };
-
-#ifdef STYLEFORGE_HAS_WGMMA
 
 // The source coordinate of a reflected or replicated one; beyond the padding (tiles stand over) it stays inside.
 __device__ __forceinline__ int padded_source(int position, int size, PaddingMode mode) {
@@ -449,24 +450,27 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     }
 
     // Moments: of the lane's two pixels, then of the warp's sixteen.
-    constexpr int kList = kColumns / 4;
-    float mean[kList], m2[kList];
-    float count = static_cast<float>(valid[0]) + static_cast<float>(valid[1]);
-#pragma unroll
-    for (int i = 0; i < kList; ++i) {
-      const float a = d[4 * (i / 2) + i % 2];
-      const float b = d[4 * (i / 2) + i % 2 + 2];
-      const float difference = b - a;
-      mean[i] = valid[1] ? a + 0.5f * difference : a;  // the second pixel is valid only where the first is
-      m2[i] = valid[1] ? 0.5f * difference * difference : 0.0f;
-    }
-    int first = 0;
-    merge_rows(mean, m2, count, first);
+    const bool has_moments = p.moments != nullptr;
     float2* parts = reinterpret_cast<float2*>(ring + Traits::kRows * Traits::kStoreBytes);
+    if (has_moments) {
+      constexpr int kList = kColumns / 4;
+      float mean[kList], m2[kList];
+      float count = static_cast<float>(valid[0]) + static_cast<float>(valid[1]);
 #pragma unroll
-    for (int i = 0; i < kList / 8; ++i) {
-      const int j = first + i;
-      parts[warp * kColumns + 8 * (j / 2) + 2 * (lane % 4) + j % 2] = make_float2(mean[i], m2[i]);
+      for (int i = 0; i < kList; ++i) {
+        const float a = d[4 * (i / 2) + i % 2];
+        const float b = d[4 * (i / 2) + i % 2 + 2];
+        const float difference = b - a;
+        mean[i] = valid[1] ? a + 0.5f * difference : a;  // the second pixel is valid only where the first is
+        m2[i] = valid[1] ? 0.5f * difference * difference : 0.0f;
+      }
+      int first = 0;
+      merge_rows(mean, m2, count, first);
+#pragma unroll
+      for (int i = 0; i < kList / 8; ++i) {
+        const int j = first + i;
+        parts[warp * kColumns + 8 * (j / 2) + 2 * (lane % 4) + j % 2] = make_float2(mean[i], m2[i]);
+      }
     }
 
     __syncwarp();
@@ -498,6 +502,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
                                                 column * static_cast<int>(sizeof(T)));
       }
     }
+    if (!has_moments) return;
     named_barrier(kConsumerBarrier, Traits::kConsumers);
     const int column = threadIdx.x;
     if (column < kColumns && first_column + column < p.out_channels) {

@@ -4,7 +4,8 @@
 //   kernel       file           what it does
 //   convolution  conv_sm90.cu   implicit GEMM; writes the raw result and (mean, M2) of each tile's channels
 //   finish       finish.cu      merges the tiles' moments; normalises, adds the residual, activates, in place
-//   weights      weights.cu     brings weights to [rows][taps][channels], split for float32 accuracy
+//   columns      columns.cu     adds up a convolution that ran by the columns of its kernel (few output channels, no
+//   norm) weights      weights.cu     brings weights to [rows][taps][channels], split for float32 accuracy
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,7 +25,7 @@ struct ConvParams {
   void* output = nullptr;           // [batch, out_height, out_width, out_channels]
   // [batch, entries, out_channels]: (mean, M2) of each tile's valid pixels; then [batch, out_channels]: mean and rstd
   // times the norm's weight
-  float2* moments = nullptr;
+  float2* moments = nullptr;  // null: no norm follows
 
   // sizes
   int batch = 0, in_channels = 0, height = 0, width = 0;
@@ -74,8 +75,23 @@ struct ConvWeightsParams {
   void* output_lo = nullptr;     // given: output is rounded to TF32 and this takes the difference
   int64_t stride[4] = {};        // of weight, in elements
   int out_channels = 0, in_channels = 0, kernel_h = 1, kernel_w = 1;
+  // Not 0: by columns, output is [column_rows, kernel_h, in_channels]; row j * out_channels + c is column j of the
+  // kernel of output channel c, rows beyond them are zeros.
+  int column_rows = 0;
   DType dtype = DType::kFloat32;
 };
 cudaError_t launch_conv_weights(const ConvWeightsParams& params, cudaStream_t stream);
+
+struct SumColumnsParams {
+  const void* columns = nullptr;  // [batch, height, width + kernel_w - 1, pitch]
+  const void* bias = nullptr;     // [channels] or null
+  void* output = nullptr;         // [batch, channels, height, width] in either format
+  int batch = 0, channels = 0, height = 0, width = 0, kernel_w = 1;
+  int pitch = 0;  // channels of `columns`: kernel_w * channels or more
+  bool channels_last = false;
+  DType dtype = DType::kFloat32;
+};
+bool takes_sum_columns(const SumColumnsParams& params);
+cudaError_t launch_sum_columns(const SumColumnsParams& params, cudaStream_t stream);
 
 }  // namespace styleforge::cuda

@@ -21,15 +21,20 @@ __global__ void __launch_bounds__(kThreads) conv_weights_kernel(const __grid_con
   wait_for_predecessor();
   release_successor();
   const int index = blockIdx.x * kThreads + threadIdx.x;
-  const int taps = p.kernel_h * p.kernel_w;
-  if (index >= p.out_channels * taps * p.in_channels) return;
+  const bool by_columns = p.column_rows > 0;
+  const int taps = by_columns ? p.kernel_h : p.kernel_h * p.kernel_w;
+  if (index >= (by_columns ? p.column_rows : p.out_channels) * taps * p.in_channels) return;
   const int ci = index % p.in_channels;
   const int rest = index / p.in_channels;
   const int tap = rest % taps;
-  const int co = rest / taps;
-  const int y = tap / p.kernel_w;
-  const T value = static_cast<const T*>(
-      p.weight)[co * p.stride[0] + ci * p.stride[1] + y * p.stride[2] + (tap - y * p.kernel_w) * p.stride[3]];
+  const int row = rest / taps;
+  const int y = by_columns ? tap : tap / p.kernel_w;
+  const int x = by_columns ? row / p.out_channels : tap - y * p.kernel_w;
+  const int co = by_columns ? row - x * p.out_channels : row;
+  T value{};
+  if (x < p.kernel_w) {
+    value = static_cast<const T*>(p.weight)[co * p.stride[0] + ci * p.stride[1] + y * p.stride[2] + x * p.stride[3]];
+  }
   if constexpr (sizeof(T) == 4) {
     if (p.output_lo != nullptr) {
       const float hi = round_tf32(value);
@@ -46,7 +51,8 @@ __global__ void __launch_bounds__(kThreads) conv_weights_kernel(const __grid_con
 cudaError_t launch_conv_weights(const ConvWeightsParams& params, cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  const int64_t count = int64_t{params.out_channels} * params.in_channels * params.kernel_h * params.kernel_w;
+  const int64_t rows = params.column_rows > 0 ? params.column_rows : int64_t{params.out_channels} * params.kernel_w;
+  const int64_t count = rows * params.in_channels * params.kernel_h;
   const auto grid = dim3(static_cast<unsigned>(ceil_div(count, kThreads)));
   switch (params.dtype) {
     case DType::kFloat32:

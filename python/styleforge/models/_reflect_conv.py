@@ -76,13 +76,19 @@ def reflect_conv2d_by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return output
 
 
-def _takes_pad_operator(x: Tensor) -> bool:
-    """Whether our operator pads: it keeps channels_last, where ATen's on CUDA copies to NCHW."""
+def _takes_operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether our operator convolves: on the GPU, without a gradient, and not in a program for any device."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         tracing: bool = torch.jit.is_tracing()  # type: ignore
         if tracing or torch.compiler.is_exporting():
             return False
-    return x.device.type == "cuda" and not (torch.is_grad_enabled() and x.requires_grad)
+    if x.device.type != "cuda" or weight.dtype != x.dtype:
+        return False  # under autocast the dtypes may differ: PyTorch's convolution settles that
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return False
+    return not torch.is_autocast_enabled()
 
 
 def _takes_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -109,13 +115,14 @@ def _takes_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def reflect_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def reflect_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str = "ieee") -> Tensor:
     """Reflection padding of half the kernel, then a convolution with stride 1.
 
     Args:
         x: ``[N, Ci, H, W]``, H and W larger than half the kernel.
         weight: ``[Co, Ci, kh, kw]`` with odd kh and kw, in the dtype of ``x``.
         bias: ``[Co]`` or None.
+        precision: of float32 on the GPU, "ieee" or "tf32".
 
     Returns:
         ``[N, Co, H, W]``.
@@ -125,8 +132,8 @@ def reflect_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if _takes_columns(x, weight, bias):
         return reflect_conv2d_by_columns(x, weight, bias)
+    if _takes_operator(x, weight, bias):
+        output: Tensor = torch.ops.styleforge._reflect_conv2d(x, weight, bias, precision)
+        return output
     rows, columns = weight.size(2) // 2, weight.size(3) // 2
-    if _takes_pad_operator(x):
-        padded = torch.ops.styleforge._pad_upsample(x, [rows, columns], "reflect", 1)
-        return F.conv2d(padded, weight, bias)
     return F.conv2d(F.pad(x, [columns, columns, rows, rows], mode="reflect"), weight, bias)

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..ops import fused_conv_instance_norm_relu
+from ..ops import conv_precision, fused_conv_instance_norm_relu
 from ._reflect_conv import reflect_conv2d
 from .checkpoints import check_state_dict, clean_state_dict, infer_base_channels
 from .torch_transformer_net import TorchTransformerNet
@@ -41,7 +41,7 @@ def _fused(
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         y: Tensor = torch.ops.styleforge.fused_conv_instance_norm_relu(
             x, weight, None, norm_weight, norm_bias, [stride, stride], [padding, padding], "reflect",
-            upsample, eps, activation, 0.01, residual, "ieee" if precision is None else precision,
+            upsample, eps, activation, 0.01, residual, _precision(precision),
         )  # fmt: skip
         return y
     return fused_conv_instance_norm_relu(
@@ -59,6 +59,12 @@ def _fused(
         residual=residual,
         precision=precision,
     )
+
+
+def _precision(precision: str | None) -> str:
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return "ieee" if precision is None else precision
+    return conv_precision(precision)
 
 
 class _ResidualBlock(nn.Module):
@@ -172,7 +178,8 @@ class TransformerNet(nn.Module):
         y = self.res5(y)
         y = _fused(y, d1.weight, n4.weight, n4.bias, 1, 1, 2, self.in4.eps, "relu", None, precision)
         y = _fused(y, d2.weight, n5.weight, n5.bias, 1, 1, 2, self.in5.eps, "relu", None, precision)
-        result = reflect_conv2d(y, self.deconv3.conv2d.weight, self.deconv3.conv2d.bias)
+        last = self.deconv3.conv2d
+        result = reflect_conv2d(y, last.weight, last.bias, _precision(precision))
         if keep_channels_last:
             return result.contiguous(memory_format=torch.channels_last)
         return result.contiguous()

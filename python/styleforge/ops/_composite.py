@@ -62,6 +62,12 @@ def pad_upsample(input: Tensor, padding: Sequence[int], padding_mode: str, upsam
     return x
 
 
+def reflect_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Reflection padding by half of the kernel, then the convolution."""
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+    return F.conv2d(pad_upsample(input, padding, "reflect", 1), weight, bias)
+
+
 def before_convolution(
     input: Tensor, padding: Sequence[int], padding_mode: str, upsample: int
 ) -> tuple[Tensor, tuple[int, ...]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from styleforge import _library
 from styleforge.ops import _common as common
 from styleforge.ops import _composite as composite
+from styleforge.ops._reflect_conv2d import reflect_conv2d
 
 _logger = logging.getLogger("styleforge")
 
@@ -26,6 +27,7 @@ def register() -> None:
     common.register_kernel("_fused_instance_norm_backward", "CUDA", _instance_norm_backward)
     common.register_kernel("fused_conv_instance_norm_relu", "CUDA", _conv_instance_norm_relu)
     common.register_kernel("_pad_upsample", "CUDA", _pad_upsample)
+    common.register_kernel("_reflect_conv2d", "CUDA", reflect_conv2d)
 
 
 def _match(output: Tensor, input: Tensor) -> Tensor:
