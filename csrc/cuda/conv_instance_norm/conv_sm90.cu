@@ -128,8 +128,8 @@ __device__ __forceinline__ void merge_rows(float (&mean)[kList], float (&m2)[kLi
 
 template <typename T, int kColumns, int kGroups, bool kSplit>
 struct ConvTraits {
-  static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kConsumers = 128 * kGroups;
+  static constexpr int kThreads = kConsumers + 128;
   static constexpr int kRows = kWarps * kGroups;  // tile height: a warp has one row of 16 pixels
   static constexpr int kWeightBytes = kColumns * kChunk * (kSplit ? 2 : 1);
   static constexpr int kElements = kChunk / static_cast<int>(sizeof(T));
@@ -142,6 +142,8 @@ struct ConvTraits {
   static constexpr int kStoreBytes = ConvSchedule::kTileWidth * kStorePitch;
   static constexpr int kEpilogueBytes = kRows * (kStoreBytes + kColumns * static_cast<int>(sizeof(float2))) + 1024;
   static_assert(kColumns % 32 == 0 && kColumns <= 128);
+  static_assert(kWeightBytes % 1024 == 0, "stages stay aligned for the swizzle");
+  static_assert(kElements % 8 == 0 && (kMoveRegisters || kThreads * kBlocks <= 768));
 };
 
 // kSide: of a square kernel with stride 1 whose taps are unrolled, which is 10% faster; 0: any kernel.
