@@ -1,6 +1,7 @@
 #include "fused_conv.h"
 
 #include "../../csrc/cuda/conv_instance_norm/launch.h"
+#include "../../csrc/cuda/pad/launch.h"
 #include "../../csrc/cuda/upsample/launch.h"
 #include "launch.h"
 
@@ -97,6 +98,32 @@ cuda::ConvParams output_params(const ConvInstanceNormArgs& args, const ConvInsta
   return params;
 }
 
+// A tensor of few channels in channels_last pixels of 16 bytes, padded.
+Tensor pad_picture(const Tensor& picture, PaddingMode mode, const std::vector<int64_t>& padding,
+                   const CudaScope& scope) {
+  const bool channels_last = !is_dense(picture, false);
+  const Tensor dense = channels_last && !is_dense(picture, true) ? to_contiguous(picture, true) : picture;
+  PadParams params;
+  params.batch = picture.size(0);
+  params.channels = picture.size(1);
+  params.height = picture.size(2);
+  params.width = picture.size(3);
+  params.out_height = params.height + 2 * padding[0];
+  params.out_width = params.width + 2 * padding[1];
+  params.out_channels = 16 / static_cast<int64_t>(picture.element_size());
+  params.pad_top = padding[0];
+  params.pad_left = padding[1];
+  params.mode = mode;
+  params.element_size = static_cast<int>(picture.element_size());
+  params.channels_last = channels_last;
+  Tensor padded = empty_dense(picture, {params.batch, params.out_channels, params.out_height, params.out_width}, true,
+                              picture.scalar_type());
+  params.input = dense.const_data_ptr();
+  params.output = padded.mutable_data_ptr();
+  check_cuda(kOp, cuda::launch_pad_picture(params, scope.stream()));
+  return padded;
+}
+
 // Convolution and norm, with the input and the weights in place.
 Tensor launch_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan, cuda::ConvParams& params,
                          const cuda::ConvSchedule& schedule, const CudaScope& scope) {
@@ -151,8 +178,7 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
   return launch_fused_conv(args, plan, params, schedule, scope);
 }
 
-std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args,
-                                             const ConvInstanceNormPlan& plan) {
+std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
   const int64_t full = 16 / static_cast<int64_t>(args.input.element_size());
   const int64_t kernel_w = args.weight.size(3);
   if (args.input.scalar_type() == ScalarType::Double || args.upsample != 1 || args.input.size(1) >= full) return {};
@@ -175,9 +201,9 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormBackend& back
   if (!supported) return {};
 
   std::vector<Tensor> held;
-  held.push_back(pad_upsample(backend, args.input, 1, plan.mode, plan.padding, true, full));
+  held.push_back(pad_picture(args.input, plan.mode, plan.padding, scope));
   params.input = held.back().const_data_ptr();
-  const Tensor weight = pad_upsample(backend, args.weight, 1, PaddingMode::kZeros, {0, 0}, true, full);
+  const Tensor weight = pad_picture(args.weight, PaddingMode::kZeros, {0, 0}, scope);
   held.push_back(weight);
   prepare_weights(weight, params, scope, held);
   return launch_fused_conv(args, plan, params, schedule, scope);

@@ -10,8 +10,7 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
 
 // The same for inputs of a few channels (pictures): padded in space and to 16 bytes of channels, after which the taps
 // of a kernel's row are neighbours in memory and serve as the channels of one tap.
-std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args,
-                                             const ConvInstanceNormPlan& plan);
+std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan);
 
 // A reflection-padded convolution of stride 1 with few output channels, by the columns of its kernel
 // (csrc/cuda/conv_instance_norm/columns.cu).

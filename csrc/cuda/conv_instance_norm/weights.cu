@@ -1,6 +1,7 @@
 // Weights of any strides as [out_channels, taps, in_channels], for float32 accuracy split in two TF32 numbers.
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
+#include "../common/tf32.cuh"
 #include "../common/types.cuh"
 #include "launch.h"
 
@@ -8,13 +9,6 @@ namespace styleforge::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-// To 11 significant bits, to nearest, ties away from zero (what cvt.rna.tf32.f32 does); NaN and infinity stay.
-__device__ __forceinline__ float round_tf32(float v) {
-  const uint32_t bits = __float_as_uint(v);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return v;
-  return __uint_as_float((bits + 0x1000u) & 0xffffe000u);
-}
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) conv_weights_kernel(const __grid_constant__ ConvWeightsParams p) {
@@ -37,9 +31,10 @@ __global__ void __launch_bounds__(kThreads) conv_weights_kernel(const __grid_con
   }
   if constexpr (sizeof(T) == 4) {
     if (p.output_lo != nullptr) {
-      const float hi = round_tf32(value);
+      const float hi = __uint_as_float(round_bits_to_tf32(__float_as_uint(value)));
+      const uint32_t lo = round_bits_to_tf32(__float_as_uint(value - hi));
       static_cast<float*>(p.output)[index] = hi;
-      static_cast<float*>(p.output_lo)[index] = isfinite(value) ? round_tf32(value - hi) : 0.0f;
+      static_cast<float*>(p.output_lo)[index] = isfinite(value) ? __uint_as_float(lo) : 0.0f;
       return;
     }
   }

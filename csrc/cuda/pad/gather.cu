@@ -7,8 +7,9 @@
 
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
+#include "../common/tf32.cuh"
+#include "../common/types.cuh"
 #include "launch.h"
-#include "tf32.cuh"
 
 namespace styleforge::cuda {
 namespace {
@@ -88,6 +89,34 @@ __global__ void __launch_bounds__(kThreads) gather_nchw(const __grid_constant__ 
   }
 }
 
+// One thread a pixel: it gathers the few channels and writes them as one vector, zeros behind them.
+template <typename Element>
+__global__ void __launch_bounds__(kThreads)
+    gather_picture(const __grid_constant__ PadParams p, int64_t channel_stride, int pixel_stride) {
+  constexpr int kElements = 16 / static_cast<int>(sizeof(Element));
+  wait_for_predecessor();
+  release_successor();
+  const int x = blockIdx.x * kThreads + threadIdx.x;
+  if (x >= p.out_width) return;
+  const int height = static_cast<int>(p.height);
+  const int width = static_cast<int>(p.width);
+  const int sx = source(x - static_cast<int>(p.pad_left), width, p.mode);
+  for (int64_t row = blockIdx.y; row < p.batch * p.out_height; row += gridDim.y) {
+    const int64_t n = row / p.out_height;
+    const int sy = source(static_cast<int>(row - n * p.out_height - p.pad_top), height, p.mode);
+    Vec<Element, kElements> pixel = {};
+    if (sx >= 0 && sy >= 0) {
+      const auto* from = static_cast<const Element*>(p.input) + n * p.channels * p.height * p.width +
+                         (static_cast<int64_t>(sy) * width + sx) * pixel_stride;
+#pragma unroll
+      for (int c = 0; c < kElements; ++c) {
+        if (c < p.channels) pixel.data[c] = from[c * channel_stride];
+      }
+    }
+    static_cast<Vec<Element, kElements>*>(p.output)[row * p.out_width + x] = pixel;
+  }
+}
+
 template <typename Element>
 cudaError_t launch_as(const PadParams& params, const DeviceFacts& facts, cudaStream_t stream) {
   if (params.channels_last) {
@@ -126,6 +155,18 @@ cudaError_t launch_pad_upsample(const PadParams& params, cudaStream_t stream) {
       return launch_as<uint2>(params, facts, stream);
   }
   return cudaErrorInvalidValue;
+}
+
+cudaError_t launch_pad_picture(const PadParams& params, cudaStream_t stream) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const int64_t rows = params.batch * params.out_height;
+  const auto grid = dim3(static_cast<unsigned>(ceil_div(params.out_width, kThreads)),
+                         static_cast<unsigned>(rows < 65535 ? rows : 65535));
+  const int64_t channel_stride = params.channels_last ? 1 : params.height * params.width;
+  const int pixel_stride = params.channels_last ? static_cast<int>(params.channels) : 1;
+  auto* kernel = params.element_size == 2 ? gather_picture<uint16_t> : gather_picture<uint32_t>;
+  return launch(kernel, grid, dim3(kThreads), 0, 1, facts, stream, params, channel_stride, pixel_stride);
 }
 
 }  // namespace styleforge::cuda

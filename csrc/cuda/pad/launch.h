@@ -9,4 +9,8 @@ namespace styleforge::cuda {
 
 cudaError_t launch_pad_upsample(const PadParams& params, cudaStream_t stream);
 
+// A picture: few channels, in channels_last (params.channels_last) or NCHW, to channels_last pixels of exactly 16
+// bytes. Padded as above, without upsampling.
+cudaError_t launch_pad_picture(const PadParams& params, cudaStream_t stream);
+
 }  // namespace styleforge::cuda

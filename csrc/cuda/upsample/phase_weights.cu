@@ -2,8 +2,8 @@
 
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
+#include "../common/tf32.cuh"
 #include "../common/types.cuh"
-#include "../pad/tf32.cuh"
 #include "launch.h"
 
 namespace styleforge::cuda {
