@@ -319,9 +319,12 @@ PATHS: list[tuple[str, str, tuple[int, ...], str]] = [
     ("plane", "contiguous", (1, 10, 80, 66), "plane:cluster"),
     ("plane", "contiguous", (1, 2, 640, 512), "plane:cluster"),
     ("plane", "contiguous", (1, 3, 641, 511), "plane:cluster"),
-    ("", "contiguous", (1, 3, 512, 512), "stream"),
-    ("", "contiguous", (2, 32, 256, 256), "stream"),
-    ("", "contiguous", (1, 10, 80, 66), "stream"),
+    ("", "contiguous", (1, 3, 512, 512), "split:nchw"),
+    ("", "contiguous", (2, 32, 256, 256), "plane:cluster"),
+    ("", "contiguous", (1, 10, 80, 66), "plane:cluster"),
+    ("", "contiguous", (1, 3, 1024, 1024), "stream"),
+    ("", "contiguous", (2, 64, 256, 256), "stream"),
+    ("stream", "contiguous", (1, 3, 512, 512), "stream"),
     ("stream", "contiguous", (4, 64, 16, 16), "stream"),
     ("stream", "contiguous", (3, 5, 8, 1), "stream"),
     ("stream", "contiguous", (2, 131, 52, 50), "stream"),
@@ -604,9 +607,11 @@ def test_gradients_of_large_tensors(sizes: tuple[int, ...], layout: str, dtype: 
         y = (x - mean) * torch.rsqrt(variance + 1e-5) * w[:, None, None] + b[:, None, None]
         return torch.nn.functional.silu(y + r)
 
+    def theirs(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        return torch_instance_norm(x, w, b, 1e-5, "silu", 0.01, r)
+
     poison(x.numel(), dtype, "cuda")
-    results = _gradients(lambda *a: OP(*a[:3], 1e-5, "silu", 0.01, a[3]), [x, w, b, r], grad)
-    theirs = lambda *a: torch_instance_norm(*a[:3], 1e-5, "silu", 0.01, a[3])  # noqa: E731
+    results = _gradients(lambda x, w, b, r: OP(x, w, b, 1e-5, "silu", 0.01, r), [x, w, b, r], grad)
     yardsticks = _gradients(theirs, [x, w, b, r], grad)
     references = _gradients(exact, [t.double() for t in (x, w, b, r)], grad.double())
     for result, yardstick, reference in zip(results, yardsticks, references, strict=True):
@@ -631,8 +636,8 @@ def test_gradients_only_where_asked(device: str) -> None:
         assert got is not None
         assert [i for i, t in enumerate(inputs) if t.grad is not None] == [wanted]
         exact = inputs[wanted].detach().double().cpu().requires_grad_()
-        doubles = [exact if i == wanted else t.detach().double().cpu() for i, t in enumerate(inputs)]
-        instance_norm(*doubles[:3], 1e-5, "tanh", 0.01, doubles[3]).square().sum().backward()
+        x, w, b, r = (exact if i == wanted else t.detach().double().cpu() for i, t in enumerate(inputs))
+        instance_norm(x, w, b, 1e-5, "tanh", 0.01, r).square().sum().backward()
         torch.testing.assert_close(got.cpu().double(), exact.grad, rtol=1e-3, atol=1e-4)
 
 
@@ -685,8 +690,8 @@ def test_opcheck(layout: str, requires_grad: bool, device: str) -> None:
     r = leaf(tensor(2, 3, 6, 5, device=device, layout="channels_last"))
     for args in ((x,), (x, w, b, 1e-5, "relu", 0.01, r), (x, wn, bn, 1e-5, "silu", 0.01, r)):
         for dynamic in (False, True):
-            utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-            utils += ("test_aot_dispatch_dynamic",) if dynamic else ("test_aot_dispatch_static",)
+            dispatch = "test_aot_dispatch_dynamic" if dynamic else "test_aot_dispatch_static"
+            utils = ("test_schema", "test_autograd_registration", "test_faketensor", dispatch)
             torch.library.opcheck(OP.default, args, test_utils=utils)
 
 

@@ -86,6 +86,11 @@ cuda::ConvPrecision precision_of(const Tensor& input, bool tf32) {
   return tf32 ? cuda::ConvPrecision::kTF32 : cuda::ConvPrecision::kIeee;
 }
 
+// cuDNN runs layers of a few input or output channels in float32 also where TF32 is allowed; ours are as accurate.
+cuda::ConvPrecision float32_where_cudnn_has_it(cuda::ConvPrecision precision) {
+  return precision == cuda::ConvPrecision::kTF32 ? cuda::ConvPrecision::kIeee : precision;
+}
+
 // Sizes that both kinds of call share.
 cuda::ConvParams output_params(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
   cuda::ConvParams params;
@@ -183,8 +188,7 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
   const int64_t kernel_w = args.weight.size(3);
   if (args.input.scalar_type() == ScalarType::Double || args.upsample != 1 || args.input.size(1) >= full) return {};
   cuda::ConvParams params = output_params(args, plan);
-  // cuDNN runs such layers in float32 also where TF32 is allowed; so accurate is this one too.
-  if (params.precision == cuda::ConvPrecision::kTF32) params.precision = cuda::ConvPrecision::kIeee;
+  params.precision = float32_where_cudnn_has_it(params.precision);
   const int64_t padded_width = args.input.size(3) + 2 * plan.padding[1];
   params.in_channels = narrow(full * kernel_w);
   params.height = narrow(args.input.size(2) + 2 * plan.padding[0]);
@@ -237,7 +241,7 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   params.pad_left = sum.kernel_w / 2;
   params.mode = PaddingMode::kReflect;
   params.dtype = sum.dtype;
-  params.precision = precision_of(input, tf32);
+  params.precision = float32_where_cudnn_has_it(precision_of(input, tf32));
   const CudaScope scope(input);
   cuda::ConvSchedule schedule;
   bool supported = false;

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../../activation.h"
 
@@ -52,6 +53,26 @@ struct alignas(sizeof(T) * kSize) Vec {
   static constexpr int kWidth = kSize;
   T data[kSize];
 };
+
+// All elements of a vector rounded to T; those of two bytes in pairs, which is one instruction.
+template <typename T, int kSize>
+__device__ __forceinline__ Vec<T, kSize> rounded(const acc_t<T> (&v)[kSize]) {
+  Vec<T, kSize> out;
+  if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
+#pragma unroll
+    for (int k = 0; k < kSize; k += 2) {
+      if constexpr (std::is_same_v<T, __half>) {
+        *reinterpret_cast<__half2*>(&out.data[k]) = __floats2half2_rn(v[k], v[k + 1]);
+      } else {
+        *reinterpret_cast<__nv_bfloat162*>(&out.data[k]) = __floats2bfloat162_rn(v[k], v[k + 1]);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) out.data[k] = from_acc<T>(v[k]);
+  }
+  return out;
+}
 
 template <typename T>
 constexpr int kFullWidth = 16 / sizeof(T);

@@ -24,14 +24,17 @@ struct ChannelTile {
 // Blocks are numbered slices fastest: the slices of one tile are neighbours in memory and run at the same time.
 template <int kWidth>
 __device__ __forceinline__ ChannelTile<kWidth> channel_tile(const InstanceNormParams& p, int lanes, int tiles,
-                                                            int share, int64_t block) {
+                                                            int share, unsigned block) {
   ChannelTile<kWidth> at;
   at.vectors = static_cast<int>(p.channels / kWidth);
-  const int slices = (at.vectors + lanes - 1) / lanes;
-  at.vector = static_cast<int>(block % slices) * lanes + static_cast<int>(threadIdx.x) % lanes;
+  // 32-bit: a division of 64-bit numbers is a hundred instructions, one after the other.
+  const auto slices = static_cast<unsigned>((at.vectors + lanes - 1) / lanes);
+  const unsigned tile = block / slices;
+  const unsigned n = tile / static_cast<unsigned>(tiles);
+  at.vector = static_cast<int>(block - tile * slices) * lanes + static_cast<int>(threadIdx.x) % lanes;
   at.active = at.vector < at.vectors;
-  at.tile = static_cast<int>(block / slices % tiles);
-  at.n = block / slices / tiles;
+  at.tile = static_cast<int>(tile - n * tiles);
+  at.n = n;
   at.row = static_cast<int>(threadIdx.x) / lanes;
   at.rows = kTileThreads / lanes;
   at.begin = static_cast<int64_t>(at.tile) * share;

@@ -3,7 +3,7 @@
 //   path     format         what stays on chip                                launches  where
 //   plane    NCHW           a plane, in one block's or one cluster's shared      1      plane.cu
 //                           memory: one read, one write
-//   stream   NCHW           tiles of planes on their way through shared memory:  2      stream.cu
+//   stream   NCHW           tiles of planes on their way through shared memory: 1 - 2    stream.cu
 //                           one read, one write, planes of any size (sm_90+)
 //   slab     channels_last  a few neighbouring channels of one sample, all       1      slab.cu
 //                           their pixels, in a block or cluster
@@ -29,11 +29,12 @@ struct InstanceNormSchedule {
   int64_t share = 0;  // plane, slab: vectors or pixels a block holds; split, stream: those of one tile
   int64_t parts = 1;  // split, stream: tiles of a plane or sample
   int64_t lead = 0;   // split, NCHW: > 0 takes the ticket kernel, by how many tiles pass 1 runs ahead
-  // stream: tiles that a block holds, blocks, tickets that a block draws at first (0: tiles by block number), and
-  // whether the L2 cache is to let go of the input and the output first
+  // stream: tiles that a block holds, blocks, tiles that a block has by its number (0: all) and tickets that it draws
+  // at once after those, and whether the L2 cache is to let go of the input and the output first
   int stages = 1;
   int blocks = 0;
   int first = 0;
+  int fill = 1;
   bool read_once = false;
   bool stream_stores = false;
   size_t shared_bytes = 0;

@@ -45,7 +45,7 @@ struct Moments {
     Acc sum = 0;
 #pragma unroll
     for (int k = 0; k < V::kWidth; ++k) sum += column[k];
-    own.mean = sum / own.count;
+    own.mean = sum * reciprocal(own.count);
 #pragma unroll
     for (int k = 0; k < V::kWidth; ++k) column[k] = 0;
 #pragma unroll
@@ -87,6 +87,38 @@ __device__ __forceinline__ Moments<Acc> merge_moments(Acc total, Each&& each, Su
 template <typename Acc>
 __device__ __forceinline__ Moments<Acc> merge_lanes(Acc total, const Moments<Acc>& own) {
   return merge_moments(total, [&](auto visit) { visit(own); }, [](Acc v) { return warp_sum(v); });
+}
+
+// Of `count` vectors that threads of a group of kStride take in turn (thread t takes t, t + kStride, ...): how many
+// warp `w` of the group has.
+template <int kStride>
+__device__ __forceinline__ int warp_vectors(int w, int count) {
+  const int rows = count / kStride;
+  return rows * kWarp + min(max(count - rows * kStride - w * kWarp, 0), kWarp);
+}
+
+// The sets of a block's kWarps warps, one each (`own`, the same in every lane); every thread gets the result. One
+// barrier. kWarps is a power of two.
+template <int kWarps, typename Acc>
+__device__ __forceinline__ Moments<Acc> merge_warps_of_block(Acc total, const Moments<Acc>& own,
+                                                             Acc (&scratch)[3][kWarps]) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  if (lane == 0) {
+    scratch[0][warp] = own.count;
+    scratch[1][warp] = own.mean;
+    scratch[2][warp] = own.m2;
+  }
+  __syncthreads();
+  const int from = lane % kWarps;
+  const Moments<Acc> part{scratch[0][from], scratch[1][from], scratch[2][from]};
+  return merge_moments(
+      total, [&](auto visit) { visit(part); },
+      [](Acc v) {
+#pragma unroll
+        for (int offset = kWarps / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+        return v;
+      });
 }
 
 template <typename Acc>

@@ -1,6 +1,6 @@
-// The moments of tiles, handed from block to block through global memory without a counter or a fence: a part says by
-// itself whether it is there. M2 is never negative, so the sign of its word is free: set, the part is there. Memory
-// starts as zeros.
+// The moments of tiles, handed from block to block through global memory; for readers that wait, without a counter or a
+// fence: a part says by itself whether it is there. M2 is never negative, so the sign of its word is free: set, the
+// part is there. Memory starts as zeros.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,23 @@ struct alignas(2 * sizeof(Acc)) Part {
   Acc mean, m2;
 };
 
-// float: both words in one access.
+// For a reader in a later kernel, or behind a fence: a pair in one access, by way of the L2 cache.
+__device__ __forceinline__ void store_part(Part<float>* at, float mean, float m2) {
+  __stcg(reinterpret_cast<float2*>(at), make_float2(mean, m2));
+}
+__device__ __forceinline__ void store_part(Part<double>* at, double mean, double m2) {
+  __stcg(reinterpret_cast<double2*>(at), make_double2(mean, m2));
+}
+__device__ __forceinline__ Part<float> load_part(const Part<float>* at) {
+  const float2 both = __ldcg(reinterpret_cast<const float2*>(at));
+  return {both.x, both.y};
+}
+__device__ __forceinline__ Part<double> load_part(const Part<double>* at) {
+  const double2 both = __ldcg(reinterpret_cast<const double2*>(at));
+  return {both.x, both.y};
+}
+
+// Below: for readers that wait. float: both words in one access.
 __device__ __forceinline__ void publish(Part<float>* at, float mean, float m2) {
   const uint64_t low = __float_as_uint(mean);
   const uint64_t high = __float_as_uint(m2) | 0x80000000u;

@@ -23,7 +23,7 @@ namespace {
 constexpr int kUnroll = 8;  // loads in flight for each thread
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(1024) plane_kernel(const __grid_constant__ InstanceNormParams p, int share) {
+__global__ void __launch_bounds__(1024, 1) plane_kernel(const __grid_constant__ InstanceNormParams p, int share) {
   using V = Vec<T, kWidth>;
   using Acc = acc_t<T>;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -33,14 +33,14 @@ __global__ void __launch_bounds__(1024) plane_kernel(const __grid_constant__ Ins
 
   const int blocks = static_cast<int>(cluster_size());
   const int rank = static_cast<int>(cluster_rank());
-  const int64_t plane = blockIdx.x / blocks;
+  const unsigned plane = blockIdx.x / static_cast<unsigned>(blocks);
   const int vectors = static_cast<int>(p.pixels / kWidth);
   const int begin = min(rank * share, vectors);
   const int count = min(share, vectors - begin);
-  const int64_t first = plane * vectors + begin;
+  const int64_t first = static_cast<int64_t>(plane) * vectors + begin;
 
   wait_for_predecessor();
-  const int64_t param = plane / p.channels * p.param_batch_stride + plane % p.channels;
+  const int64_t param = param_of(p, plane);
   const Acc weight = load_param(p.weight, p.param_dtype, param, Acc(1));
   const Acc shift = load_param(p.bias, p.param_dtype, param, Acc(0));
 
@@ -108,24 +108,30 @@ __global__ void __launch_bounds__(1024) plane_kernel(const __grid_constant__ Ins
   // 4. normalise
   if (rank == 0 && threadIdx.x == 0) store_statistics(p, plane, mean, rstd);
   const PlaneAffine<Acc> affine{mean, rstd * weight, shift};
-  const auto finish = [&](const V& x, const V& r) { return normalize(p, affine, x, r); };
-  if (p.residual == nullptr) {
-#pragma unroll 4
-    for (i = threadIdx.x; i < count; i += stride) store(p.output, first + i, finish(held[i], V{}));
-  } else {
-    constexpr int kBatch = 4;
+  switch_finish(p, [&]<Finish kFinish>() {
+    if (!has_residual<kFinish>(p)) {
+#pragma unroll(kFinish == Finish::kSmooth ? 1 : 4)
+      for (i = threadIdx.x; i < count; i += stride) {
+        store(p.output, first + i, normalize<kFinish>(p, affine, held[i], V{}));
+      }
+      return;
+    }
+    constexpr int kBatch = kFinish == Finish::kSmooth ? 1 : 4;
     for (i = threadIdx.x; i + (kBatch - 1) * stride < count; i += kBatch * stride) {
       V r[kBatch];
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) r[u] = load_const<V>(p.residual, first + i + u * stride);
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) store(p.output, first + i + u * stride, finish(held[i + u * stride], r[u]));
+      for (int u = 0; u < kBatch; ++u) {
+        store(p.output, first + i + u * stride, normalize<kFinish>(p, affine, held[i + u * stride], r[u]));
+      }
     }
+#pragma unroll 1
     for (; i < count; i += stride) {
       const V r = load_const<V>(p.residual, first + i);
-      store(p.output, first + i, finish(held[i], r));
+      store(p.output, first + i, normalize<kFinish>(p, affine, held[i], r));
     }
-  }
+  });
   if (blocks > 1) cluster_wait();
 }
 

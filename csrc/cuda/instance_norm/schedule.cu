@@ -28,13 +28,17 @@ constexpr int64_t kStaticShared = 12 * 1024;
 constexpr int64_t kPreferredShare = 64 * 1024;
 constexpr int64_t kLeastShare = 2 * 1024;
 constexpr int64_t kLargestSlabTensor = 12 << 20;  // bytes of one sample
-// Stream: what a block's ring holds at most, what it asks for at first, and the tensors and planes it is for.
-constexpr int64_t kStreamRing = 192 * 1024;
-constexpr int64_t kStreamFirst = 64 * 1024;
+// Stream: what a block's ring holds at most, what of it is loaded before a ticket is drawn, and the tensors and planes
+// it is for. Measured: smaller tiles, and more of them, pay for planes of more than kManyTiles.
+constexpr int64_t kStreamRing = 224 * 1024;
+constexpr int64_t kStreamFirst = 96 * 1024;
+constexpr int64_t kManyTiles = 64;
+constexpr int64_t kManyTilesRing = 208 * 1024;
 constexpr int64_t kStreamStatic = 3 * 1024;  // barriers and statistics, declared statically
 constexpr int64_t kLeastStreamTile = 4 * 1024;
-constexpr int64_t kLeastStreamPlane = 16 * 1024;
-constexpr int64_t kLeastStreamTensor = 16 << 20;
+constexpr int64_t kLeastStreamTensor = 8 << 20;   // bytes, where no cluster holds a plane
+constexpr int64_t kLeastAgainstPlane = 24 << 20;  // where one does
+constexpr int64_t kLargestEightfold = 12 << 20;   // clusters of eight against two passes
 constexpr int64_t kMostStreamTiles = 1 << 28;
 constexpr int64_t kLine = 8;  // vectors of a cache line: tiles begin where the plane's lines do
 constexpr int kSplitThreads = 256;
@@ -47,8 +51,9 @@ int round_threads(int64_t wanted, int least, int most) {
 
 // What the environment asks for, read once a call: these are on every call's way, and a look at the environment is not
 // free. STYLEFORGE_TUNE="cluster=8,lanes=4,threads=256,shared=120000,lead=500" is what bench/tune.py tries; 0 or
-// absent: as is. Of the stream path: bytes (of a tile), stages, grid (blocks), first (tickets drawn at first), order
-// (1: tiles by block number, 2: by ticket), cache (1: input leaves the L2 cache first, 2: output, 3: both, 4: neither).
+// absent: as is. Of the stream path: bytes (of a tile), stages, grid (blocks), first (tiles of a block by its number,
+// before it draws tickets), order (1: all by number, 2: as first says), cache (1: input leaves the L2 cache first, 2:
+// output, 3: both, 4: neither).
 struct Overrides {
   const char* path = std::getenv("STYLEFORGE_PATH");
   const char* tune = std::getenv("STYLEFORGE_TUNE");
@@ -109,9 +114,10 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
   cluster = static_cast<int>(overrides.tuned("cluster", cluster));
   s.share = ceil_div(vectors, cluster);
   if (s.share * shape.vector_bytes > facts.max_shared_per_block - kStaticShared) return false;
-  // Measured (bench/tune.py): 16 blocks to a plane lose against two passes, from the L2 cache for a small tensor, by
-  // tickets for a large one.
-  if (cluster == 16 && !overrides.forced("plane")) return false;
+  // Measured (bench/tune.py): 16 blocks to a plane lose against two passes, eight do where all planes together are not
+  // small.
+  const bool loses = cluster == 16 || (cluster == 8 && planes * bytes > kLargestEightfold);
+  if (loses && !overrides.forced("plane")) return false;
   const auto element_bytes = size_of(p.dtype);
   s.path = InstanceNormPath::kPlane;
   s.cluster = cluster;
@@ -132,7 +138,8 @@ bool schedule_stream(const InstanceNormParams& p, const DeviceFacts& facts, cons
   const int64_t plane_bytes = vectors * shape.vector_bytes;
   const int64_t total = planes * plane_bytes;
   // One tile for each multiprocessor where that is enough, else tiles of full size.
-  int64_t parts = ceil_div(plane_bytes, kStreamTile);
+  const bool many = plane_bytes > kManyTiles * kStreamTile;
+  int64_t parts = ceil_div(plane_bytes, many ? kStreamTile / 2 : kStreamTile);
   if (planes <= facts.multiprocessors && plane_bytes <= facts.multiprocessors / planes * kStreamTile) {
     parts = std::max(parts, std::min(facts.multiprocessors / planes, ceil_div(plane_bytes, kLeastStreamTile)));
   }
@@ -144,32 +151,44 @@ bool schedule_stream(const InstanceNormParams& p, const DeviceFacts& facts, cons
   const int64_t stage_bytes = s.share * shape.vector_bytes;
   s.blocks = static_cast<int>(std::min<int64_t>(tiles, overrides.tuned("grid", facts.multiprocessors)));
   const int64_t room = std::min<int64_t>((facts.max_shared_per_block - kStreamStatic) / stage_bytes, kStreamStages);
-  const int64_t stages = overrides.tuned("stages", std::min<int64_t>(kStreamRing / stage_bytes, kStreamStages));
+  const int64_t stages =
+      overrides.tuned("stages", std::min<int64_t>((many ? kManyTilesRing : kStreamRing) / stage_bytes, kStreamStages));
   // Where tiles are drawn, a fast block may hold one more than its share.
   const int64_t useful = tiles <= s.blocks ? 1 : ceil_div(tiles, s.blocks) + 1;
   s.stages = static_cast<int>(std::clamp<int64_t>(std::min(stages, useful), 1, room));
   // The rings must hold a plane with room to spare; see stream.cu for what happens where they do not.
   if (!wanted && s.parts * 2 > static_cast<int64_t>(s.stages) * s.blocks) return false;
-  const bool by_number = overrides.tuned("order", tiles <= s.blocks ? 1 : 2) == 1;
+  // What every block gets for certain: loaded without a ticket, or with one draw. A plane of one tile needs nothing
+  // from other blocks, so nothing is zeroed for it; with tickets, something would be.
+  const int64_t certain = std::clamp<int64_t>(tiles / s.blocks, 1, s.stages);
+  const bool by_number = overrides.tuned("order", tiles <= s.blocks || s.parts == 1 ? 1 : 2) == 1;
   const int64_t first = overrides.tuned("first", std::max<int64_t>(1, kStreamFirst / stage_bytes));
-  s.first = by_number ? 0 : static_cast<int>(std::min<int64_t>(first, s.stages));
+  s.first = by_number ? 0 : static_cast<int>(std::min(first, certain));
+  s.fill = static_cast<int>(std::max<int64_t>(1, certain - s.first));
   const int64_t cache = overrides.tuned("cache", total > facts.l2_bytes / 2 ? 3 : 4);
   s.read_once = (cache & 1) != 0;
   s.stream_stores = (cache & 2) != 0;
   s.shared_bytes = static_cast<size_t>(s.stages * stage_bytes);
   const size_t acc = p.dtype == DType::kFloat64 ? 8 : 4;
-  s.workspace_bytes = (kStreamHead + static_cast<size_t>(tiles) * 2 * acc + 15) / 16 * 16;
+  const bool alone = s.parts == 1 && by_number;
+  s.workspace_bytes = alone ? 0 : (kStreamHead + static_cast<size_t>(tiles) * 2 * acc + 15) / 16 * 16;
   s.path = InstanceNormPath::kStream;
   s.name = "instance_norm:cuda:stream";
   return true;
 }
 
-// Where the stream path is worth its zeroed workspace: the tensor is large, or its planes are few and would be spread
-// over clusters. Tiles of a few KB cost more for their bookkeeping than for their bytes.
+// Measured (H200): the stream path's two launches and its way through three kinds of warps cost microseconds, which
+// single blocks and the L2 cache do not; large tensors earn them back. So not where a plane fits one block
+// (8x64x128x128 in float 21.9 us against 24.8), nor for small tensors (1x3x512x512 two passes 5.3 against 6.3;
+// 1x64x256x256 in half clusters of two 8.6 against 12.0).
 bool prefers_stream(const InstanceNormParams& p, const Shape& shape, const InstanceNormSchedule* plane) {
-  const int64_t plane_bytes = p.pixels / shape.width * shape.vector_bytes;
-  if (plane_bytes < kLeastStreamPlane) return false;
-  return plane == nullptr || plane->cluster > 1 || p.batch * p.channels * plane_bytes >= kLeastStreamTensor;
+  const int64_t total = p.batch * p.channels * (p.pixels / shape.width * shape.vector_bytes);
+  if (plane != nullptr) return plane->cluster > 1 && total >= kLeastAgainstPlane;
+  const int64_t planes = p.batch * p.channels;
+  // Two passes keep up as long as the L2 cache holds the tensor and a plane has few tiles (1x32x512x512 in half 13.2 us
+  // against 16.6; 1x3x1024x1024 in float 14.0 against 12.5).
+  const bool few_tiles = total / planes <= kManyTiles * kStreamTile;
+  return total >= (few_tiles ? kLeastAgainstPlane : kLeastStreamTensor);
 }
 
 int lanes_for(int64_t vectors) {

@@ -39,12 +39,13 @@ __global__ void __launch_bounds__(512) slab_kernel(const __grid_constant__ Insta
   const int rank = static_cast<int>(cluster_rank());
   const int vectors = static_cast<int>(p.channels / kWidth);  // of one pixel
   const int slabs = (vectors + lanes - 1) / lanes;
-  const int64_t unit = blockIdx.x / blocks;
-  const int64_t n = unit / slabs;
+  const unsigned unit = blockIdx.x / static_cast<unsigned>(blocks);
+  const int64_t n = unit / static_cast<unsigned>(slabs);
+  const int slab = static_cast<int>(unit - static_cast<unsigned>(n) * slabs);
   const int lane = threadIdx.x % lanes;
   const int row = threadIdx.x / lanes;
   const int rows = blockDim.x / lanes;
-  const int vector = static_cast<int>(unit % slabs) * lanes + lane;
+  const int vector = slab * lanes + lane;
   const bool active = vector < vectors;
   const int pixels = static_cast<int>(p.pixels);
   const int begin = min(rank * share, pixels);
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(512) slab_kernel(const __grid_constant__ Insta
   // Thread j < channels takes care of the slab's channel j between the passes; its parameters are on their way
   // meanwhile.
   const int channels = lanes * kWidth;
-  const int64_t channel = static_cast<int64_t>(unit % slabs) * channels + threadIdx.x;
+  const int64_t channel = static_cast<int64_t>(slab) * channels + threadIdx.x;
   const bool owns = threadIdx.x < channels && channel < p.channels;
   const int64_t param = owns ? n * p.param_batch_stride + channel : 0;
   const Acc weight = load_param(p.weight, p.param_dtype, param, Acc(1));
@@ -169,32 +170,30 @@ __global__ void __launch_bounds__(512) slab_kernel(const __grid_constant__ Insta
       affine.scale[k] = result[1][lane * kWidth + k];
       affine.shift[k] = result[2][lane * kWidth + k];
     }
-    const auto finish = [&](const V& x, const V& r) { return normalize(p, affine, x, r); };
-    i = row;
-    if (p.residual != nullptr) {
-      constexpr int kBatch = 4;
-      for (; i + (kBatch - 1) * rows < count; i += kBatch * rows) {
-        V r[kBatch];
+    switch_finish(p, [&]<Finish kFinish>() {
+      i = row;
+      if constexpr (kFinish == Finish::kResidual) {
+        constexpr int kBatch = 4;
+        for (; i + (kBatch - 1) * rows < count; i += kBatch * rows) {
+          V r[kBatch];
 #pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          r[u] = load_const<V>(p.residual, first + static_cast<int64_t>(i + u * rows) * vectors);
-        }
+          for (int u = 0; u < kBatch; ++u) {
+            r[u] = load_const<V>(p.residual, first + static_cast<int64_t>(i + u * rows) * vectors);
+          }
 #pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          store(p.output, first + static_cast<int64_t>(i + u * rows) * vectors,
-                finish(held[(i + u * rows) * lanes + lane], r[u]));
+          for (int u = 0; u < kBatch; ++u) {
+            store(p.output, first + static_cast<int64_t>(i + u * rows) * vectors,
+                  normalize<kFinish>(p, affine, held[(i + u * rows) * lanes + lane], r[u]));
+          }
         }
       }
-    }
-    for (; i < count; i += rows) {
-      const int64_t index = first + static_cast<int64_t>(i) * vectors;
-      if (p.residual != nullptr) {
-        const V r = load_const<V>(p.residual, index);
-        store(p.output, index, finish(held[i * lanes + lane], r));
-      } else {
-        store(p.output, index, finish(held[i * lanes + lane], V{}));
+#pragma unroll(kFinish == Finish::kPlain ? 4 : 1)
+      for (; i < count; i += rows) {
+        const int64_t index = first + static_cast<int64_t>(i) * vectors;
+        const V r = has_residual<kFinish>(p) ? load_const<V>(p.residual, index) : V{};
+        store(p.output, index, normalize<kFinish>(p, affine, held[i * lanes + lane], r));
       }
-    }
+    });
   }
   if (blocks > 1) cluster_wait();
 }

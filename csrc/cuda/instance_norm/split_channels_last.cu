@@ -119,49 +119,62 @@ __global__ void __launch_bounds__(kTileThreads)
     const int i = at.row + u * at.rows;
     if (at.active && i < at.count) ahead[u] = load_const<V>(p.input, source_vector(p, at, i));
   }
+  // Statistics and parameters of the block's channels, one thread a channel: read by all threads for themselves, those
+  // few lines of the L2 cache would be what everything waits for.
+  __shared__ __align__(16) Acc facts[3][kMaxLanes * kWidth];  // mean, scale, shift
+  const int own = static_cast<int>(threadIdx.x);
+  const int channels = static_cast<int>(p.channels);
+  const int channel = (at.vector - own % lanes) * kWidth + own;
+  const bool owns = own < lanes * kWidth && channel < channels;
+  const int64_t param = at.n * p.param_batch_stride + channel;
+  const Acc weight = owns ? load_param(p.weight, p.param_dtype, param, Acc(1)) : Acc(0);
+  const Acc bias = owns ? load_param(p.bias, p.param_dtype, param, Acc(0)) : Acc(0);
   wait_for_predecessor();
   release_successor();
+  if (owns) {
+    facts[0][own] = mean_in[at.n * channels + channel];
+    facts[1][own] = rstd_in[at.n * channels + channel] * weight;
+    facts[2][own] = bias;
+  }
+  __syncthreads();
   if (!at.active) return;
   ChannelAffine<Acc, kWidth> affine;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
-    const int64_t c = static_cast<int64_t>(at.vector) * kWidth + k;
-    const int64_t param = at.n * p.param_batch_stride + c;
-    affine.mean[k] = mean_in[at.n * p.channels + c];
-    affine.scale[k] = rstd_in[at.n * p.channels + c] * load_param(p.weight, p.param_dtype, param, Acc(1));
-    affine.shift[k] = load_param(p.bias, p.param_dtype, param, Acc(0));
+    const int column = own % lanes * kWidth + k;
+    affine.mean[k] = facts[0][column];
+    affine.scale[k] = facts[1][column];
+    affine.shift[k] = facts[2][column];
   }
-  const bool has_residual = p.residual != nullptr;
-  const auto finish = [&](const V& x, const V& r) { return normalize(p, affine, x, r); };
-  const auto residual_at = [&](int i, const V& unused) {
-    return has_residual ? load_const<V>(p.residual, at.index(i)) : unused;
-  };
+  switch_finish(p, [&]<Finish kFinish>() {
+    const auto residual_at = [&](int i, const V& unused) {
+      return has_residual<kFinish>(p) ? load_const<V>(p.residual, at.index(i)) : unused;
+    };
+    const auto put = [&](int i, const V& x, const V& r) {
+      store(p.output, at.index(i), normalize<kFinish>(p, affine, x, r));
+    };
 #pragma unroll
-  for (int u = 0; u < kAhead; ++u) {
-    const int i = at.row + u * at.rows;
-    if (i < at.count) store(p.output, at.index(i), finish(ahead[u], residual_at(i, ahead[u])));
-  }
-  constexpr int kApplyBatch = 4;
-  int i = at.row + kAhead * at.rows;
-  for (; i + (kApplyBatch - 1) * at.rows < at.count; i += kApplyBatch * at.rows) {
-    V x[kApplyBatch], r[kApplyBatch];
-#pragma unroll
-    for (int u = 0; u < kApplyBatch; ++u) x[u] = load_const<V>(p.input, source_vector(p, at, i + u * at.rows));
-#pragma unroll
-    for (int u = 0; u < kApplyBatch; ++u) r[u] = x[u];  // never used uninitialised, never read without a residual
-    if (has_residual) {
-#pragma unroll
-      for (int u = 0; u < kApplyBatch; ++u) r[u] = load_const<V>(p.residual, at.index(i + u * at.rows));
+    for (int u = 0; u < kAhead; ++u) {
+      const int i = at.row + u * at.rows;
+      if (i < at.count) put(i, ahead[u], residual_at(i, ahead[u]));
     }
+    constexpr int kApplyBatch = kFinish == Finish::kSmooth ? 2 : 4;
+    int i = at.row + kAhead * at.rows;
+    for (; i + (kApplyBatch - 1) * at.rows < at.count; i += kApplyBatch * at.rows) {
+      V x[kApplyBatch], r[kApplyBatch];
 #pragma unroll
-    for (int u = 0; u < kApplyBatch; ++u) {
-      store(p.output, at.index(i + u * at.rows), finish(x[u], r[u]));
+      for (int u = 0; u < kApplyBatch; ++u) x[u] = load_const<V>(p.input, source_vector(p, at, i + u * at.rows));
+#pragma unroll
+      for (int u = 0; u < kApplyBatch; ++u) r[u] = residual_at(i + u * at.rows, x[u]);
+#pragma unroll
+      for (int u = 0; u < kApplyBatch; ++u) put(i + u * at.rows, x[u], r[u]);
     }
-  }
-  for (; i < at.count; i += at.rows) {
-    const V x = load_const<V>(p.input, source_vector(p, at, i));
-    store(p.output, at.index(i), finish(x, residual_at(i, x)));
-  }
+#pragma unroll 1
+    for (; i < at.count; i += at.rows) {
+      const V x = load_const<V>(p.input, source_vector(p, at, i));
+      put(i, x, residual_at(i, x));
+    }
+  });
 }
 
 }  // namespace

@@ -4,21 +4,23 @@
 //
 //            draw, bulk load          full            moments -> parts[]
 //   producer ----------------> stage ------> stats ---------------------.
-//       ^                        |                                      | (global memory, all blocks)
-//       |         empty          v            ready                     v
-//       '----------------------apply <-------------- mergers <-- all parts of the plane are there
+//       ^                        |             | summed                 | (global memory, all blocks)
+//       |         empty          v    ready    v                        v
+//       '----------------------apply <------ mergers <------- all parts of the plane are there
 //
-//   warp 0        producer  draws tiles in order, waits until a stage is free, starts its load
+//   warp 0        producer  gets tiles in order, waits until a stage is free, starts its load
 //   warps 1-3     mergers   take tiles in turn, wait for all parts of the tile's plane, merge them in their order
 //   warps 4-7     stats     (mean, M2) of a tile from shared memory; the last of the four publishes it
 //   warps 8-15    apply     stage -> registers (the stage is free again), normalise, residual, activate, store
 //
-// Tiles are drawn by ticket, so the tiles of the oldest unfinished plane are always with blocks that run, and what a
-// block publishes waits for nobody. One case is left: a plane of more tiles than the rings of the blocks that run have
-// stages (a slice of a GPU, many streams). A merger that has waited kPatience takes the missing parts itself, from
-// global memory and to the bit as their owner takes them. So every block by itself always gets on, and a grid of one
-// block is correct for any plane. It also allows to give tiles to blocks by number, without a ticket, where there is no
-// more than one for each: the loads then start before the predecessor has zeroed the parts.
+// A block's first tiles are its own by number, so that their loads start before the workspace is zeroed; the others are
+// drawn by ticket, so that blocks end together. What a block publishes waits for nobody, and where all blocks run the
+// tiles of the oldest unfinished plane are always with one. Two cases are left: blocks that cannot run yet, and a plane
+// of more tiles than the rings of the blocks that run have stages (a slice of a GPU, many streams). A merger that has
+// waited kPatience takes the missing parts itself, from global memory and to the bit as their owner takes them. So
+// every block by itself always gets on, and a grid of one block is correct for any plane.
+//
+// A plane of one tile concerns no other block: nothing goes through global memory, and there is no workspace to zero.
 //
 // In place: only a tile's owner writes it, and only after the tile's part is published. A merger that read a tile of
 // another block looks at its part again afterwards, and drops what it computed if the part is there by then.
@@ -31,12 +33,12 @@
 #include "moments.cuh"
 #include "normalize.cuh"
 #include "parts.cuh"
+#include "tile_moments.cuh"
 
 namespace styleforge::cuda {
 namespace {
 
 constexpr int kMergers = 3;
-constexpr int kStatsWarps = 4;
 constexpr int kApplyWarps = 8;
 constexpr int kFirstStats = 1 + kMergers;
 constexpr int kFirstApply = kFirstStats + kStatsWarps;
@@ -46,9 +48,6 @@ constexpr int kZeroThreads = 128;
 // Parts that a lane of a merger looks for at a time.
 template <typename Acc>
 constexpr int kPartsHeld = sizeof(Acc) == 8 ? 2 : 4;
-// Vectors that a stats thread takes from shared memory at a time: as many as its registers hold converted.
-template <typename V>
-constexpr int kBatch = V::kWidth == 4 ? 8 : 4;
 static_assert(kHeld * kApplyWarps * kWarp * 16 == kStreamTile);
 
 // Not all registers of a multiprocessor, so that the next kernel's first blocks can come while these drain.
@@ -63,23 +62,26 @@ struct StreamCut {
   int parts;   // tiles of a plane
   int share;   // vectors of a tile, the plane's last one may have fewer
   int stages;  // up to kStreamStages
-  int first;   // tickets that a block draws at once when it starts; 0: tile blockIdx.x, + gridDim.x, ...
+  int first;   // a block's first tiles are blockIdx.x, + gridDim.x, ..., this many; 0: all are
+  int fill;    // tickets that it draws at once after those
   int stage_bytes;
   bool read_once;      // loads are the first that the L2 cache lets go
   bool stream_stores;  // stores, too
+  bool alone;          // no workspace: tiles are planes, and all are given by number
 };
 
 #ifdef STYLEFORGE_HAS_BULK_COPY
 
-constexpr int kTaken = 4;              // vectors that an apply thread takes from shared memory at a time
+constexpr unsigned kPause = 40;        // nanoseconds between two looks at parts that are not there
 constexpr uint64_t kPatience = 20000;  // nanoseconds: many times what a plane takes where all is well
 
 template <typename Acc>
 struct Ring {
-  uint64_t full[kStreamStages], ready[kStreamStages], empty[kStreamStages];
+  uint64_t full[kStreamStages], summed[kStreamStages], ready[kStreamStages], empty[kStreamStages];
   int tile[kStreamStages];        // -1: no more
   unsigned taken[kStreamStages];  // stats warps that are done, over all rounds
   Part<Acc> warp_part[kStreamStages][kStatsWarps];
+  Part<Acc> part[kStreamStages];
   PlaneAffine<Acc> affine[kStreamStages];
 };
 
@@ -105,87 +107,10 @@ struct Span {
 template <int kWidth>
 __device__ __forceinline__ Span span_of(const InstanceNormParams& p, const StreamCut& cut, int tile) {
   const int vectors = static_cast<int>(p.pixels / kWidth);
-  const int plane = tile / cut.parts;
+  const int plane = cut.parts == 1 ? tile : static_cast<int>(static_cast<unsigned>(tile) / cut.parts);
   const int part = tile - plane * cut.parts;
   const int begin = part * cut.share;
   return {plane, static_cast<int64_t>(plane) * vectors + begin, part, min(cut.share, vectors - begin)};
-}
-
-// Vectors of a tile that stats warp `w` takes: 32 w + lane, + 128, ...
-__device__ __forceinline__ int warp_vectors(int w, int count) {
-  constexpr int kStride = kStatsWarps * kWarp;
-  const int rows = count / kStride;
-  return rows * kWarp + min(max(count - rows * kStride - w * kWarp, 0), kWarp);
-}
-
-// Their moments; every lane gets the result.
-template <typename V, typename Acc, typename Load>
-__device__ __forceinline__ Moments<Acc> warp_moments(int w, int count, Load&& load) {
-  constexpr int kStride = kStatsWarps * kWarp;
-  Moments<Acc> own;
-  int base = w * kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (; base + (kBatch<V> - 1) * kStride + kWarp <= count; base += kBatch<V> * kStride) {
-    V v[kBatch<V>];
-#pragma unroll
-    for (int u = 0; u < kBatch<V>; ++u) v[u] = load(base + lane + u * kStride);
-    own.add(v, kBatch<V>);
-  }
-  for (; base < count; base += kBatch<V> * kStride) {
-    V v[kBatch<V>];
-    const int present = min(max((count - base - lane + kStride - 1) / kStride, 0), kBatch<V>);
-#pragma unroll
-    for (int u = 0; u < kBatch<V>; ++u) {
-      if (u < present) v[u] = load(base + lane + u * kStride);
-    }
-    own.add(v, present);
-  }
-  return merge_lanes(static_cast<Acc>(warp_vectors(w, count) * V::kWidth), own);
-}
-
-template <int kWidth, typename Acc>
-__device__ __forceinline__ Moments<Acc> merge_warps(int count, const Moments<Acc> (&of)[kStatsWarps]) {
-  return merge_moments(
-      static_cast<Acc>(count) * kWidth,
-      [&](auto visit) {
-#pragma unroll
-        for (int w = 0; w < kStatsWarps; ++w) visit(of[w]);
-      },
-      [](Acc v) { return v; });
-}
-
-// A warp takes and publishes what is missing of a plane's parts. Not inlined: it is hardly ever called, and its
-// registers would count for all.
-template <typename T>
-__device__ __noinline__ void help(Part<acc_t<T>>* first, int count, const uint4* from, int vectors, int share) {
-  using V = Vec<T, kFullWidth<T>>;
-  using Acc = acc_t<T>;
-  for (int j = 0; j < count; ++j, from += share, vectors -= share) {
-    Moments<Acc> seen;
-    if (__all_sync(0xffffffffu, look(first + j, seen))) continue;
-    const int own = min(share, vectors);
-    Moments<Acc> mine;  // lane w holds those of stats warp w: a loop that is not unrolled needs fewer registers
-#pragma unroll 1
-    for (int w = 0; w < kStatsWarps; ++w) {
-      const auto taken = warp_moments<V, Acc>(w, own, [&](int i) {
-        V v;
-        *reinterpret_cast<uint4*>(&v) = __ldcg(from + i);
-        return v;
-      });
-      if (static_cast<int>(threadIdx.x) % kWarp == w) mine = taken;
-    }
-    Moments<Acc> of[kStatsWarps];
-#pragma unroll
-    for (int w = 0; w < kStatsWarps; ++w) {
-      of[w] = {__shfl_sync(0xffffffffu, mine.count, w), __shfl_sync(0xffffffffu, mine.mean, w),
-               __shfl_sync(0xffffffffu, mine.m2, w)};
-    }
-    const auto taken = merge_warps<V::kWidth>(own, of);
-    __threadfence();
-    if (__any_sync(0xffffffffu, look(first + j, seen))) continue;
-    if (threadIdx.x % kWarp == 0) publish(first + j, taken.mean, taken.m2);
-    __syncwarp();
-  }
 }
 
 __device__ __forceinline__ uint64_t nanoseconds() {
@@ -212,23 +137,22 @@ struct Stream {
 
   // One thread.
   __device__ __forceinline__ void produce() const {
-    Turn turn;
+    // The zero kernel waited for the input before it let this one start.
+    if (cut.alone) wait_for_predecessor();
+    const int blocks = static_cast<int>(gridDim.x);
     int next = static_cast<int>(blockIdx.x);
     int drawn = 0;  // tickets in hand
-    if (cut.first > 0) {
-      wait_for_predecessor();
-      drawn = cut.first;
-      next = static_cast<int>(atomicAdd(tickets, static_cast<unsigned>(drawn)));
-    }
+    Turn turn;
     for (int used = 0;; ++used, turn.next(cut.stages)) {
       const int s = turn.stage;
       const bool again = used >= cut.stages;
-      if (cut.first > 0 && drawn == 0) {
+      if (cut.first > 0 && used >= cut.first && drawn == 0) {
         // Once its statistics are known the stage becomes free whatever other blocks do. Not earlier: a ticket in hand
         // that waits for its own plane would wait for kPatience.
         if (again) mbarrier_wait(&ring.ready[s], turn.parity ^ 1);
-        next = static_cast<int>(atomicAdd(tickets, 1u));
-        drawn = 1;
+        if (used == cut.first) wait_for_predecessor();
+        drawn = used == cut.first ? cut.fill : 1;
+        next = cut.first * blocks + static_cast<int>(atomicAdd(tickets, static_cast<unsigned>(drawn)));
       }
       if (again) mbarrier_wait(&ring.empty[s], turn.parity ^ 1);
       if (next >= cut.tiles) {
@@ -246,11 +170,11 @@ struct Stream {
       } else {
         bulk_load(stage(s), from, bytes, &ring.full[s]);
       }
-      if (cut.first > 0) {
+      if (drawn > 0) {
         --drawn;
         ++next;
       } else {
-        next += static_cast<int>(gridDim.x);
+        next += blocks;
       }
     }
     release_successor();
@@ -258,7 +182,7 @@ struct Stream {
 
   // Stats warp `w`.
   __device__ __forceinline__ void take_moments(int w) const {
-    wait_for_predecessor();
+    bool waited = cut.alone;
     for (Turn turn;; turn.next(cut.stages)) {
       const int s = turn.stage;
       mbarrier_wait(&ring.full[s], turn.parity);
@@ -277,10 +201,14 @@ struct Stream {
 #pragma unroll
           for (int v = 0; v < kStatsWarps; ++v) {
             const volatile Part<Acc>& part = ring.warp_part[s][v];
-            of[v] = {static_cast<Acc>(warp_vectors(v, count) * kWidth), part.mean, part.m2};
+            of[v] = {static_cast<Acc>(warp_vectors<kStatsWarps * kWarp>(v, count) * kWidth), part.mean, part.m2};
           }
           const auto merged = merge_warps<kWidth>(count, of);
-          publish(&parts[tile], merged.mean, merged.m2);
+          if (!waited) wait_for_predecessor();  // the first tile's moments are taken while the parts become zero
+          waited = true;
+          if (!cut.alone) publish(&parts[tile], merged.mean, merged.m2);
+          ring.part[s] = {merged.mean, merged.m2};
+          mbarrier_arrive(&ring.summed[s]);
         }
         mbarrier_arrive(&ring.empty[s]);
       }
@@ -330,6 +258,9 @@ struct Stream {
         missing |= !there[u];
       }
       if (!__any_sync(0xffffffffu, missing)) return true;
+      // All mergers of the device ask for these few lines; asked for without a pause, they would hold up what else goes
+      // through their slices of the L2 cache.
+      __nanosleep(kPause);
       const uint64_t now = __shfl_sync(0xffffffffu, nanoseconds(), 0);
       if (since == 0) since = now;
       if (now - since > kPatience) return false;
@@ -338,7 +269,6 @@ struct Stream {
 
   // Merger `m` takes tiles m, m + kMergers, ... of the block.
   __device__ __forceinline__ void merge(int m) const {
-    wait_for_predecessor();
     int64_t known = -1;
     Acc mean = 0, rstd = 0, weight = 0, shift = 0;
     int others = m;  // tiles until the next of its own
@@ -354,14 +284,19 @@ struct Stream {
       const Span at = span(tile);
       if (at.plane != known) {
         // On their way while the parts are waited for.
-        const int64_t param = at.plane / p.channels * p.param_batch_stride + at.plane % p.channels;
+        const int64_t param = param_of(p, static_cast<unsigned>(at.plane));
         weight = load_param(p.weight, p.param_dtype, param, Acc(1));
         shift = load_param(p.bias, p.param_dtype, param, Acc(0));
-        Moments<Acc> whole;
-        while (!plane_moments(at.plane, whole)) {
-          const int vectors = static_cast<int>(p.pixels / kWidth);
-          help<T>(parts + at.plane * cut.parts, cut.parts, reinterpret_cast<const uint4*>(p.input) + at.plane * vectors,
-                  vectors, cut.share);
+        // Before this tile's part is there, no look at the others is of use.
+        mbarrier_wait(&ring.summed[s], turn.parity);
+        Moments<Acc> whole{static_cast<Acc>(p.pixels), ring.part[s].mean, ring.part[s].m2};
+        if (cut.parts > 1) {
+          wait_for_predecessor();
+          while (!plane_moments(at.plane, whole)) {
+            const int vectors = static_cast<int>(p.pixels / kWidth);
+            help<T>(parts + at.plane * cut.parts, cut.parts,
+                    reinterpret_cast<const uint4*>(p.input) + at.plane * vectors, vectors, cut.share);
+          }
         }
         known = at.plane;
         mean = whole.mean;
@@ -377,26 +312,34 @@ struct Stream {
   }
 
   // Apply thread `t`.
+  template <Finish kFinish>
   __device__ __forceinline__ void apply(int t) const {
     constexpr int kStride = kApplyWarps * kWarp;
+    // Vectors that a thread takes from shared memory at a time. The short code is unrolled and has the residual on its
+    // way while the statistics are waited for; the long code is a loop.
+    constexpr bool kLong = kFinish == Finish::kSmooth;
+    constexpr int kTaken = kLong ? 2 : 4;
+    constexpr int kAhead = kLong ? kTaken : kHeld;
+    const auto load_residual = [&](uint4(&r)[kAhead], const Span& at, int from) {
+      const uint4* residual = reinterpret_cast<const uint4*>(p.residual) + at.first;
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int i = t + (from + u) * kStride;
+        if (i < at.count) r[u] = __ldg(residual + i);
+      }
+    };
     for (Turn turn;; turn.next(cut.stages)) {
       const int s = turn.stage;
       mbarrier_wait(&ring.full[s], turn.parity);
       const int tile = ring.tile[s];
       if (tile < 0) return;
       const Span at = span(tile);
-      uint4 r[kHeld] = {};  // as raw words: elements of two bytes, zeroed, take a register each
-      if (p.residual != nullptr) {
-        const uint4* residual = reinterpret_cast<const uint4*>(p.residual) + at.first;
-#pragma unroll
-        for (int u = 0; u < kHeld; ++u) {
-          if (t + u * kStride < at.count) r[u] = __ldg(residual + t + u * kStride);
-        }
-      }
+      uint4 r[kAhead] = {};  // as raw words: elements of two bytes, zeroed, take a register each
+      if (!kLong && has_residual<kFinish>(p)) load_residual(r, at, 0);
       mbarrier_wait(&ring.ready[s], turn.parity);
       const PlaneAffine<Acc> affine = ring.affine[s];
       const V* held = stage(s);
-#pragma unroll
+#pragma unroll(kLong ? 1 : kHeld)
       for (int from = 0; from < kHeld; from += kTaken) {
         V x[kTaken];
 #pragma unroll
@@ -408,11 +351,12 @@ struct Stream {
           __syncwarp();
           if (t % kWarp == 0) mbarrier_arrive(&ring.empty[s]);
         }
+        if (kLong && has_residual<kFinish>(p)) load_residual(r, at, from);
 #pragma unroll
         for (int u = 0; u < kTaken; ++u) {
           const int i = t + (from + u) * kStride;
           if (i >= at.count) continue;
-          const V y = normalize(p, affine, x[u], *reinterpret_cast<const V*>(&r[from + u]));
+          const V y = normalize<kFinish>(p, affine, x[u], *reinterpret_cast<const V*>(&r[(kLong ? 0 : from) + u]));
           if (cut.stream_stores) {
             __stcs(reinterpret_cast<uint4*>(p.output) + at.first + i, *reinterpret_cast<const uint4*>(&y));
           } else {
@@ -436,6 +380,7 @@ __global__ void STYLEFORGE_STREAM_BOUNDS stream_kernel(const __grid_constant__ I
   if (threadIdx.x == 0) {
     for (int s = 0; s < cut.stages; ++s) {
       mbarrier_init(&ring.full[s], 1);
+      mbarrier_init(&ring.summed[s], 1);
       mbarrier_init(&ring.ready[s], 1);
       mbarrier_init(&ring.empty[s], kMergers + kStatsWarps + kApplyWarps);
       ring.taken[s] = 0;
@@ -446,7 +391,9 @@ __global__ void STYLEFORGE_STREAM_BOUNDS stream_kernel(const __grid_constant__ I
   const Stream<T> stream{p, cut, ring, stages, tickets, parts};
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   if (warp >= kFirstApply) {
-    stream.apply(static_cast<int>(threadIdx.x) - kFirstApply * kWarp);
+    switch_finish(p, [&]<Finish kFinish>() {
+      stream.template apply<kFinish>(static_cast<int>(threadIdx.x) - kFirstApply * kWarp);
+    });
   } else if (warp >= kFirstStats) {
     stream.take_moments(warp - kFirstStats);
   } else if (warp > 0) {
@@ -470,19 +417,24 @@ cudaError_t launch_stream(const InstanceNormParams& params, const InstanceNormSc
                           cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  const auto quads = static_cast<int>(schedule.workspace_bytes / sizeof(uint4));
-  const auto zero_blocks = static_cast<unsigned>(std::clamp(quads / (4 * kZeroThreads), 1, 32));
-  if (const auto error = launch(zero_kernel, dim3(zero_blocks), dim3(kZeroThreads), 0, 1, facts, stream,
-                                static_cast<uint4*>(workspace), quads))
-    return error;
+  const bool alone = schedule.workspace_bytes == 0;
+  if (!alone) {
+    const auto quads = static_cast<int>(schedule.workspace_bytes / sizeof(uint4));
+    const auto zero_blocks = static_cast<unsigned>(std::clamp(quads / (4 * kZeroThreads), 1, 32));
+    if (const auto error = launch(zero_kernel, dim3(zero_blocks), dim3(kZeroThreads), 0, 1, facts, stream,
+                                  static_cast<uint4*>(workspace), quads))
+      return error;
+  }
   const StreamCut cut{static_cast<int>(params.batch * params.channels * schedule.parts),
                       static_cast<int>(schedule.parts),
                       static_cast<int>(schedule.share),
                       schedule.stages,
                       schedule.first,
+                      schedule.fill,
                       static_cast<int>(schedule.shared_bytes) / schedule.stages,
                       schedule.read_once,
-                      schedule.stream_stores};
+                      schedule.stream_stores,
+                      alone};
   return switch_dtype(params.dtype, [&]<typename T>() {
     auto* tickets = static_cast<unsigned*>(workspace);
     auto* parts = reinterpret_cast<Part<acc_t<T>>*>(static_cast<unsigned char*>(workspace) + kStreamHead);

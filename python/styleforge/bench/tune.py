@@ -46,7 +46,7 @@ def _variants(channels_last: bool) -> list[tuple[str, str]]:
         variants += [("split", f"tile={tile}") for tile in (512, 1024, 2048)]
         variants += [("ticket", f"lead={lead}") for lead in (132, 264, 528, 1056, 2112)]
         variants += [("plane", ""), ("split", ""), ("ticket", ""), ("stream", "")]
-        for tile, stages, cache in itertools.product((8, 16, 24, 32), (1, 2, 4, 6, 7, 12), (1, 2, 3, 4)):
+        for tile, stages, cache in itertools.product((8, 16, 24, 32), (1, 2, 4, 6, 7, 13), (1, 2, 3, 4)):
             if tile * stages <= 224:
                 variants.append(("stream", f"bytes={tile * 1024},stages={stages},cache={cache}"))
         variants += [("stream", f"first={first}") for first in (1, 2, 3, 4, 6)]
