@@ -182,9 +182,14 @@ bool schedule_stream(const InstanceNormParams& p, const DeviceFacts& facts, cons
 // (8x64x128x128 in float 21.9 us against 24.8), nor for small tensors (1x3x512x512 two passes 5.3 against 6.3;
 // 1x64x256x256 in half clusters of two 8.6 against 12.0).
 bool prefers_stream(const InstanceNormParams& p, const Shape& shape, const InstanceNormSchedule* plane) {
+  if (p.dtype == DType::kFloat64) return false;  // for checks, not for speed: the plainer kernels
   const int64_t total = p.batch * p.channels * (p.pixels / shape.width * shape.vector_bytes);
-  if (plane != nullptr) return plane->cluster > 1 && total >= kLeastAgainstPlane;
   const int64_t planes = p.batch * p.channels;
+  if (plane != nullptr) {
+    // One block a multiprocessor, which holds a large plane alone, loads and stores by turns (4x64x256x256 in half 25.3
+    // us against 23.9).
+    return (plane->cluster > 1 || total / planes > kPreferredShare * 3 / 2) && total >= kLeastAgainstPlane;
+  }
   // Two passes keep up as long as the L2 cache holds the tensor and a plane has few tiles (1x32x512x512 in half 13.2 us
   // against 16.6; 1x3x1024x1024 in float 14.0 against 12.5).
   const bool few_tiles = total / planes <= kManyTiles * kStreamTile;
