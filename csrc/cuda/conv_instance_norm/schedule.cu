@@ -30,7 +30,7 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const char* path = std::getenv("STYLEFORGE_PATH");
-  const bool wanted = path == nullptr || std::strcmp(path, "sm90") == 0;
+  const bool wanted = path == nullptr || *path == '\0' || std::strcmp(path, "sm90") == 0;
   const int element = static_cast<int>(size_of(p.dtype));
   if (!wanted || facts.major != 9 || !facts.has_cluster() || p.dtype == DType::kFloat64) return cudaSuccess;
   if (p.in_channels * element % 16 != 0 || p.out_channels % 2 != 0) return cudaSuccess;
