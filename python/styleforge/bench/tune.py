@@ -1,11 +1,12 @@
-"""Times every way to cut an instance norm: ``python -m styleforge.bench.tune``.
+"""Times every way to cut an instance norm or a convolution: ``python -m styleforge.bench.tune [norm] [conv]``.
 
-What ``csrc/cuda/instance_norm/schedule.cu`` chooses was read off this table. Run it again on another GPU and
-compare the line marked ``default`` with the best ones.
+What ``csrc/cuda/instance_norm/schedule.cu`` and ``csrc/cuda/conv_instance_norm/schedule.cu`` choose was read off
+these tables. Run it again on another GPU and compare the line marked ``default`` with the best ones.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 from functools import partial
@@ -13,8 +14,9 @@ from functools import partial
 import torch
 
 import styleforge
+from styleforge.bench.operators import CONV_CASES
 from styleforge.bench.timing import graph_time
-from styleforge.ops import fused_instance_norm
+from styleforge.ops import fused_conv_instance_norm_relu, fused_instance_norm
 
 NCHW = [(4, 64, 256, 256), (1, 3, 512, 512), (1, 64, 1024, 1024), (16, 128, 128, 128), (1, 128, 128, 128)]
 CHANNELS_LAST = [
@@ -54,9 +56,43 @@ def _variants(channels_last: bool) -> list[tuple[str, str]]:
     return variants
 
 
-def main() -> None:
-    """Prints the default and the five best variants of each case."""
-    print(torch.cuda.get_device_name())
+def _print_best(results: list[tuple[float, str, str]]) -> None:
+    default = next(r for r in results if r[1] == "default")
+    seen: set[str] = set()
+    for time, name, where in [default, *sorted(results)]:
+        if name not in seen and len(seen) < 7 and time < float("inf"):
+            seen.add(name)
+            print(f"   {time:8.2f} us  {name:44s} {where}", flush=True)
+
+
+def _conv() -> None:
+    """Channels_last convolutions by columns and rows of a tile and by stages of weights."""
+    kinds = ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+    for case, (dtype, precision) in itertools.product(CONV_CASES, kinds):
+        batch, cin, cout, size, kernel, stride = case
+        shape = (batch, cin, size, size)
+        x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(cout, cin, kernel, kernel, device="cuda", dtype=dtype) / (cin * kernel**2) ** 0.5
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        call = partial(
+            fused_conv_instance_norm_relu, x, weight, stride=stride, padding=kernel // 2, precision=precision
+        )
+        tunes = [""] + [
+            f"columns={columns},height={height},weights={weights}"
+            for columns, height, weights in itertools.product((32, 64, 128), (4, 8), (3, 4, 6, 8))
+        ]
+        results: list[tuple[float, str, str]] = []
+        for tune in tunes:
+            os.environ["STYLEFORGE_CONV_TUNE"] = tune
+            with torch.inference_mode():
+                time = graph_time([call], repeats=10)
+            results.append((time, tune or "default", styleforge.last_path()))
+        os.environ.pop("STYLEFORGE_CONV_TUNE")
+        print(f"conv {batch}x{cin}->{cout} @{size} k{kernel}s{stride} {str(dtype)[6:]} {precision}")
+        _print_best(results)
+
+
+def _norm() -> None:
     for channels_last, shapes in ((True, CHANNELS_LAST), (False, NCHW)):
         for shape, dtype in itertools.product(shapes, (torch.float16, torch.float32)):
             nbytes = torch.empty(shape, dtype=dtype, device="meta").nbytes
@@ -85,14 +121,21 @@ def main() -> None:
             rate = f"{2 * nbytes / min(results)[0] / 1e6:.2f} TB/s"
             layout = "nhwc" if channels_last else "nchw"
             print(f"{'x'.join(map(str, shape))} {str(dtype)[6:]} {layout}: best {rate}")
-            default = next(r for r in results if r[1] == "default")
-            seen: set[str] = set()
-            for time, name, where in [default, *sorted(results)]:
-                if name not in seen and len(seen) < 7 and time < float("inf"):
-                    seen.add(name)
-                    print(f"   {time:8.2f} us  {name:44s} {where}", flush=True)
+            _print_best(results)
     os.environ.pop("STYLEFORGE_PATH")
     os.environ.pop("STYLEFORGE_TUNE")
+
+
+def main() -> None:
+    """Prints the default and the best variants of each case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("groups", nargs="*", choices=("norm", "conv"), default=["norm", "conv"])
+    groups = parser.parse_args().groups
+    print(torch.cuda.get_device_name())
+    if "norm" in groups:
+        _norm()
+    if "conv" in groups:
+        _conv()
 
 
 if __name__ == "__main__":
