@@ -1,6 +1,8 @@
-"""Times every way to cut an instance norm or a convolution: ``python -m styleforge.bench.tune [norm] [conv]``.
+"""Times every way to cut an instance norm or a convolution.
 
-What ``csrc/cuda/instance_norm/schedule.cu`` and ``csrc/cuda/conv_instance_norm/schedule.cu`` choose was read off
+    python -m styleforge.bench.tune [norm] [conv]
+
+What ``schedule.cu`` in ``csrc/cuda/instance_norm`` and ``csrc/cuda/conv_instance_norm`` chooses was read off
 these tables. Run it again on another GPU and compare the line marked ``default`` with the best ones.
 """
 
