@@ -96,9 +96,19 @@ inline NormalDistribution<Vector<double, N>> normal_distribution(Vector<double, 
   return result;
 }
 
+// sigmoid(x) and its derivative. From e^-|x|: 1 - sigmoid(x) would lose its digits on the right, where x multiplies it.
+template <typename V>
+struct Logistic {
+  V value, slope;
+};
+
 template <int N, typename Scalar>
-inline Vector<Scalar, N> sigmoid(Vector<Scalar, N> x) {
-  return Scalar(1) / (Scalar(1) + exp<N>(-x));
+inline Logistic<Vector<Scalar, N>> logistic(Vector<Scalar, N> x) {
+  using V = Vector<Scalar, N>;
+  const V e = exp<N>(x < V{} ? x : -x);
+  const V reciprocal = Scalar(1) / (Scalar(1) + e);
+  const V other = e * reciprocal;
+  return {x < V{} ? other : reciprocal, other * reciprocal};
 }
 
 // 1/2 (1 + tanh u) = sigmoid(2 u): this is 2 u, with u = sqrt(2 / pi) (x + 0.044715 x^3).
@@ -131,13 +141,13 @@ inline ValueAndSlope<Vector<Scalar, N>> ffn_activate_with_slope(Vector<Scalar, N
     return {x * normal.cdf, normal.cdf + x * (normal.exponential * static_cast<Scalar>(kInverseSqrt2Pi))};
   }
   if constexpr (kActivation == FfnActivation::kGeluTanh) {
-    const V s = sigmoid<N, Scalar>(tanh_argument<N, Scalar>(x));
+    const auto s = logistic<N, Scalar>(tanh_argument<N, Scalar>(x));
     const V slope = static_cast<Scalar>(2 * kTanhScale) + x * x * static_cast<Scalar>(6 * kTanhScale * kTanhCube);
-    return {x * s, s + x * (s * (one - s)) * slope};
+    return {x * s.value, s.value + x * s.slope * slope};
   }
   if constexpr (kActivation == FfnActivation::kSilu) {
-    const V s = sigmoid<N, Scalar>(x);
-    return {x * s, s + x * (s * (one - s))};
+    const auto s = logistic<N, Scalar>(x);
+    return {x * s.value, s.value + x * s.slope};
   }
   return {x < V{} ? V{} : x, x <= V{} ? V{} : V{} + one};
 }

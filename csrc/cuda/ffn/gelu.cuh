@@ -14,6 +14,7 @@
 
 #include "../../ffn_params.h"
 #include "../common/activation.cuh"
+#include "../common/reduce.cuh"
 
 namespace styleforge::cuda {
 
@@ -98,6 +99,19 @@ __device__ __forceinline__ Acc tanh_argument_slope(Acc x) {
   return Acc(kTwoTanhScale) + x * x * Acc(3 * kTwoTanhScale * kTanhCube);
 }
 
+// sigmoid(x) and its derivative. From e^-|x|: 1 - sigmoid(x) would lose its digits on the right, where x multiplies it.
+template <typename Acc>
+struct Logistic {
+  Acc value, slope;
+};
+template <typename Acc>
+__device__ __forceinline__ Logistic<Acc> logistic(Acc x) {
+  const Acc e = exp(-fabs(x));
+  const Acc r = reciprocal(Acc(1) + e);
+  const Acc other = e * r;
+  return {x < Acc(0) ? other : r, other * r};
+}
+
 // As in activation.cuh, the switch stands outside the loop: one branch for each vector.
 template <bool kShort, int kSize, typename Acc>
 __device__ __forceinline__ void ffn_activate(Acc (&v)[kSize], FfnActivation activation) {
@@ -138,9 +152,9 @@ __device__ __forceinline__ void ffn_activate_with_slope(Acc (&v)[kSize], Acc (&s
     case FfnActivation::kGeluTanh:
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const Acc s = sigmoid_acc(tanh_argument(v[i]));
-        slope[i] = s + v[i] * (s * (Acc(1) - s)) * tanh_argument_slope(v[i]);
-        v[i] *= s;
+        const auto s = logistic(tanh_argument(v[i]));
+        slope[i] = s.value + v[i] * s.slope * tanh_argument_slope(v[i]);
+        v[i] *= s.value;
       }
       break;
     case FfnActivation::kRelu:
@@ -153,9 +167,9 @@ __device__ __forceinline__ void ffn_activate_with_slope(Acc (&v)[kSize], Acc (&s
     case FfnActivation::kSilu:
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const Acc s = sigmoid_acc(v[i]);
-        slope[i] = s + v[i] * (s * (Acc(1) - s));
-        v[i] *= s;
+        const auto s = logistic(v[i]);
+        slope[i] = s.value + v[i] * s.slope;
+        v[i] *= s.value;
       }
       break;
   }
