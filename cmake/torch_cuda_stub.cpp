@@ -5,6 +5,8 @@
   extern "C" void name() {}
 
 STUB(aoti_torch_get_current_cuda_stream)
+STUB(aoti_torch_cuda_addmm_out)
+STUB(aoti_torch_cuda_mm_out)
 STUB(aoti_torch_create_cuda_guard)
 STUB(aoti_torch_delete_cuda_guard)
 STUB(aoti_torch_cuda_guard_set_index)

@@ -11,6 +11,9 @@ STABLE_TORCH_LIBRARY(styleforge, m) {
       "Tensor? norm_bias=None, int[2] stride=1, int[2] padding=0, str padding_mode=\"zeros\", int upsample=1, "
       "float eps=1e-05, str activation=\"relu\", float negative_slope=0.01, Tensor? residual=None, "
       "str precision=\"ieee\") -> Tensor");
+  m.def(
+      "fused_ffn(Tensor input, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+      "str activation=\"gelu\", Tensor? residual=None, str precision=\"ieee\") -> Tensor");
 
   // The differentiable pair under fused_instance_norm. mean and rstd are float32 (float64 for float64 input) [N, C].
   m.def(
@@ -23,6 +26,17 @@ STABLE_TORCH_LIBRARY(styleforge, m) {
       "_fused_instance_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, "
       "Tensor? bias, str activation, float negative_slope, Tensor? residual, Tensor? output) -> "
       "(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+
+  // The differentiable pair under fused_ffn. `hidden` is input fc1_weight^T, before the bias, [..., hidden].
+  m.def(
+      "_fused_ffn_forward(Tensor input, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+      "str activation, Tensor? residual, str precision) -> (Tensor output, Tensor hidden)");
+  // The gradient of the residual is grad_output. What is not needed comes as [0].
+  m.def(
+      "_fused_ffn_backward(Tensor grad_output, Tensor input, Tensor hidden, Tensor fc1_weight, Tensor? fc1_bias, "
+      "Tensor fc2_weight, str activation, str precision, bool needs_input, bool needs_fc1_weight, "
+      "bool needs_fc1_bias, bool needs_fc2_weight, bool needs_fc2_bias) -> (Tensor grad_input, "
+      "Tensor grad_fc1_weight, Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias)");
 
   // pad(nearest upsampling) in the input's memory format, without a gradient: the input side of a convolution whose
   // other side is not one of ours.

@@ -25,6 +25,14 @@ Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, cons
 
 bool grad_mode_enabled() { return aoti_torch_grad_mode_is_enabled(); }
 
+Tensor strided_view(const Tensor& tensor, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  AtenTensorHandle handle = nullptr;
+  check_shim(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                            strides.data(), 0, &handle),
+             "_reinterpret_tensor");
+  return Tensor(handle);
+}
+
 Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding) {
   using torch::stable::detail::from;

@@ -34,6 +34,9 @@ Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, cons
 
 bool grad_mode_enabled();
 
+// The same memory seen with other sizes and strides, without a gradient.
+Tensor strided_view(const Tensor& tensor, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides);
+
 // aten::convolution (no transposition, dilation 1, groups 1). Used where the convolution itself is ATen's.
 Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding);

@@ -1,9 +1,9 @@
 """What the operators' results are held against.
 
-``instance_norm`` and ``conv_instance_norm`` are the formulas in float64, written apart from the package:
-explicit sums over taps and pixels, no library convolution or norm. ``torch_*`` are PyTorch's own layers in
-the dtype of the input, the yardstick for how large an error may be. All run where the input is: float64 sums
-are as good on the GPU.
+``instance_norm``, ``conv_instance_norm`` and ``ffn`` are the formulas in float64, written apart from the
+package: explicit sums over taps and pixels, no library convolution, norm or GELU. ``torch_*`` are PyTorch's
+own layers in the dtype of the input, the yardstick for how large an error may be. All run where the input is:
+float64 sums are as good on the GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")
+FFN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded", "offset")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -196,6 +197,38 @@ def conv_instance_norm(
     return instance_norm(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
 
 
+def ffn_activate(x: Tensor, activation: str) -> Tensor:
+    """Written so that nothing cancels on the left: erfc in place of 1 + erf, e^ in place of 1 + tanh."""
+    if activation == "gelu":
+        return x * 0.5 * torch.special.erfc(-x / math.sqrt(2.0))
+    if activation == "gelu_tanh":
+        return x / (1 + torch.exp(-2 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+    return activate(x, activation)
+
+
+def ffn(
+    input: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str = "gelu",
+    residual: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """The result in float64."""
+    x, w1, b1, w2, b2 = (_wide(t) for t in (input, fc1_weight, fc1_bias, fc2_weight, fc2_bias))
+    assert x is not None and w1 is not None and w2 is not None
+    hidden = torch.einsum("...e,he->...h", x, w1)
+    if b1 is not None:
+        hidden = hidden + b1
+    y = torch.einsum("...h,oh->...o", ffn_activate(hidden, activation), w2)
+    if b2 is not None:
+        y = y + b2
+    wide = _wide(residual)
+    return y if wide is None else y + wide
+
+
 # --- PyTorch's own layers, in the input's dtype ---------------------------------------------------
 
 
@@ -265,6 +298,29 @@ def torch_conv_instance_norm(
         x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), mode=mode)
     z = F.conv2d(x, weight, bias, tuple(stride))
     return torch_instance_norm(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
+
+
+def torch_ffn_activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    functions: dict[str, Any] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+    return functions[activation](x)
+
+
+def torch_ffn(
+    input: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str = "gelu",
+    residual: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """``F.linear``, activation, ``F.linear`` and addition; TF32 as PyTorch's flags say."""
+    hidden = torch_ffn_activate(F.linear(input, fc1_weight, fc1_bias), activation)
+    y = F.linear(hidden, fc2_weight, fc2_bias)
+    return y if residual is None else y + residual
 
 
 # --- errors ---------------------------------------------------------------------------------------

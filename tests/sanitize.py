@@ -13,7 +13,7 @@ import sys
 import torch
 
 import styleforge
-from styleforge.ops import fused_conv_instance_norm_relu, fused_instance_norm, pad_upsample
+from styleforge.ops import fused_conv_instance_norm_relu, fused_ffn, fused_instance_norm, pad_upsample
 
 # STYLEFORGE_PATH, shape
 CASES = [
@@ -47,6 +47,23 @@ def _fused_convolutions(channels_last: bool, paths: set[str]) -> None:
         paths.add(styleforge.last_path())
 
 
+def _feed_forward_networks(paths: set[str]) -> None:
+    """Forward and backward, in vectors and in single elements; the products are cuBLAS's where not ours."""
+    for dtype in (torch.float32, torch.float16):
+        for embed, hidden, activation in (
+            (32, 64, "gelu"),
+            (7, 13, "gelu_tanh"),
+            (16, 24, "silu"),
+            (8, 8, "relu"),
+        ):
+            sizes = ((5, embed), (hidden, embed), (hidden,), (embed, hidden), (embed,))
+            leaves = [torch.randn(s, device="cuda", dtype=dtype).requires_grad_() for s in sizes]
+            y = fused_ffn(*leaves, activation=activation, residual=leaves[0])
+            paths.add(styleforge.last_path())
+            y.backward(torch.randn_like(y))
+            paths.add(styleforge.last_path())
+
+
 def main() -> None:
     paths: set[str] = set()
     device = torch.device("cuda")
@@ -65,6 +82,8 @@ def main() -> None:
                 paths.add(styleforge.last_path())
                 y.backward(torch.randn(shape).to(device, dtype))
                 paths.add(styleforge.last_path())
+    if "--no-conv" not in sys.argv:
+        _feed_forward_networks(paths)
     # The ticket kernel, which is for tensors larger than the cache: forced on a small one.
     os.environ["STYLEFORGE_PATH"] = "ticket"
     os.environ["STYLEFORGE_TUNE"] = "lead=3,tile=256"

@@ -12,11 +12,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import styleforge
-from _reference import conv_instance_norm, instance_norm, max_error, tensor
+from _reference import conv_instance_norm, ffn, instance_norm, max_error, tensor
 from styleforge.ops import _common as common
 
 NORM = torch.ops.styleforge.fused_instance_norm
 CONV = torch.ops.styleforge.fused_conv_instance_norm_relu
+FFN = torch.ops.styleforge.fused_ffn
 
 
 class Logging(TorchDispatchMode):
@@ -61,9 +62,15 @@ def _conv(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
     return CONV(x, kernel, None, w, w, (1, 1), (1, 1), "reflect", 1, 1e-5, "silu", 0.01, r)
 
 
+def _ffn(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
+    fc1, fc2 = (torch.ones(s, device=x.device) / 4 for s in ((3, 5), (5, 3)))
+    return FFN(x, fc1, w, fc2, None, "silu", r)
+
+
 CALLS: dict[str, tuple[Callable[..., Tensor], Any]] = {
     "norm": (_norm, NORM.default),
     "conv": (_conv, CONV.default),
+    "ffn": (_ffn, FFN.default),
 }
 CASES = pytest.mark.parametrize("operator", CALLS)
 
@@ -198,6 +205,9 @@ def test_defaults_are_the_schemas() -> None:
         assert max_error(NORM(x), instance_norm(x)) < 1e-5
         kernel = torch.ones(2, 3, 3, 3) / 9
         assert max_error(CONV(x, kernel), conv_instance_norm(x, kernel)) < 1e-4
+        weights = torch.ones(7, 5) / 5, torch.ones(4, 7) / 7
+        given = (weights[0], None, weights[1], None)
+        assert max_error(FFN(x, *given), ffn(x, *given)) < 1e-5
         assert torch.equal(NORM(x, activation="leaky_relu"), NORM(x, None, None, 1e-5, "leaky_relu", 0.01))
 
 

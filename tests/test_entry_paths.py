@@ -17,11 +17,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import styleforge
-from _reference import DEVICES, conv_instance_norm, dense_strides, instance_norm, max_error, tensor, tf32
+from _reference import DEVICES, conv_instance_norm, dense_strides, ffn, instance_norm, max_error, tensor, tf32
 
 NORM = torch.ops.styleforge.fused_instance_norm
 CONV = torch.ops.styleforge.fused_conv_instance_norm_relu
-OPERATORS = ["norm", "conv"]
+FFN = torch.ops.styleforge.fused_ffn
+OPERATORS = ["norm", "conv", "ffn"]
 
 
 class Norm(nn.Module):
@@ -72,8 +73,36 @@ class Conv(nn.Module):
         return conv_instance_norm(x, *given, (1, 1), (1, 1), "reflect", 1, 1e-5, "leaky_relu", 0.2, x)
 
 
+class Ffn(nn.Module):
+    """The third operator with everything it takes, over the channels of a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1_weight = nn.Parameter(torch.randn(10, 4) / 2)
+        self.fc1_bias = nn.Parameter(torch.randn(10))
+        self.fc2_weight = nn.Parameter(torch.randn(4, 10) / 3)
+        self.fc2_bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.permute(0, 2, 3, 1)
+        y = torch.ops.styleforge.fused_ffn(
+            rows, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, "gelu", rows, "ieee"
+        ).permute(0, 3, 1, 2)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return y
+        return y.contiguous()
+
+    def reference(self, x: Tensor) -> Tensor:
+        rows = x.permute(0, 2, 3, 1)
+        given = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        return ffn(rows, *given, "gelu", rows).permute(0, 3, 1, 2)
+
+
+MODULES: dict[str, type[nn.Module]] = {"norm": Norm, "conv": Conv, "ffn": Ffn}
+
+
 def _module(operator: str, device: str = "cpu") -> Any:
-    return (Norm() if operator == "norm" else Conv()).to(device)
+    return MODULES[operator]().to(device)
 
 
 def _close(result: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
@@ -219,7 +248,7 @@ def test_a_compiled_training_step_equals_the_eager_one(
     operator: str, backend: str, dynamic: bool, device: str
 ) -> None:
     """No graph break, all gradients, and the same steps afterwards."""
-    if device == "cpu" and backend == "inductor" and (operator == "norm" or dynamic):
+    if device == "cpu" and backend == "inductor" and (operator != "conv" or dynamic):
         backend = (
             "aot_eager_decomp_partition"  # what inductor partitions and decomposes, without its C++ compiler
         )
@@ -271,13 +300,19 @@ def test_compile_reduce_overhead(operator: str) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_compiled_call_fails_with_the_operators_own_text(operator: str) -> None:
-    function = torch.compile(
-        lambda x, w: NORM(x, w) if operator == "norm" else CONV(x, torch.ones(4, 4, 1, 1), norm_weight=w),
-        fullgraph=True,
-        backend="aot_eager",
-    )
-    name = "weight" if operator == "norm" else "norm_weight"
-    with pytest.raises(Exception, match=rf"{name} must have shape \[4\] or \[2, 4\], got \[5\]"):
+    call, message = {
+        "norm": (NORM, r"weight must have shape \[4\] or \[2, 4\], got \[5\]"),
+        "conv": (
+            lambda x, w: CONV(x, torch.ones(4, 4, 1, 1), norm_weight=w),
+            r"norm_weight must have shape \[4\] or \[2, 4\], got \[5\]",
+        ),
+        "ffn": (
+            lambda x, w: FFN(x, torch.ones(4, 3), w, torch.ones(3, 4), None),
+            r"fc1_bias must have shape \[4\], got \[5\]",
+        ),
+    }[operator]
+    function = torch.compile(lambda x, w: call(x, w), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=message):
         function(torch.ones(2, 4, 3, 3), torch.ones(5))
 
 
@@ -311,17 +346,17 @@ def test_export_with_dynamic_batch_height_and_width(operator: str, device: str, 
 
 
 def test_aotinductor_package(tmp_path: Path) -> None:
-    """Both operators in one package, loaded again; sizes other than the one it was made with."""
+    """All operators in one package, loaded again; sizes other than the one it was made with."""
 
-    class Both(nn.Module):
+    class All(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm, self.conv = Norm(), Conv()
+            self.norm, self.conv, self.ffn = Norm(), Conv(), Ffn()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.norm(self.conv(x) + 1)
+            return self.ffn(self.norm(self.conv(x) + 1))
 
-    module = Both().eval()
+    module = All().eval()
     with torch.no_grad():
         program = torch.export.export(
             module, (tensor(2, 4, 8, 6),), dynamic_shapes=_dynamic_sizes(), strict=False
@@ -401,6 +436,55 @@ def test_vmap_of_the_convolution_is_a_loop(case: str, device: str) -> None:
 
     expected = _loop(function, in_dims, args)
     torch.testing.assert_close(torch.vmap(function, in_dims)(*args), expected, rtol=1e-4, atol=1e-4)
+
+
+VMAP_FFN = {
+    "input": ((0, None, None, None, None, None), ((3, 2, 5), (7, 5), (7,), (4, 7), (4,), (2, 4))),
+    "input, inner dimension": (
+        (2, None, None, None, None, None),
+        ((2, 5, 3), (7, 5), (7,), (4, 7), (4,), (2, 4)),
+    ),
+    "input of one dimension": ((1, None, None, None, None, 0), ((5, 3), (7, 5), (7,), (4, 7), (4,), (3, 4))),
+    "residual": ((None, None, None, None, None, 1), ((2, 5), (7, 5), (7,), (4, 7), (4,), (2, 3, 4))),
+    "first layer": ((None, 0, 1, None, None, None), ((2, 5), (3, 7, 5), (7, 3), (4, 7), (4,), (2, 4))),
+    "second layer": ((None, None, None, 1, 0, None), ((2, 5), (7, 5), (7,), (4, 3, 7), (3, 4), (2, 4))),
+    "all of them": ((0, 0, 0, 0, 0, 0), ((3, 2, 5), (3, 7, 5), (3, 7), (3, 4, 7), (3, 4), (3, 2, 4))),
+}
+
+
+def _ffn(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, r: Tensor) -> Tensor:
+    return FFN(x, w1, b1, w2, b2, "gelu", r)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", VMAP_FFN)
+def test_vmap_of_the_ffn_is_a_loop(case: str, device: str) -> None:
+    in_dims, sizes = VMAP_FFN[case]
+    args = tuple(torch.randn(s, device=device) for s in sizes)
+    expected = _loop(_ffn, in_dims, args)
+    torch.testing.assert_close(torch.vmap(_ffn, in_dims)(*args), expected, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(torch.vmap(_ffn, in_dims), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*args), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", VMAP_FFN)
+@pytest.mark.parametrize("wanted", [(0,), (0, 1, 2, 3, 4, 5), (1, 4)], ids=str)
+def test_per_sample_gradients_of_the_ffn(wanted: tuple[int, ...], case: str, device: str) -> None:
+    """vmap(grad) against a loop of autograd, whichever arguments are vmapped and differentiated."""
+    in_dims, sizes = VMAP_FFN[case]
+    args = tuple(torch.randn(s, device=device) for s in sizes)
+
+    def loss(*args: Tensor) -> Tensor:
+        return _ffn(*args).square().sum()
+
+    results = torch.vmap(torch.func.grad(loss, argnums=wanted), in_dims)(*args)
+    for i in range(3):
+        leaves = [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+        leaves = [leaf.detach().clone().requires_grad_(k in wanted) for k, leaf in enumerate(leaves)]
+        loss(*leaves).backward()
+        for result, k in zip(results, wanted, strict=True):
+            torch.testing.assert_close(result[i], leaves[k].grad, rtol=1e-4, atol=1e-4)
 
 
 def test_vmap_of_vmap() -> None:
@@ -500,6 +584,29 @@ def test_autocast_of_the_convolution(layout: str, device: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(("device", "dtype"), AUTOCAST)
+def test_autocast_of_the_ffn(device: str, dtype: torch.dtype) -> None:
+    """As the convolution's: computes in half precision, parameters and their gradients stay in float32."""
+    module = _module("ffn", device)
+    x = tensor(2, 4, 9, 8, device=device).requires_grad_()
+    with torch.autocast(device, dtype):
+        result = module(x)
+        with torch.no_grad():
+            inferred = module(x)
+    assert result.dtype == inferred.dtype == dtype
+    expected = module.reference(x)
+    for y in (result, inferred):
+        _close(y, expected, 4 * torch.finfo(dtype).eps * expected.abs().max().item())
+    result.float().square().mean().backward()
+    ours = [x.grad, *(p.grad for p in module.parameters())]
+    x.grad = None
+    module.zero_grad()
+    module.reference(x).square().mean().backward()
+    for a, b in zip(ours, [x.grad, *(p.grad for p in module.parameters())], strict=True):
+        assert a is not None and b is not None and a.dtype == torch.float32
+        assert max_error(a, b.double().cpu()) < 8 * torch.finfo(dtype).eps * max(b.abs().max().item(), 0.1)
+
+
+@pytest.mark.parametrize(("device", "dtype"), AUTOCAST)
 def test_autocast_of_the_norm_keeps_the_dtype(device: str, dtype: torch.dtype) -> None:
     """As PyTorch's own: a norm runs in the dtype of its input, also with float32 parameters."""
     module = _module("norm", device)
@@ -544,6 +651,7 @@ def test_autocast_leaves_float64_alone(device: str) -> None:
     with torch.autocast(device, torch.bfloat16):
         assert NORM(x).dtype == torch.float64
         assert CONV(x, w.to(device)).dtype == torch.float64
+        assert FFN(x, x[0, 0], None, x[0, 1], None).dtype == torch.float64
 
 
 # --- from C++'s and other threads' side -----------------------------------------------------------
@@ -562,7 +670,7 @@ def test_threads_call_at_the_same_time() -> None:
 
 def test_the_operators_need_only_the_library(tmp_path: Path) -> None:
     """``torch.ops.load_library`` alone, without the Python package, runs a scripted module."""
-    module = torch.jit.script(_module("conv").eval().requires_grad_(False))
+    module = torch.jit.script(nn.Sequential(Conv(), Ffn()).eval().requires_grad_(False))
     module.save(tmp_path / "module.pt")
     x = tensor(1, 4, 6, 6)
     torch.save({"x": x, "y": module(x)}, tmp_path / "data.pt")

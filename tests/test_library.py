@@ -175,7 +175,9 @@ def test_real_cuda_library_registers_its_operators(folder: Path, real_cuda_libra
     assert result["report"]["cuda_available"]
     assert result["report"]["cuda_archs"]
     assert result["report"]["cuda_library"] == str(folder / "libstyleforge_cuda.so")
-    assert {"fused_instance_norm", "fused_conv_instance_norm_relu"} <= set(result["cuda_operators"])
+    assert {"fused_instance_norm", "fused_conv_instance_norm_relu", "fused_ffn"} <= set(
+        result["cuda_operators"]
+    )
 
 
 def test_cuda_library_switched_off(folder: Path) -> None:

@@ -14,10 +14,16 @@ struct Kernels {
   void (*forward)(const InstanceNormParams&, ParallelFor);
   void (*backward)(const InstanceNormBackwardParams&, ParallelFor);
   void (*phases)(const UpsamplePhasesParams&, ParallelFor);
+  void (*bias_activation)(const BiasActivationParams&, ParallelFor);
+  void (*bias_activation_backward)(const BiasActivationBackwardParams&, ParallelFor);
+  void (*bias_residual)(const BiasResidualParams&, ParallelFor);
 };
 
-#define STYLEFORGE_KERNELS(isa) \
-  Kernels { #isa, isa::instance_norm_forward, isa::instance_norm_backward, isa::instance_norm_phases }
+#define STYLEFORGE_KERNELS(isa)                                                                                     \
+  Kernels {                                                                                                         \
+    #isa, isa::instance_norm_forward, isa::instance_norm_backward, isa::instance_norm_phases, isa::bias_activation, \
+        isa::bias_activation_backward, isa::bias_residual                                                           \
+  }
 
 Kernels choose() {
   const char* wish = std::getenv("STYLEFORGE_CPU_CAPABILITY");
@@ -56,6 +62,18 @@ void instance_norm_backward(const InstanceNormBackwardParams& params, ParallelFo
 
 void instance_norm_phases(const UpsamplePhasesParams& params, ParallelFor parallel_for) {
   kernels().phases(params, parallel_for);
+}
+
+void bias_activation(const BiasActivationParams& params, ParallelFor parallel_for) {
+  kernels().bias_activation(params, parallel_for);
+}
+
+void bias_activation_backward(const BiasActivationBackwardParams& params, ParallelFor parallel_for) {
+  kernels().bias_activation_backward(params, parallel_for);
+}
+
+void bias_residual(const BiasResidualParams& params, ParallelFor parallel_for) {
+  kernels().bias_residual(params, parallel_for);
 }
 
 const char* instruction_set() { return kernels().name; }

@@ -8,12 +8,29 @@
 
 namespace styleforge::cpu::STYLEFORGE_CPU_ISA {
 
-// e^x in float32, after Cephes' expf (S. Moshier, 1989): x = n ln 2 + r with ln 2 in two parts, a polynomial of degree
-// 7 in r, scaled by 2^n in two steps so that both ends of the range come out right. Error below 1 ulp.
+// e^x for x = n ln 2 + r in float32, after Cephes' expf (S. Moshier, 1989): a polynomial of degree 7 in r, scaled by
+// 2^n in two steps so that both ends of the range come out right. `shifted` is 1.5 * 2^23 + n.
+template <int N>
+inline Vector<float, N> exp_reduced(Vector<float, N> r, Vector<float, N> shifted) {
+  using F = Vector<float, N>;
+  using I = Vector<int32_t, N>;
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const I exponent = bit_cast<I>(shifted) - bit_cast<I>(broadcast<F>(12582912.0f));
+  const I half = exponent >> 1;
+  const F scale1 = bit_cast<F>((half + 127) << 23);
+  const F scale2 = bit_cast<F>((exponent - half + 127) << 23);
+  return p * scale1 * scale2;
+}
+
+// e^x in float32, ln 2 taken off in two parts. Error below 1 ulp.
 template <int N>
 inline Vector<float, N> exp(Vector<float, N> x) {
   using F = Vector<float, N>;
-  using I = Vector<int32_t, N>;
   const F lowest = broadcast<F>(-104.0f), highest = broadcast<F>(89.0f);
   const F clamped = x < lowest ? lowest : (x > highest ? highest : x);  // a NaN passes through
   const F magic = broadcast<F>(12582912.0f);                            // 1.5 * 2^23: adding it rounds to an integer
@@ -21,17 +38,19 @@ inline Vector<float, N> exp(Vector<float, N> x) {
   const F n = shifted - magic;
   F r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const I exponent = bit_cast<I>(shifted) - bit_cast<I>(magic);
-  const I half = exponent >> 1;
-  const F scale1 = bit_cast<F>((half + 127) << 23);
-  const F scale2 = bit_cast<F>((exponent - half + 127) << 23);
-  return p * scale1 * scale2;
+  return exp_reduced<N>(r, shifted);
+}
+
+// e^(high + low) in float32 for a small `low` that high's rounding would swallow; high + low within [-120, 89].
+template <int N>
+inline Vector<float, N> exp_of_sum(Vector<float, N> high, Vector<float, N> low) {
+  using F = Vector<float, N>;
+  const F magic = broadcast<F>(12582912.0f);
+  const F shifted = (high + low) * 1.44269504088896341f + magic;
+  const F n = shifted - magic;
+  F r = high - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  return exp_reduced<N>(r + low, shifted);
 }
 
 template <int N>

@@ -11,10 +11,18 @@ _library.load()
 
 from styleforge.ops import _fallback  # noqa: E402
 from styleforge.ops._pad_upsample import pad_upsample  # noqa: E402
-from styleforge.ops._precision import conv_precision  # noqa: E402
+from styleforge.ops._precision import conv_precision, matmul_precision  # noqa: E402
 from styleforge.ops.fused_conv_instance_norm_relu import fused_conv_instance_norm_relu  # noqa: E402
+from styleforge.ops.fused_ffn import fused_ffn  # noqa: E402
 from styleforge.ops.fused_instance_norm import fused_instance_norm  # noqa: E402
 
 _fallback.register()
 
-__all__ = ["conv_precision", "fused_conv_instance_norm_relu", "fused_instance_norm", "pad_upsample"]
+__all__ = [
+    "conv_precision",
+    "fused_conv_instance_norm_relu",
+    "fused_ffn",
+    "fused_instance_norm",
+    "matmul_precision",
+    "pad_upsample",
+]

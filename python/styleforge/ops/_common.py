@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")
+FFN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 PADDING_MODES = ("zeros", "reflect", "replicate")
 PRECISIONS = ("ieee", "tf32")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -78,9 +79,13 @@ def check_choice(op: str, argument: str, value: str, choices: Sequence[str]) -> 
 
 def check_input(op: str, input: Tensor) -> None:
     check(op, input.dim() == 4, lambda: f"input must have shape [N, C, H, W], got {list(input.shape)}")
-    if input.dtype not in DTYPES:
+    check_dtype(op, "input", input)
+
+
+def check_dtype(op: str, argument: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
         raise RuntimeError(
-            f"{op}: input must be float32, float16, bfloat16 or float64, got {_name(input.dtype)}"
+            f"{op}: {argument} must be float32, float16, bfloat16 or float64, got {_name(tensor.dtype)}"
         )
 
 

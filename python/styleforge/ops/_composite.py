@@ -100,3 +100,29 @@ def conv_instance_norm_relu(
     x, conv_padding = before_convolution(input, padding, padding_mode, upsample)
     z = F.conv2d(x, weight, None, tuple(stride), conv_padding)
     return instance_norm(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
+
+
+def ffn_activate(x: Tensor, activation: str) -> Tensor:
+    """The activation of a feed-forward network by its name in the operator's schema."""
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "relu":
+        return F.relu(x)
+    return F.silu(x)
+
+
+def ffn(
+    input: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str = "gelu",
+    residual: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """``fused_ffn`` by PyTorch operators. TF32 follows PyTorch's own flags here, not ``precision``."""
+    output = F.linear(ffn_activate(F.linear(input, fc1_weight, fc1_bias), activation), fc2_weight, fc2_bias)
+    return output if residual is None else output + residual

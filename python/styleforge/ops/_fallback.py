@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from styleforge import _library
@@ -26,6 +28,9 @@ def register() -> None:
     common.register_kernel("_fused_instance_norm_forward", "CUDA", _instance_norm_forward)
     common.register_kernel("_fused_instance_norm_backward", "CUDA", _instance_norm_backward)
     common.register_kernel("fused_conv_instance_norm_relu", "CUDA", _conv_instance_norm_relu)
+    common.register_kernel("fused_ffn", "CUDA", _ffn)
+    common.register_kernel("_fused_ffn_forward", "CUDA", _ffn_forward)
+    common.register_kernel("_fused_ffn_backward", "CUDA", _ffn_backward)
     common.register_kernel("_pad_upsample", "CUDA", _pad_upsample)
     common.register_kernel("_reflect_conv2d", "CUDA", reflect_conv2d)
 
@@ -132,6 +137,62 @@ def _conv_instance_norm_relu(
         input, weight, bias, norm_weight, norm_bias, common.pair(stride), common.pair(padding), *args
     )
     return _match(output, input)
+
+
+def _ffn(input: Tensor, *args: Any) -> Tensor:
+    return composite.ffn(input, *args).contiguous()
+
+
+def _ffn_forward(
+    input: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    hidden = F.linear(input, fc1_weight)
+    activated = composite.ffn_activate(hidden if fc1_bias is None else hidden + fc1_bias, activation)
+    output = F.linear(activated, fc2_weight, fc2_bias)
+    return (output if residual is None else output + residual).contiguous(), hidden.contiguous()
+
+
+def _ffn_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    hidden: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    activation: str,
+    precision: str,
+    needs_input: bool,
+    needs_fc1_weight: bool,
+    needs_fc1_bias: bool,
+    needs_fc2_weight: bool,
+    needs_fc2_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    count = math.prod(input.shape[:-1])
+    rows = grad_output.reshape(count, fc2_weight.shape[0])
+    with torch.enable_grad():
+        pre = hidden.detach().reshape(count, fc1_weight.shape[0])
+        leaf = (pre if fc1_bias is None else pre + fc1_bias.detach()).requires_grad_()
+        activated = composite.ffn_activate(leaf, activation)
+    (grad_hidden,) = torch.autograd.grad(activated, leaf, rows @ fc2_weight)
+    activated = activated.detach()
+
+    def gradient(needed: bool, value: Callable[[], Tensor]) -> Tensor:
+        return value().contiguous() if needed else input.new_empty(0)
+
+    return (
+        gradient(needs_input, lambda: (grad_hidden @ fc1_weight).reshape(input.shape)),
+        gradient(needs_fc1_weight, lambda: grad_hidden.t() @ input.reshape(count, input.shape[-1])),
+        gradient(needs_fc1_bias, lambda: grad_hidden.sum(0)),
+        gradient(needs_fc2_weight, lambda: rows.t() @ activated),
+        gradient(needs_fc2_bias, lambda: rows.sum(0)),
+    )
 
 
 def _pad_upsample(

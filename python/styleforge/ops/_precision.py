@@ -1,12 +1,14 @@
-"""Which arithmetic float32 convolutions take on the GPU when the caller does not say."""
+"""Which arithmetic float32 convolutions and matrix products take on the GPU when the caller does not say."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
+_get_cublas_allow_tf32 = torch._C._get_cublas_allow_tf32
 _get_cudnn_allow_tf32 = torch._C._get_cudnn_allow_tf32
 
 
@@ -38,3 +40,44 @@ def convolutions_in(precision: str) -> Iterator[None]:
         yield
     finally:
         flags.fp32_precision = before
+
+
+def matmul_precision(precision: str | None = None) -> str:
+    """``precision`` where given; else "tf32" if PyTorch's cuBLAS products may use TF32, "ieee" if not.
+
+    Follows ``torch.set_float32_matmul_precision`` and ``torch.backends.cuda.matmul``, by its older
+    ``allow_tf32`` or, once somebody has set it, the newer ``fp32_precision``.
+    """
+    if precision is not None:
+        return precision
+    try:
+        compiling = torch.compiler.is_dynamo_compiling()
+        tf32: bool = torch.backends.cuda.matmul.allow_tf32 if compiling else _get_cublas_allow_tf32()
+    except RuntimeError:
+        # The newer flags were set, and the older ones have no answer.
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+@contextmanager
+def _matmuls_in(precision: str) -> Iterator[None]:
+    flags = torch.backends.cuda.matmul
+    before = flags.fp32_precision
+    flags.fp32_precision = precision
+    try:
+        yield
+    finally:
+        flags.fp32_precision = before
+
+
+_as_they_are: AbstractContextManager[None] = nullcontext()
+
+
+def matmuls_of(input: Tensor, precision: str) -> AbstractContextManager[None]:
+    """Context in which PyTorch's own products of float32 CUDA tensors take this precision.
+
+    The user's flags come back afterwards. Where they say so anyway, and for other tensors, nothing happens.
+    """
+    if not input.is_cuda or input.dtype != torch.float32 or precision not in ("ieee", "tf32"):
+        return _as_they_are
+    return _as_they_are if precision == matmul_precision() else _matmuls_in(precision)

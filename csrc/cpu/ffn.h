@@ -1,0 +1,13 @@
+// CPU kernels around the matrix products of a feed-forward network (see csrc/ffn_params.h).
+#pragma once
+
+#include "../ffn_params.h"
+#include "instance_norm.h"
+
+namespace styleforge::cpu {
+
+void bias_activation(const BiasActivationParams& params, ParallelFor parallel_for);
+void bias_activation_backward(const BiasActivationBackwardParams& params, ParallelFor parallel_for);
+void bias_residual(const BiasResidualParams& params, ParallelFor parallel_for);
+
+}  // namespace styleforge::cpu

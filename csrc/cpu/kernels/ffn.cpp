@@ -1,0 +1,119 @@
+// The passes around the matrix products of a feed-forward network, for one instruction set: rows of vectors with a bias
+// that is the same for each row. Threads take rows.
+#include "gelu_math.h"
+#include "kernels.h"
+#include "tasks.h"
+
+namespace styleforge::cpu::STYLEFORGE_CPU_ISA {
+namespace {
+
+template <typename Body>
+inline void with_ffn_activation(FfnActivation activation, Body&& body) {
+  switch (activation) {
+    case FfnActivation::kGelu:
+      return body(Constant<FfnActivation::kGelu>{});
+    case FfnActivation::kGeluTanh:
+      return body(Constant<FfnActivation::kGeluTanh>{});
+    case FfnActivation::kRelu:
+      return body(Constant<FfnActivation::kRelu>{});
+    case FfnActivation::kSilu:
+      return body(Constant<FfnActivation::kSilu>{});
+  }
+}
+
+// body(load, store, column) for every vector of `columns` elements from `at` on; load and store take pointers to the
+// vector's first element and know whether it is a whole one.
+template <typename T, typename Body>
+inline void for_each_vector(int64_t columns, Body&& body) {
+  constexpr int kN = kLanes<T>;
+  using V = Vector<Compute<T>, kN>;
+  int64_t column = 0;
+  for (; column + kN <= columns; column += kN) {
+    body([](const T* from) -> V { return load<kN>(from); }, [](T* to, V v) { store<kN>(to, v); }, column);
+  }
+  if (column < columns) {
+    const int some = static_cast<int>(columns - column);
+    body([some](const T* from) -> V { return load_some<kN>(from, some); },
+         [some](T* to, V v) { store_some<kN>(to, v, some); }, column);
+  }
+}
+
+template <typename T, FfnActivation kActivation, bool kBias>
+void activate_rows(const BiasActivationParams& p, int64_t begin, int64_t end) {
+  constexpr int kN = kLanes<T>;
+  const auto* bias = static_cast<const T*>(p.bias);
+  for (int64_t row = begin; row < end; ++row) {
+    const auto* hidden = static_cast<const T*>(p.hidden) + row * p.columns;
+    auto* output = static_cast<T*>(p.output) + row * p.columns;
+    for_each_vector<T>(p.columns, [&](auto load, auto store, int64_t column) {
+      auto x = load(hidden + column);
+      if constexpr (kBias) x += load(bias + column);
+      store(output + column, ffn_activate<kActivation, sizeof(T) == 2, kN, Compute<T>>(x));
+    });
+  }
+}
+
+template <typename T, FfnActivation kActivation>
+void activation_gradient_rows(const BiasActivationBackwardParams& p, int64_t begin, int64_t end) {
+  constexpr int kN = kLanes<T>;
+  const auto* bias = static_cast<const T*>(p.bias);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t at = row * p.columns;
+    const auto* hidden = static_cast<const T*>(p.hidden) + at;
+    for_each_vector<T>(p.columns, [&](auto load, auto store, int64_t column) {
+      auto x = load(hidden + column);
+      if (bias != nullptr) x += load(bias + column);
+      const auto [value, slope] = ffn_activate_with_slope<kActivation, sizeof(T) == 2, kN, Compute<T>>(x);
+      if (p.grad_output != nullptr) {
+        const auto grad = load(static_cast<const T*>(p.grad_output) + at + column);
+        store(static_cast<T*>(p.grad_hidden) + at + column, grad * slope);
+      }
+      if (p.output != nullptr) store(static_cast<T*>(p.output) + at + column, value);
+    });
+  }
+}
+
+template <typename T>
+void residual_rows(const BiasResidualParams& p, int64_t begin, int64_t end) {
+  const auto* bias = static_cast<const T*>(p.bias);
+  for (int64_t row = begin; row < end; ++row) {
+    const auto* residual = static_cast<const T*>(p.residual) + row * p.columns;
+    auto* output = static_cast<T*>(p.output) + row * p.columns;
+    for_each_vector<T>(p.columns, [&](auto load, auto store, int64_t column) {
+      store(output + column, load(residual + column) + load(bias + column));
+    });
+  }
+}
+
+}  // namespace
+
+void bias_activation(const BiasActivationParams& params, ParallelFor parallel_for) {
+  with_dtype(params.dtype, [&](auto zero) {
+    with_ffn_activation(params.activation, [&](auto activation) {
+      with_bool(params.bias != nullptr, [&](auto bias) {
+        run_tasks(parallel_for, params.rows, params.columns, [&](int64_t begin, int64_t end) {
+          activate_rows<decltype(zero), activation.value, bias.value>(params, begin, end);
+        });
+      });
+    });
+  });
+}
+
+void bias_activation_backward(const BiasActivationBackwardParams& params, ParallelFor parallel_for) {
+  with_dtype(params.dtype, [&](auto zero) {
+    with_ffn_activation(params.activation, [&](auto activation) {
+      run_tasks(parallel_for, params.rows, params.columns, [&](int64_t begin, int64_t end) {
+        activation_gradient_rows<decltype(zero), activation.value>(params, begin, end);
+      });
+    });
+  });
+}
+
+void bias_residual(const BiasResidualParams& params, ParallelFor parallel_for) {
+  with_dtype(params.dtype, [&](auto zero) {
+    run_tasks(parallel_for, params.rows, params.columns,
+              [&](int64_t begin, int64_t end) { residual_rows<decltype(zero)>(params, begin, end); });
+  });
+}
+
+}  // namespace styleforge::cpu::STYLEFORGE_CPU_ISA

@@ -1,0 +1,178 @@
+// The activations of feed-forward networks and their derivatives on vectors in registers.
+//
+// float32 gelu is x Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2, inlined and without erff, whose branches would cost a
+// matrix product's epilogue its overlap. As csrc/cpu/kernels/gelu_math.h has it, with the same fits:
+//
+//   |x| < 1   1/2 + x p(x^2)
+//   else      the tail Phi(-z) = e^(-z^2 / 2) g(z), z = |x|, and Phi(z) = 1 - Phi(-z); (z + 4) g(z) is a polynomial in
+//             q = (z - 4) / (z + 4). e^ is 2^ of a sum of two floats: an error in the exponent is one in all of the
+//             result.
+//
+// |Phi - exact| < 2^-24; a result is within a few units in the last place also far on the left, where erf's formula has
+// lost everything. For 16-bit types the tail alone, to 2^-15.
+#pragma once
+
+#include "../../ffn_params.h"
+#include "../common/activation.cuh"
+#include "../common/reduce.cuh"
+
+namespace styleforge::cuda {
+
+__device__ __forceinline__ float exp2_approximate(float v) {
+  float result;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
+__device__ __forceinline__ float reciprocal_approximate(float v) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
+// Phi(x) and e^(-x^2 / 2), the density's exponential. kShort: for a result that is going to be rounded to 16 bits.
+template <typename Acc>
+struct NormalDistribution {
+  Acc cdf, exponential;
+};
+
+template <bool kShort>
+__device__ __forceinline__ NormalDistribution<float> normal_distribution(float x) {
+  constexpr float kScale = -7.213475108e-1f;     // -log2(e) / 2
+  constexpr float kScaleLow = -9.629814956e-9f;  // what the float above lacks
+  constexpr float kLn2 = 6.931471806e-1f;
+  const float z = fminf(fabsf(x), 15.0f);  // the tail is 0 in float32 from there on; NaN comes back with x
+  if constexpr (kShort) {
+    const float exponential = exp2_approximate(z * z * kScale);
+    const float reciprocal = reciprocal_approximate(z + 3.0f);
+    const float q = (z - 3.0f) * reciprocal;
+    float g = fmaf(q, 4.989096429e-3f, -9.772569872e-3f);
+    g = fmaf(g, q, -4.636475444e-2f);
+    g = fmaf(g, q, 2.298551649e-1f);
+    g = fmaf(g, q, -5.094233751e-1f);
+    g = fmaf(g, q, 7.290908694e-1f);
+    const float tail = exponential * (g * reciprocal);
+    return {x < 0.0f ? tail : 1.0f - tail, exponential};
+  }
+  const float square = __fmul_rn(z, z);
+  const float square_low = __fmaf_rn(z, z, -square);
+  const float power = __fmul_rn(square, kScale);
+  const float power_low = __fmaf_rn(square, kScale, -power) + fmaf(square, kScaleLow, square_low * kScale);
+  const float rough = exp2_approximate(power);
+  const float exponential = fmaf(rough * power_low, kLn2, rough);
+  const float reciprocal = reciprocal_approximate(z + 4.0f);
+  const float q = (z - 4.0f) * reciprocal;
+  float g = fmaf(q, -1.341961470e-4f, 1.746598864e-4f);
+  g = fmaf(g, q, 1.568408799e-3f);
+  g = fmaf(g, q, -3.510211129e-3f);
+  g = fmaf(g, q, -7.524004672e-3f);
+  g = fmaf(g, q, 6.040348858e-2f);
+  g = fmaf(g, q, -1.865236610e-1f);
+  g = fmaf(g, q, 3.871369064e-1f);
+  g = fmaf(g, q, -6.078965664e-1f);
+  g = fmaf(g, q, 7.552851439e-1f);
+  const float tail = exponential * (g * reciprocal);
+  const float w = x * x;
+  float p = fmaf(w, 9.431737271e-5f, -1.169519266e-3f);
+  p = fmaf(p, w, 9.967301972e-3f);
+  p = fmaf(p, w, -6.648960710e-2f);
+  p = fmaf(p, w, 3.989422619e-1f);
+  const float centre = fmaf(x, p, 0.5f);
+  const float outer = x < 0.0f ? tail : 1.0f - tail;
+  return {z < 1.0f ? centre : outer, exponential};
+}
+
+template <bool kShort>
+__device__ __forceinline__ NormalDistribution<double> normal_distribution(double x) {
+  return {normcdf(x), exp(-0.5 * (x * x))};
+}
+
+// 1/2 (1 + tanh u) = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3): 2 u, and its derivative.
+constexpr double kTwoTanhScale = 1.59576912160573071176;
+constexpr double kTanhCube = 0.044715;
+template <typename Acc>
+__device__ __forceinline__ Acc tanh_argument(Acc x) {
+  return x * (Acc(kTwoTanhScale) + x * x * Acc(kTwoTanhScale * kTanhCube));
+}
+template <typename Acc>
+__device__ __forceinline__ Acc tanh_argument_slope(Acc x) {
+  return Acc(kTwoTanhScale) + x * x * Acc(3 * kTwoTanhScale * kTanhCube);
+}
+
+// sigmoid(x) and its derivative. From e^-|x|: 1 - sigmoid(x) would lose its digits on the right, where x multiplies it.
+template <typename Acc>
+struct Logistic {
+  Acc value, slope;
+};
+template <typename Acc>
+__device__ __forceinline__ Logistic<Acc> logistic(Acc x) {
+  const Acc e = exp(-fabs(x));
+  const Acc r = reciprocal(Acc(1) + e);
+  const Acc other = e * r;
+  return {x < Acc(0) ? other : r, other * r};
+}
+
+// As in activation.cuh, the switch stands outside the loop: one branch for each vector.
+template <bool kShort, int kSize, typename Acc>
+__device__ __forceinline__ void ffn_activate(Acc (&v)[kSize], FfnActivation activation) {
+  switch (activation) {
+    case FfnActivation::kGelu:
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) v[i] *= normal_distribution<kShort>(v[i]).cdf;
+      break;
+    case FfnActivation::kGeluTanh:
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) v[i] *= sigmoid_acc(tanh_argument(v[i]));
+      break;
+    case FfnActivation::kRelu:
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) v[i] = v[i] <= Acc(0) ? Acc(0) : v[i];  // NaN stays NaN
+      break;
+    case FfnActivation::kSilu:
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) v[i] *= sigmoid_acc(v[i]);
+      break;
+  }
+}
+
+// v becomes the activation's result and `slope` its derivative; at 0 the derivative of relu is 0.
+template <bool kShort, int kSize, typename Acc>
+__device__ __forceinline__ void ffn_activate_with_slope(Acc (&v)[kSize], Acc (&slope)[kSize],
+                                                        FfnActivation activation) {
+  constexpr Acc kInverseSqrt2Pi = Acc(0.39894228040143267794);
+  switch (activation) {
+    case FfnActivation::kGelu:
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const auto normal = normal_distribution<kShort>(v[i]);
+        slope[i] = normal.cdf + v[i] * (normal.exponential * kInverseSqrt2Pi);
+        v[i] *= normal.cdf;
+      }
+      break;
+    case FfnActivation::kGeluTanh:
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const auto s = logistic(tanh_argument(v[i]));
+        slope[i] = s.value + v[i] * s.slope * tanh_argument_slope(v[i]);
+        v[i] *= s.value;
+      }
+      break;
+    case FfnActivation::kRelu:
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        slope[i] = v[i] <= Acc(0) ? Acc(0) : Acc(1);
+        v[i] = v[i] <= Acc(0) ? Acc(0) : v[i];
+      }
+      break;
+    case FfnActivation::kSilu:
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const auto s = logistic(v[i]);
+        slope[i] = s.value + v[i] * s.slope;
+        v[i] *= s.value;
+      }
+      break;
+  }
+}
+
+}  // namespace styleforge::cuda

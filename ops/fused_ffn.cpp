@@ -1,0 +1,204 @@
+#include "fused_ffn.h"
+
+namespace styleforge {
+
+namespace {
+
+constexpr const char* kOp = "fused_ffn";
+constexpr const char* kBackwardOp = "_fused_ffn_backward";
+
+FfnActivation parse_ffn_activation(const char* op, const std::string& name) {
+  if (name == "gelu") return FfnActivation::kGelu;
+  if (name == "gelu_tanh") return FfnActivation::kGeluTanh;
+  if (name == "relu") return FfnActivation::kRelu;
+  if (name == "silu") return FfnActivation::kSilu;
+  fail(op, "activation must be one of gelu, gelu_tanh, relu, silu, got \"", name, "\"");
+}
+
+void check_bias(const char* name, const OptionalTensor& bias, const Tensor& input, int64_t width) {
+  if (!bias) return;
+  const std::vector<int64_t> expected{width};
+  check_like(kOp, name, *bias, input, &expected);
+}
+
+// [rows, width] with dense rows, without a copy where the strides allow it.
+Tensor as_rows(const Tensor& tensor, int64_t rows) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const int64_t width = sizes.back();
+  bool collapses = strides.back() == 1 || width <= 1;
+  int64_t inner = width, row_stride = width;  // of the leading dimensions looked at so far
+  bool first = true;
+  for (size_t d = sizes.size() - 1; collapses && d-- > 0;) {
+    if (sizes[d] == 1) continue;
+    collapses = first ? strides[d] >= width : strides[d] == inner;
+    if (first) row_stride = strides[d];
+    first = false;
+    inner = strides[d] * sizes[d];
+  }
+  if (collapses) return strided_view(tensor, {rows, width}, {row_stride, 1});
+  return strided_view(to_contiguous(tensor, false), {rows, width}, {width, 1});
+}
+
+Tensor transposed(const Tensor& matrix) {
+  return strided_view(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
+}
+
+// A dense bias, kept alive by `holder`.
+const void* bias_data(const OptionalTensor& bias, OptionalTensor& holder) {
+  if (!bias) return nullptr;
+  holder = bias->is_contiguous() ? *bias : to_contiguous(*bias, false);
+  return holder->const_data_ptr();
+}
+
+Tensor fresh_matrix(const FfnBackend& backend, const Tensor& like, int64_t rows, int64_t columns) {
+  Tensor matrix = empty_dense(like, {rows, columns}, false, like.scalar_type());
+  backend.fresh(matrix);
+  return matrix;
+}
+
+// The second product: into `output` [rows, out], on top of what stands behind it in the formula.
+void second_product(const FfnBackend& backend, const FfnArgs& args, const FfnPlan& plan, const Tensor& activated,
+                    const Tensor& output) {
+  const Tensor weight = transposed(args.fc2_weight);
+  if (!args.residual) {
+    if (args.fc2_bias) return backend.addmm(output, *args.fc2_bias, activated, weight);
+    return backend.mm(output, activated, weight);
+  }
+  if (!args.fc2_bias) return backend.addmm(output, as_rows(*args.residual, plan.rows), activated, weight);
+  // The product is added to what is already in its place: a pass over the output alone, which a pass after it, reading
+  // the product again, would not be.
+  const Tensor residual = args.residual->is_contiguous() ? *args.residual : to_contiguous(*args.residual, false);
+  OptionalTensor held;
+  BiasResidualParams params;
+  params.residual = residual.const_data_ptr();
+  params.bias = bias_data(args.fc2_bias, held);
+  params.output = output.mutable_data_ptr();
+  params.rows = plan.rows;
+  params.columns = plan.out;
+  params.dtype = kernel_dtype(kOp, "input", output.scalar_type());
+  backend.bias_residual(params, output);
+  backend.addmm(output, output, activated, weight);
+}
+
+}  // namespace
+
+FfnPlan plan_ffn(const FfnArgs& args) {
+  FfnPlan plan;
+  const Tensor& input = args.input;
+  if (input.dim() == 0) fail(kOp, "input must have shape [..., embed_dim], got ", shape_text(input));
+  kernel_dtype(kOp, "input", input.scalar_type());
+  plan.activation = parse_ffn_activation(kOp, args.activation.value);
+  if (args.precision.value != "ieee" && args.precision.value != "tf32") {
+    fail(kOp, "precision must be one of ieee, tf32, got \"", args.precision.value, "\"");
+  }
+  const auto sizes = input.sizes();
+  plan.embed = sizes.back();
+  if (args.fc1_weight.dim() != 2 || args.fc1_weight.size(1) != plan.embed) {
+    fail(kOp, "fc1_weight must have shape [hidden, ", plan.embed, "], got ", shape_text(args.fc1_weight));
+  }
+  check_like(kOp, "fc1_weight", args.fc1_weight, input, nullptr);
+  plan.hidden = args.fc1_weight.size(0);
+  check_bias("fc1_bias", args.fc1_bias, input, plan.hidden);
+  if (args.fc2_weight.dim() != 2 || args.fc2_weight.size(1) != plan.hidden) {
+    fail(kOp, "fc2_weight must have shape [out, ", plan.hidden, "], got ", shape_text(args.fc2_weight));
+  }
+  check_like(kOp, "fc2_weight", args.fc2_weight, input, nullptr);
+  plan.out = args.fc2_weight.size(0);
+  check_bias("fc2_bias", args.fc2_bias, input, plan.out);
+
+  plan.output_sizes.assign(sizes.begin(), sizes.end());
+  for (size_t d = 0; d + 1 < plan.output_sizes.size(); ++d) plan.rows *= plan.output_sizes[d];
+  plan.hidden_sizes = plan.output_sizes;
+  plan.output_sizes.back() = plan.out;
+  plan.hidden_sizes.back() = plan.hidden;
+  if (args.residual) check_like(kOp, "residual", *args.residual, input, &plan.output_sizes);
+  return plan;
+}
+
+FfnResult run_ffn(const FfnBackend& backend, const FfnArgs& args, const FfnPlan& plan, bool keep_hidden) {
+  const Tensor output = empty_dense(args.input, plan.output_sizes, false, args.input.scalar_type());
+  backend.fresh(output);
+  Tensor hidden = empty_dense(args.input, plan.hidden_sizes, false, args.input.scalar_type());
+  const FfnResult result{output, keep_hidden ? OptionalTensor(hidden) : OptionalTensor()};
+  if (plan.rows == 0) return result;
+
+  backend.fresh(hidden);
+  const Tensor product = strided_view(hidden, {plan.rows, plan.hidden}, {plan.hidden, 1});
+  backend.mm(product, as_rows(args.input, plan.rows), transposed(args.fc1_weight));
+  const Tensor activated = keep_hidden ? fresh_matrix(backend, args.input, plan.rows, plan.hidden) : product;
+
+  OptionalTensor held;
+  BiasActivationParams params;
+  params.hidden = product.const_data_ptr();
+  params.bias = bias_data(args.fc1_bias, held);
+  params.output = activated.mutable_data_ptr();
+  params.rows = plan.rows;
+  params.columns = plan.hidden;
+  params.dtype = kernel_dtype(kOp, "input", args.input.scalar_type());
+  params.activation = plan.activation;
+  if (plan.hidden > 0) backend.bias_activation(params, args.input);
+  if (plan.out > 0) {
+    second_product(backend, args, plan, activated, strided_view(output, {plan.rows, plan.out}, {plan.out, 1}));
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_ffn_backward(const FfnBackend& backend,
+                                                                    const FfnBackwardArgs& args) {
+  const Tensor& input = args.input;
+  const int64_t embed = args.fc1_weight.size(1), hidden = args.fc1_weight.size(0), out = args.fc2_weight.size(0);
+  const auto sizes = input.sizes();
+  int64_t rows = 1;
+  for (size_t d = 0; d + 1 < sizes.size(); ++d) rows *= sizes[d];
+  std::vector<int64_t> expected(sizes.begin(), sizes.end());
+  expected.back() = out;
+  check_like(kBackwardOp, "grad_output", args.grad_output, input, &expected);
+  expected.back() = hidden;
+  check_like(kBackwardOp, "hidden", args.hidden, input, &expected);
+
+  const Tensor grad_output = as_rows(args.grad_output, rows);
+  const Tensor kept = args.hidden.is_contiguous() ? args.hidden : to_contiguous(args.hidden, false);
+  const bool needs_grad_hidden = args.needs_input || args.needs_fc1_weight || args.needs_fc1_bias;
+  OptionalTensor grad_hidden, activated, held;
+  if (needs_grad_hidden) {  // first the gradient of the activation's result, then, in its place, that of its argument
+    grad_hidden = fresh_matrix(backend, input, rows, hidden);
+    backend.mm(*grad_hidden, grad_output, args.fc2_weight);
+  }
+  if (args.needs_fc2_weight) activated = fresh_matrix(backend, input, rows, hidden);
+  if ((grad_hidden || activated) && rows * hidden > 0) {
+    BiasActivationBackwardParams params;
+    params.hidden = kept.const_data_ptr();
+    params.bias = bias_data(args.fc1_bias, held);
+    params.rows = rows;
+    params.columns = hidden;
+    params.dtype = kernel_dtype(kBackwardOp, "input", input.scalar_type());
+    params.activation = parse_ffn_activation(kBackwardOp, args.activation.value);
+    if (grad_hidden) params.grad_output = params.grad_hidden = grad_hidden->mutable_data_ptr();
+    if (activated) params.output = activated->mutable_data_ptr();
+    backend.bias_activation_backward(params, input);
+  }
+
+  const auto none = [&] { return empty_dense(input, {0}, false, input.scalar_type()); };
+  const auto product = [&](const Tensor& a, const Tensor& b) {
+    const Tensor result = fresh_matrix(backend, input, a.size(0), b.size(1));
+    backend.mm(result, a, b);
+    return result;
+  };
+  const auto sum_of_rows = [&](const Tensor& matrix) {
+    const int64_t dim = 0;
+    return torch::stable::sum(matrix, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1));
+  };
+  Tensor grad_input = none();
+  if (args.needs_input) {
+    grad_input = empty_dense(input, std::vector<int64_t>(sizes.begin(), sizes.end()), false, input.scalar_type());
+    backend.fresh(grad_input);
+    backend.mm(strided_view(grad_input, {rows, embed}, {embed, 1}), *grad_hidden, args.fc1_weight);
+  }
+  return {grad_input, args.needs_fc1_weight ? product(transposed(*grad_hidden), as_rows(input, rows)) : none(),
+          args.needs_fc1_bias ? sum_of_rows(*grad_hidden) : none(),
+          args.needs_fc2_weight ? product(transposed(grad_output), *activated) : none(),
+          args.needs_fc2_bias ? sum_of_rows(grad_output) : none()};
+}
+
+}  // namespace styleforge

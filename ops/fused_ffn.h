@@ -1,0 +1,71 @@
+// fused_ffn, the part that CPU and CUDA share: checks, the output's shape, the order of the stages
+//
+//   matrix product -> bias + activation, in place -> matrix product added to bias + residual
+//
+// The products are ATen's; a device's own kernels for both ends of one product take its place as a whole (see the
+// device's fused_ffn). Where a gradient is needed, the first product is kept as it is (`hidden`): the backward adds the
+// bias and activates it again, in the pass that it needs for the derivative anyway, so that one tensor of the hidden
+// width is held from forward to backward where PyTorch's layers hold two.
+#pragma once
+
+#include "../csrc/ffn_params.h"
+#include "checks.h"
+
+#include <tuple>
+
+namespace styleforge {
+
+struct FfnArgs {
+  const Tensor& input;
+  const Tensor& fc1_weight;
+  const OptionalTensor& fc1_bias;
+  const Tensor& fc2_weight;
+  const OptionalTensor& fc2_bias;
+  const Text& activation;
+  const OptionalTensor& residual;
+  const Text& precision;
+};
+
+struct FfnPlan {
+  int64_t rows = 1;  // all leading dimensions
+  int64_t embed = 0, hidden = 0, out = 0;
+  FfnActivation activation = FfnActivation::kGelu;
+  std::vector<int64_t> output_sizes, hidden_sizes;  // the input's with another last dimension
+};
+
+// Throws on anything the operator does not accept.
+FfnPlan plan_ffn(const FfnArgs& args);
+
+// What a device has to offer. `out` and `self` may be the same tensor in addmm (out = self + a b).
+struct FfnBackend {
+  void (*mm)(const Tensor& out, const Tensor& a, const Tensor& b);
+  void (*addmm)(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b);
+  void (*bias_activation)(const BiasActivationParams& params, const Tensor& like);
+  void (*bias_activation_backward)(const BiasActivationBackwardParams& params, const Tensor& like);
+  void (*bias_residual)(const BiasResidualParams& params, const Tensor& like);
+  void (*fresh)(const Tensor& tensor);  // told of each tensor just allocated
+};
+
+// The result, and the first product where `keep_hidden`.
+struct FfnResult {
+  Tensor output;
+  OptionalTensor hidden;
+};
+FfnResult run_ffn(const FfnBackend& backend, const FfnArgs& args, const FfnPlan& plan, bool keep_hidden);
+
+struct FfnBackwardArgs {
+  const Tensor& grad_output;
+  const Tensor& input;
+  const Tensor& hidden;
+  const Tensor& fc1_weight;
+  const OptionalTensor& fc1_bias;
+  const Tensor& fc2_weight;
+  const Text& activation;
+  bool needs_input, needs_fc1_weight, needs_fc1_bias, needs_fc2_weight, needs_fc2_bias;
+};
+
+// Gradients of input, fc1_weight, fc1_bias, fc2_weight, fc2_bias; [0] for those that are not needed.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_ffn_backward(const FfnBackend& backend,
+                                                                    const FfnBackwardArgs& args);
+
+}  // namespace styleforge

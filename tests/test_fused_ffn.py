@@ -1,0 +1,880 @@
+"""``fused_ffn``: accuracy, layouts, gradients, registration, errors."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import styleforge
+from _reference import (
+    DEVICES,
+    FFN_ACTIVATIONS,
+    FLOATS,
+    assert_as_accurate,
+    assert_as_accurate_together,
+    ffn,
+    ffn_activate,
+    max_error,
+    poison,
+    rms,
+    rms_error,
+    torch_ffn,
+    torch_ffn_activate,
+)
+from styleforge.ops import fused_ffn
+
+OP = torch.ops.styleforge.fused_ffn
+FORWARD = torch.ops.styleforge._fused_ffn_forward
+BACKWARD = torch.ops.styleforge._fused_ffn_backward
+# Random configurations, over all dtypes and parts (which pytest-xdist can spread).
+EXAMPLES = int(os.environ.get("STYLEFORGE_TEST_EXAMPLES", "500"))
+PARTS = 2
+EASY = settings(
+    max_examples=-(-EXAMPLES // (PARTS * len(FLOATS))),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+MATRIX_LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset")
+HALF = (torch.float16, torch.bfloat16)
+
+
+def _random(
+    *sizes: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    layout: str = "contiguous",
+    scale: float = 1.0,
+    offset: float = 0.0,
+) -> Tensor:
+    """Normally distributed values of any rank, laid out in memory as asked; rounded to ``dtype`` once."""
+
+    def random(*shape: int) -> Tensor:
+        return (torch.randn(shape, dtype=torch.float64, device=device) * scale + offset).to(dtype)
+
+    if layout == "contiguous" or not sizes:
+        return random(*sizes)
+    if layout == "transposed":  # the last dimension is the slowest in memory
+        return random(sizes[-1], *sizes[:-1]).movedim(0, -1)
+    if layout == "sliced":
+        return random(*(s + 1 for s in sizes[:-1]), 2 * sizes[-1] + 1)[
+            (*(slice(1, None) for _ in sizes[:-1]), slice(1, None, 2))
+        ]
+    if layout == "rows":  # rows further apart than they are long
+        return random(*sizes[:-1], sizes[-1] + 3)[..., : sizes[-1]]
+    if layout == "expanded":
+        return random(1, *sizes[1:]).expand(sizes) if len(sizes) > 1 else random(1).expand(sizes)
+    if layout == "offset":  # contiguous, but no address is a multiple of 16 bytes
+        return random(math.prod(sizes) + 1)[1:].view(sizes)
+    raise AssertionError(layout)
+
+
+def _parameters(
+    embed: int,
+    hidden: int,
+    out: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    biases: str = "both",
+    layout: str = "contiguous",
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """fc1_weight, fc1_bias, fc2_weight, fc2_bias, of the size that keeps the variance."""
+    given: dict[str, Any] = dict(dtype=dtype, device=device, layout=layout)
+    return (
+        _random(hidden, embed, scale=max(embed, 1) ** -0.5, **given),
+        _random(hidden, scale=0.5, **given) if biases in ("first", "both") else None,
+        _random(out, hidden, scale=max(hidden, 1) ** -0.5, **given),
+        _random(out, scale=0.5, **given) if biases in ("second", "both") else None,
+    )
+
+
+@contextmanager
+def _matmul_tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _compare(*args: Any, precision: str = "ieee", **limits: float) -> Tensor:
+    """Runs the operator over poisoned memory and holds it against float64 and PyTorch. Returns its result."""
+    input = args[0]
+    reference = ffn(*args)
+    with _matmul_tf32(precision == "tf32"):
+        yardstick = torch_ffn(*args)
+    for count in (reference.numel(), input[..., :1].numel() * args[1].shape[0]):
+        poison(count, input.dtype, input.device.type)
+    result = OP(*args, precision=precision)
+    assert result.dtype == input.dtype and result.device == input.device
+    assert result.is_contiguous()
+    if input.dtype == torch.float64:
+        limits = {"ulps": 8.0, **limits}  # the reference is rounded as well
+    assert_as_accurate(result, yardstick, reference, **limits)
+    return result
+
+
+# --- accuracy -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_configurations_are_as_accurate_as_pytorch(part: int, dtype: torch.dtype, device: str) -> None:
+    """Each of them alone, and all together, where luck averages out, without any floor."""
+    errors: list[tuple[float, float]] = []
+
+    @seed(PARTS * FLOATS.index(dtype) + part)  # other examples in each part, the same on each run
+    @EASY
+    @given(
+        leading=st.lists(st.integers(1, 9), max_size=3),
+        embed=st.integers(1, 90),
+        hidden=st.integers(1, 140),
+        out=st.integers(1, 90),
+        biases=st.sampled_from(("none", "first", "second", "both")),
+        layout=st.sampled_from((*MATRIX_LAYOUTS, "rows")),
+        weight_layout=st.sampled_from(MATRIX_LAYOUTS),
+        residual=st.sampled_from((None, *MATRIX_LAYOUTS, "rows")),
+        activation=st.sampled_from(FFN_ACTIVATIONS),
+        spread=st.sampled_from((1.0, 0.05, 5.0)),
+        data_seed=st.integers(0, 2**31 - 1),
+    )
+    def check(
+        leading: list[int],
+        embed: int,
+        hidden: int,
+        out: int,
+        biases: str,
+        layout: str,
+        weight_layout: str,
+        residual: str | None,
+        activation: str,
+        spread: float,
+        data_seed: int,
+    ) -> None:
+        torch.manual_seed(data_seed)
+        x = _random(*leading, embed, dtype=dtype, device=device, layout=layout, scale=spread)
+        parameters = _parameters(embed, hidden, out, dtype, device, biases, weight_layout)
+        r = _random(*leading, out, dtype=dtype, device=device, layout=residual) if residual else None
+        args = (x, *parameters, activation, r)
+        reference, yardstick = ffn(*args), torch_ffn(*args)
+        # Terms that cancel leave their rounding behind: their size is what counts on a few elements.
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
+        parts = [t for t in (fc2_bias, r) if t is not None]
+        scale = rms(ffn(x, fc1_weight, fc1_bias, fc2_weight, None, activation)) + sum(rms(t) for t in parts)
+        scale = max(scale, rms(ffn(x.abs(), fc1_weight.abs(), None, fc2_weight.abs(), None, "relu")) / 4)
+        poison(reference.numel(), dtype, device)
+        result = OP(*args)
+        assert result.dtype == dtype and result.is_contiguous()
+        # On a few elements the ratio is chance: what a sum of so many terms, and in half precision each
+        # stage, loses is allowed for. All of them together, below, have no such allowance.
+        ulps = None
+        if dtype == torch.float64:
+            ulps = 8.0
+        elif dtype == torch.float32:
+            ulps = max(2.0, (embed + hidden) ** 0.5 / 2)
+        elif result.numel() < 64:
+            ulps = 1.0
+        assert_as_accurate(result, yardstick, reference, scale=scale, ulps=ulps)
+        size = rms(reference)
+        if size > 0 and dtype != torch.float64:  # in float64 PyTorch's error against itself is often none
+            errors.append((rms_error(result, reference) / size, rms_error(yardstick, reference) / size))
+
+    check()
+    if len(errors) >= 20:
+        assert_as_accurate_together(errors, dtype, factor=1.2)
+
+
+# rows, embed, hidden, out
+SIZES = {
+    "vectors": (96, 64, 256, 64),
+    "odd": (37, 65, 129, 33),
+    "one row": (1, 128, 512, 128),
+    "narrow": (50, 3, 5, 2),
+    "one column": (20, 1, 1, 1),
+    "a few rows of many": (5, 200, 1000, 100),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("activation", FFN_ACTIVATIONS)
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(size: str, activation: str, dtype: torch.dtype, device: str) -> None:
+    rows, embed, hidden, out = SIZES[size]
+    few = 4.0 if rows * out < 100 else None  # too few elements for a ratio of errors
+    for biases in ("none", "both"):
+        for residual in (False, True):
+            x = _random(rows, embed, dtype=dtype, device=device)
+            parameters = _parameters(embed, hidden, out, dtype, device, biases)
+            r = _random(rows, out, dtype=dtype, device=device) if residual else None
+            limits = {"ulps": few if dtype not in HALF else 1.0} if few else {}
+            _compare(x, *parameters, activation, r, **limits)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (8, 1024, 512, 2048),
+        (4, 2048, 768, 3072),
+        (2, 1000, 1024, 4096),
+        (1, 256, 128, 512),
+        (3, 77, 100, 401),
+    ],
+    ids=str,
+)
+def test_large_networks(sizes: tuple[int, int, int, int], precision: str, dtype: torch.dtype) -> None:
+    batch, length, embed, hidden = sizes
+    x = _random(batch, length, embed, dtype=dtype, device="cuda")
+    r = _random(batch, length, embed, dtype=dtype, device="cuda")
+    parameters = _parameters(embed, hidden, embed, dtype, "cuda")
+    for residual in (None, r):
+        _compare(x, *parameters, "gelu", residual, precision=precision)
+        assert styleforge.last_path().startswith("ffn:cuda:")
+
+
+# --- the activations alone ------------------------------------------------------------------------
+
+
+def _through(values: Tensor, activation: str) -> Tensor:
+    """The activation of each value: identity matrices give every value on exactly."""
+    width = 48
+    padded = torch.nn.functional.pad(values, (0, -values.numel() % width)).view(-1, width)
+    eye = torch.eye(width, dtype=values.dtype, device=values.device)
+    return OP(padded, eye, None, eye, None, activation).reshape(-1)[: values.numel()]
+
+
+def _whole_range(dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """Values over all that is not 0 or the value itself; all there are of 16 bits."""
+    if dtype in HALF:
+        every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        return every[every.isfinite()].to(device)
+    near = torch.linspace(-16, 16, 400_001, dtype=torch.float64)
+    # Below 1e-30 the products of a value and its activation leave float32's range.
+    small = torch.logspace(-30, 1, 50_001, dtype=torch.float64)
+    return torch.cat([near, small, -small]).to(dtype).to(device)
+
+
+def _units(error: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Errors in units in the last place of the exact result.
+
+    At least of the smallest normal number; of 1e-30 for bfloat16, since oneDNN flushes what is smaller.
+    """
+    info = torch.finfo(dtype)
+    least = 1e-30 if dtype == torch.bfloat16 else info.tiny
+    exponent = torch.frexp(exact.abs().clamp(min=least)).exponent - 1
+    return error.abs() / torch.ldexp(torch.full_like(exact, info.eps), exponent)
+
+
+def _check_gelu(x: Tensor, result: Tensor) -> None:
+    """float32: Phi to half a unit of 1, and results to a few units even where they are 1e-30."""
+    wide = x.double()
+    exact = ffn_activate(wide, "gelu")
+    error = result.double() - exact
+    # What is left of one rounding at 1 in Phi, and the rounding of the product.
+    assert (error.abs() <= 2**-24 * (wide.abs() + exact.abs())).all()
+    units = _units(error, exact, torch.float32)
+    assert units[wide >= 0].max() < 2
+    assert units[wide < 0].max() < 8
+    assert units.square().mean().sqrt() < 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gelu_in_float32_over_the_whole_range(device: str) -> None:
+    x = _whole_range(torch.float32, device)
+    _check_gelu(x, _through(x, "gelu"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("activation", FFN_ACTIVATIONS)
+def test_every_16_bit_value(activation: str, dtype: torch.dtype, device: str) -> None:
+    """Correctly rounded, or the neighbour where the exact result lies next to the middle of the two."""
+    x = _whole_range(dtype, device)
+    x = x[x.abs() < 1e4]
+    exact = ffn_activate(x.double(), activation)
+    units = _units(_through(x, activation).double() - exact, exact, dtype)
+    assert units.max() < 0.6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu", "silu"])
+def test_other_activations_in_float32_over_the_whole_range(activation: str, device: str) -> None:
+    x = _whole_range(torch.float32, device)
+    exact = ffn_activate(x.double(), activation)
+    error = (_through(x, activation).double() - exact).abs()
+    assert (
+        error <= 4 * torch.finfo(torch.float32).eps * torch.maximum(exact.abs(), x.double().abs() / 8)
+    ).all()
+    right = x > 0
+    assert _units(error[right], exact[right], torch.float32).max() < 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gelu_in_float64_over_the_whole_range(device: str) -> None:
+    """Against mpmath: to a few units of double also where erf's formula has nothing left."""
+    x = torch.cat([torch.linspace(-37, 9, 2301, dtype=torch.float64), torch.randn(700, dtype=torch.float64)])
+    x = x[x != 0]
+    result = _through(x.to(device), "gelu").cpu()
+    with mpmath.workdps(40):
+        errors, phi_errors = [], []
+        for value, got in zip(x.tolist(), result.tolist(), strict=True):
+            phi = mpmath.erfc(-mpmath.mpf(value) / mpmath.sqrt(2)) / 2
+            exact = value * phi
+            errors.append(float(abs(got - exact) / abs(exact)))
+            phi_errors.append(float(abs(mpmath.mpf(got) / value - phi)))
+    assert max(errors) < 16 * torch.finfo(torch.float64).eps
+    assert max(phi_errors) <= 2**-52
+
+
+CAPABILITY = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+values = torch.load(sys.argv[2])
+eye = torch.eye(values.shape[1])
+results = {}
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for activation in ("gelu", "gelu_tanh", "relu", "silu"):
+        one = eye.to(dtype)
+        x = values.to(dtype)
+        y = torch.ops.styleforge.fused_ffn(x, one, None, one, None, activation)
+        h = torch.ops.styleforge._fused_ffn_forward(x, one, None, one, None, activation, None, "ieee")[1]
+        needs = (True, False, False, False, False)
+        g = torch.ops.styleforge._fused_ffn_backward(
+            torch.ones_like(x), x, h, one, None, one, activation, "ieee", *needs
+        )[0]
+        results[str(dtype), activation] = (y, g)
+torch.save(results, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(capability: str, tmp_path: Path) -> None:
+    """The same kernels compiled for less: as accurate, in a process of its own, which chooses once."""
+    values = _whole_range(torch.float32)
+    values = values[: values.numel() // 48 * 48].view(-1, 48)
+    torch.save(values, tmp_path / "values.pt")
+    library = styleforge._library.library_path
+    command = [sys.executable, "-c", CAPABILITY, str(library)]
+    command += [str(tmp_path / "values.pt"), str(tmp_path / "results.pt")]
+    environment = {**os.environ, "STYLEFORGE_CPU_CAPABILITY": capability}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if "must be baseline, avx2 or avx512 and supported" in finished.stderr:
+        pytest.skip(f"this processor has no {capability}")
+    assert finished.returncode == 0, finished.stderr
+    results = torch.load(tmp_path / "results.pt")
+    _check_gelu(values, results["torch.float32", "gelu"][0])
+    for dtype in (torch.float32, *HALF):
+        for activation in FFN_ACTIVATIONS:
+            x = values.to(dtype).double().requires_grad_()
+            exact = ffn_activate(x, activation)
+            (slope,) = torch.autograd.grad(exact.sum(), x)
+            slope = torch.where(x == 0, 0.5 if activation != "relu" else 0.0, slope)
+            y, g = results[str(dtype), activation]
+            tolerance = (
+                6 * torch.finfo(torch.float32).eps if dtype == torch.float32 else torch.finfo(dtype).eps
+            )
+            for got, wanted in ((y, exact.detach()), (g, slope)):
+                assert ((got.double() - wanted).abs() <= tolerance * wanted.abs().clamp(min=0.2)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("activation", FFN_ACTIVATIONS)
+def test_nan_and_infinity_as_in_pytorch(activation: str, dtype: torch.dtype, device: str) -> None:
+    """Each in a row of its own. For +inf PyTorch's gelu has NaN in vectors and inf in single elements."""
+    special = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1e30, 60000.0, -60000.0, 0.0], dtype=dtype)
+    for width in (1, 8, 37):
+        x = torch.full((8, 1), 1.0, dtype=dtype) * special[:, None]
+        one, row = torch.ones(width, 1, dtype=dtype), torch.ones(1, width, dtype=dtype)
+        result = OP(x.to(device), one.to(device), None, (row / width).to(device), None, activation).cpu()[
+            :, 0
+        ]
+        expected = torch_ffn_activate(special.double(), activation).to(dtype)
+        expected[1] = math.inf
+        assert torch.equal(result.isnan(), expected.isnan())
+        assert torch.equal(result.isposinf(), expected.isposinf())
+        finite = expected.isfinite()
+        torch.testing.assert_close(result[finite], expected[finite], rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", [*MATRIX_LAYOUTS, "rows"])
+@pytest.mark.parametrize("leading", [(), (7,), (3, 4), (2, 3, 2, 2), (1, 5), (5, 1)], ids=str)
+def test_any_leading_dimensions_and_strides(leading: tuple[int, ...], layout: str, device: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        given: dict[str, Any] = dict(dtype=dtype, device=device, layout=layout)
+        x, r = _random(*leading, 12, **given), _random(*leading, 9, **given)
+        for residual in (None, r):
+            for biases in ("none", "both"):
+                parameters = _parameters(12, 20, 9, dtype, device, biases, layout.replace("rows", "sliced"))
+                result = _compare(x, *parameters, "silu", residual, ulps=4.0 if dtype.itemsize > 2 else 1.0)
+                assert result.shape == (*leading, 9)
+    mode = FakeTensorMode()
+    fakes = [None if t is None else mode.from_tensor(t) for t in (x, *parameters, r)]
+    fake = OP(*fakes[:5], "gelu", fakes[5])
+    assert fake.shape == result.shape and fake.stride() == result.stride()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("leading", "embed", "hidden", "out"),
+    [
+        ((0,), 4, 6, 5),
+        ((2, 0, 3), 4, 6, 5),
+        ((3,), 0, 6, 5),
+        ((3,), 4, 0, 5),
+        ((3,), 4, 6, 0),
+        ((0,), 0, 0, 0),
+    ],
+    ids=str,
+)
+def test_empty_dimensions(
+    leading: tuple[int, ...], embed: int, hidden: int, out: int, dtype: torch.dtype, device: str
+) -> None:
+    """No rows give no rows; no embedding and no hidden width leave the biases."""
+    x = _random(*leading, embed, dtype=dtype, device=device)
+    r = _random(*leading, out, dtype=dtype, device=device)
+    for biases in ("none", "first", "second", "both"):
+        for residual in (None, r):
+            parameters = _parameters(embed, hidden, out, dtype, device, biases)
+            args = [x, *parameters, "gelu", residual]
+            poison(r.numel(), dtype, device)
+            result = OP(*args)
+            assert result.shape == (*leading, out) and result.is_contiguous()
+            assert max_error(result, ffn(*args).cpu()) <= 4 * torch.finfo(dtype).eps * 4
+            leaves = [t.clone().requires_grad_() if isinstance(t, Tensor) else t for t in args]
+            OP(*leaves).sum().backward()
+            exact = [t.detach().double().requires_grad_() if isinstance(t, Tensor) else t for t in args]
+            ffn(*exact).sum().backward()
+            for ours, theirs in zip(leaves, exact, strict=True):
+                if isinstance(ours, Tensor):
+                    assert ours.grad is not None and ours.grad.shape == ours.shape
+                    wanted = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+                    assert max_error(ours.grad, wanted.cpu()) <= 32 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_are_left_alone(device: str) -> None:
+    given = [
+        _random(4, 8, device=device),
+        *_parameters(8, 16, 8, device=device),
+        _random(4, 8, device=device),
+    ]
+    before = [t.clone() for t in given if t is not None]
+    OP(*given[:5], "gelu", given[5])
+    leaves = [t.requires_grad_() for t in given if t is not None]
+    OP(*leaves[:5], "gelu", leaves[5]).sum().backward()
+    for now, then in zip(leaves, before, strict=True):
+        assert torch.equal(now, then)
+
+
+def test_python_function_is_the_operator() -> None:
+    x, r, parameters = _random(3, 8), _random(3, 6), _parameters(8, 16, 6)
+    expected = OP(x, *parameters, "silu", r)
+    assert torch.equal(fused_ffn(x, *parameters, activation="silu", residual=r, precision="tf32"), expected)
+    assert torch.equal(fused_ffn(x, *parameters), OP(x, *parameters))
+    compiled = torch.compile(
+        lambda x: fused_ffn(x, *parameters, precision="tf32"), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(x), OP(x, *parameters))
+
+
+def test_last_path() -> None:
+    x, parameters = _random(3, 8).requires_grad_(), _parameters(8, 16, 6)
+    y = OP(x, *parameters)
+    assert styleforge.last_path() == "ffn:cpu:aten_matmul"
+    y.sum().backward()
+    assert styleforge.last_path() == "ffn_backward:cpu:aten_matmul"
+
+
+# --- precision on CUDA ----------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("way", ["no_grad", "grad", "function in inference mode"])
+def test_precision_counts_and_not_the_flag(way: str, flag: bool) -> None:
+    x = _random(512, 1024, device="cuda")
+    parameters = _parameters(1024, 2048, 1024, device="cuda")
+    x.requires_grad_(way == "grad")
+    errors = {}
+    with _matmul_tf32(flag):
+        for precision in ("ieee", "tf32"):
+            if way == "function in inference mode":
+                with torch.inference_mode():
+                    y = fused_ffn(x, *parameters, precision=precision)
+            else:
+                with torch.set_grad_enabled(way == "grad"):
+                    y = OP(x, *parameters, precision=precision)
+            assert torch.backends.cuda.matmul.allow_tf32 == flag
+            errors[precision] = [rms_error(y, ffn(x.detach(), *parameters))]
+            if way == "grad":
+                (grad,) = torch.autograd.grad(y.square().sum(), x)
+                exact = x.detach().double().requires_grad_()
+                (wanted,) = torch.autograd.grad(ffn(exact, *parameters).square().sum(), exact)
+                errors[precision].append(rms_error(grad, wanted))
+    for ieee, tf32 in zip(errors["ieee"], errors["tf32"], strict=True):
+        assert ieee * 30 < tf32
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", FFN_ACTIVATIONS)
+@pytest.mark.parametrize("biases", ["none", "first", "second", "both"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_gradcheck(with_residual: bool, biases: str, activation: str, device: str) -> None:
+    for layout in ("contiguous", "transposed"):
+        given: dict[str, Any] = dict(dtype=torch.float64, device=device, layout=layout)
+        x = _random(2, 3, 5, **given).requires_grad_()
+        parameters = [
+            None if p is None else p.requires_grad_()
+            for p in _parameters(5, 7, 4, torch.float64, device, biases, layout)
+        ]
+        r = _random(2, 3, 4, **given).requires_grad_() if with_residual else None
+
+        def function(x: Tensor, *rest: Any, activation: str = activation) -> Tensor:
+            return OP(x, *rest[:4], activation, rest[4])
+
+        assert torch.autograd.gradcheck(function, (x, *parameters, r), nondet_tol=0.0)
+
+
+def _gradients(function: Any, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    function(*leaves).backward(grad)
+    return [leaf.grad for leaf in leaves]  # type: ignore[misc]
+
+
+def _check_gradients(
+    rows: tuple[int, ...], embed: int, hidden: int, activation: str, dtype: torch.dtype, device: str
+) -> None:
+    x = _random(*rows, embed, dtype=dtype, device=device)
+    parameters = _parameters(embed, hidden, embed, dtype, device)
+    r = _random(*rows, embed, dtype=dtype, device=device)
+    grad = _random(*rows, embed, dtype=dtype, device=device)
+    inputs = [x, *(p for p in parameters if p is not None), r]
+
+    def call(function: Any) -> Any:
+        return lambda x, w1, b1, w2, b2, r: function(x, w1, b1, w2, b2, activation, r)
+
+    poison(math.prod(rows) * hidden, dtype, device)
+    results = _gradients(call(OP), inputs, grad)
+    yardsticks = _gradients(call(torch_ffn), inputs, grad)
+    references = _gradients(call(ffn), [t.double() for t in inputs], grad.double())
+    for leaf, result, yardstick, reference in zip(inputs, results, yardsticks, references, strict=True):
+        assert result.dtype == leaf.dtype and result.shape == leaf.shape
+        assert_as_accurate(result, yardstick, reference, ulps=2.0 if dtype not in HALF else 0.5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize(("rows", "embed", "hidden"), [((40, 3), 48, 160), ((63,), 37, 111)], ids=str)
+def test_gradients_are_as_accurate_as_pytorchs(
+    rows: tuple[int, ...], embed: int, hidden: int, activation: str, dtype: torch.dtype, device: str
+) -> None:
+    _check_gradients(rows, embed, hidden, activation, dtype, device)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("rows", "embed", "hidden"), [((8, 512), 512, 2048), ((3, 333), 300, 1001)], ids=str)
+def test_gradients_of_large_networks(
+    rows: tuple[int, ...], embed: int, hidden: int, dtype: torch.dtype
+) -> None:
+    _check_gradients(rows, embed, hidden, "gelu", dtype, "cuda")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_gradients_of_relu(dtype: torch.dtype, device: str) -> None:
+    """Values on the grid of small integers: everything is exact, the kink at 0 included."""
+    x = torch.randint(-2, 3, (6, 5, 8), device=device).to(dtype)
+    w1, w2 = (torch.randint(-1, 2, s, device=device).to(dtype) for s in ((12, 8), (4, 12)))
+    b1, b2 = (torch.randint(-1, 2, s, device=device).to(dtype) for s in ((12,), (4,)))
+    grad = torch.randint(-1, 2, (6, 5, 4), device=device).to(dtype)
+    inputs = [x, w1, b1, w2, b2]
+    ours = _gradients(lambda *a: OP(*a, "relu"), inputs, grad)
+    theirs = _gradients(lambda *a: torch_ffn(*a, "relu"), inputs, grad)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_only_where_asked(device: str) -> None:
+    """And none of the others' products is computed."""
+    for wanted in range(6):
+        inputs = [_random(4, 8, device=device), *_parameters(8, 16, 6, device=device)]
+        inputs.append(_random(4, 6, device=device))
+        given = [t for t in inputs if t is not None]
+        given[wanted].requires_grad_()
+        OP(*given[:5], "gelu", given[5]).square().sum().backward()
+        assert [i for i, t in enumerate(given) if t.grad is not None] == [wanted]
+        exact = [t.detach().double().requires_grad_(i == wanted) for i, t in enumerate(given)]
+        ffn(*exact[:5], "gelu", exact[5]).square().sum().backward()
+        torch.testing.assert_close(given[wanted].grad.double(), exact[wanted].grad, rtol=1e-4, atol=1e-5)
+    x = _random(4, 8, device=device)
+    w1, b1, w2, _ = _parameters(8, 16, 6, device=device)
+    _, hidden = FORWARD(x, w1, b1, w2, None, "gelu", None, "ieee")
+    for mask in range(32):
+        needs = [bool(mask >> i & 1) for i in range(5)]
+        gradients = BACKWARD(torch.ones(4, 6, device=device), x, hidden, w1, b1, w2, "gelu", "ieee", *needs)
+        sizes = [x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1]]
+        assert [g.shape for g in gradients] == [
+            s if n else torch.Size([0]) for s, n in zip(sizes, needs, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_expanded_and_non_contiguous_gradients(device: str) -> None:
+    x, parameters = _random(4, 3, 8, device=device), _parameters(8, 16, 6, device=device)
+    for grad in (
+        torch.ones((), device=device).expand(4, 3, 6),
+        *(_random(4, 3, 6, device=device, layout=layout) for layout in (*MATRIX_LAYOUTS, "rows")),
+    ):
+        inputs = [x, *(p for p in parameters if p is not None)]
+        ours = _gradients(lambda *a: OP(*a), inputs, grad)
+        exact = _gradients(lambda *a: ffn(*a), [t.double() for t in inputs], grad.double())
+        for a, b in zip(ours, exact, strict=True):
+            assert max_error(a, b.cpu()) < 2e-5
+
+
+def test_what_is_kept_for_the_backward() -> None:
+    """The input, the parameters and one tensor of the hidden width: PyTorch's layers keep two."""
+    kept: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    x, parameters = (
+        _random(10, 8).requires_grad_(),
+        [p.requires_grad_() for p in _parameters(8, 16, 6) if p is not None],
+    )
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        OP(x, *parameters)
+    assert sorted(kept) == sorted([(10, 8), (10, 16), (16, 8), (16,), (6, 16)])
+
+
+def test_a_parameter_changed_before_the_backward_is_noticed() -> None:
+    x, parameters = _random(4, 8).requires_grad_(), _parameters(8, 16, 6)
+    y = OP(x, *parameters)
+    assert parameters[1] is not None
+    parameters[1].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_double_backward_says_that_it_is_not_supported(device: str) -> None:
+    """Also where a part of the loss does not need it: a gradient penalty must not vanish without a word."""
+    x, parameters = _random(3, 8, device=device).requires_grad_(), _parameters(8, 16, 6, device=device)
+    (grad,) = torch.autograd.grad(OP(x, *parameters).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="fused_ffn: double backward is not supported"):
+        grad.sum().backward()
+    (grad,) = torch.autograd.grad(OP(x, *parameters).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="fused_ffn: double backward is not supported"):
+        (x.sum() + grad.square().sum()).backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_bits_on_every_call(device: str) -> None:
+    x, parameters = _random(300, 64, device=device), _parameters(64, 256, 64, device=device)
+    first = OP(x, *parameters, "gelu", x)
+    kept, _ = FORWARD(x, *parameters, "gelu", x, "ieee")
+    for _ in range(3):
+        poison(x.numel(), x.dtype, device)
+        assert torch.equal(OP(x, *parameters, "gelu", x), first)
+    assert torch.equal(kept, first)
+
+
+# --- registration ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_opcheck(layout: str, requires_grad: bool, device: str) -> None:
+    """PyTorch's own checks: schema, autograd registration, fake, AOT dispatch, static and dynamic."""
+
+    def leaf(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.requires_grad_(requires_grad)
+
+    x, r = (leaf(_random(2, 3, n, device=device, layout=layout)) for n in (5, 4))
+    parameters = [leaf(p) for p in _parameters(5, 7, 4, device=device, layout=layout)]
+    without = [leaf(p) for p in _parameters(5, 7, 4, device=device, biases="none")]
+    single = leaf(_random(5, device=device))
+    for args in ((x, *parameters, "gelu", r), (x, *without, "silu"), (single, *parameters)):
+        for dynamic in (False, True):
+            utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+            utils += ("test_aot_dispatch_dynamic",) if dynamic else ("test_aot_dispatch_static",)
+            torch.library.opcheck(OP.default, args, test_utils=utils)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_opcheck_of_the_pair_underneath(layout: str, dtype: torch.dtype, device: str) -> None:
+    given: dict[str, Any] = dict(dtype=dtype, device=device, layout=layout)
+    x, r, grad = _random(2, 3, 5, **given), _random(2, 3, 4, **given), _random(2, 3, 4, **given)
+    for biases, residual in (("none", None), ("both", r)):
+        w1, b1, w2, b2 = _parameters(5, 7, 4, dtype, device, biases)
+        forward = (x, w1, b1, w2, b2, "gelu", residual, "ieee")
+        torch.library.opcheck(FORWARD.default, forward)
+        _, hidden = FORWARD(*forward)
+        for needs in ((True,) * 5, (False, True, False, False, True), (False, False, False, True, False)):
+            torch.library.opcheck(BACKWARD.default, (grad, x, hidden, w1, b1, w2, "gelu", "ieee", *needs))
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def _x(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(sizes, dtype=dtype)
+
+
+def _with(**changed: Any) -> dict[str, Any]:
+    """A call that is right, but for what is given."""
+    call = {
+        "input": _x(2, 3, 5),
+        "fc1_weight": _x(7, 5),
+        "fc1_bias": _x(7),
+        "fc2_weight": _x(4, 7),
+        "fc2_bias": _x(4),
+    }
+    return {**call, **changed}
+
+
+def _as_half(**changed: Any) -> dict[str, Any]:
+    return {**{k: v.half() for k, v in _with().items()}, **changed}
+
+
+# arguments, message after "fused_ffn: "
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "rank 0": (_with(input=torch.tensor(1.0)), "input must have shape [..., embed_dim], got []"),
+    "integer": (
+        _with(input=_x(2, 5, dtype=torch.int32)),
+        "input must be float32, float16, bfloat16 or float64, got int32",
+    ),
+    "complex": (
+        _with(input=_x(2, 5, dtype=torch.complex64)),
+        "input must be float32, float16, bfloat16 or float64, got complex64",
+    ),
+    "activation": (
+        _with(activation="tanh"),
+        'activation must be one of gelu, gelu_tanh, relu, silu, got "tanh"',
+    ),
+    "precision": (_with(precision="high"), 'precision must be one of ieee, tf32, got "high"'),
+    "fc1_weight width": (
+        _with(fc1_weight=_x(7, 6)),
+        "fc1_weight must have shape [hidden, 5], got [7, 6]",
+    ),
+    "fc1_weight rank": (_with(fc1_weight=_x(5)), "fc1_weight must have shape [hidden, 5], got [5]"),
+    "fc1_weight dtype": (
+        _with(fc1_weight=_x(7, 5, dtype=torch.float64)),
+        "fc1_weight must have the dtype of input, float32, got float64",
+    ),
+    "fc1_bias shape": (_with(fc1_bias=_x(5)), "fc1_bias must have shape [7], got [5]"),
+    "fc1_bias rank": (_with(fc1_bias=_x(1, 7)), "fc1_bias must have shape [7], got [1, 7]"),
+    "fc1_bias dtype": (
+        _as_half(fc1_bias=_x(7)),
+        "fc1_bias must have the dtype of input, float16, got float32",
+    ),
+    "fc2_weight width": (_with(fc2_weight=_x(4, 6)), "fc2_weight must have shape [out, 7], got [4, 6]"),
+    "fc2_weight rank": (_with(fc2_weight=_x(4, 7, 1)), "fc2_weight must have shape [out, 7], got [4, 7, 1]"),
+    "fc2_weight dtype": (
+        _as_half(fc2_weight=_x(4, 7, dtype=torch.bfloat16)),
+        "fc2_weight must have the dtype of input, float16, got bfloat16",
+    ),
+    "fc2_bias shape": (_with(fc2_bias=_x(7)), "fc2_bias must have shape [4], got [7]"),
+    "fc2_bias dtype": (
+        _with(fc2_bias=_x(4, dtype=torch.int64)),
+        "fc2_bias must have the dtype of input, float32, got int64",
+    ),
+    "residual shape": (
+        _with(residual=_x(2, 3, 5)),
+        "residual must have shape [2, 3, 4], got [2, 3, 5]",
+    ),
+    "residual broadcast": (_with(residual=_x(3, 4)), "residual must have shape [2, 3, 4], got [3, 4]"),
+    "residual dtype": (
+        _as_half(residual=_x(2, 3, 4)),
+        "residual must have the dtype of input, float16, got float32",
+    ),
+}
+
+
+def _to(value: Any, device: str, grad: bool = False) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    moved = value.to(device)
+    return moved.requires_grad_() if grad and moved.dtype.is_floating_point else moved
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", ["plain", "grad", "fake"])
+@pytest.mark.parametrize("case", ERRORS)
+def test_each_error_is_one_line_that_names_the_argument(case: str, way: str, device: str) -> None:
+    kwargs, message = ERRORS[case]
+    kwargs = {k: _to(v, device, way == "grad") for k, v in kwargs.items()}
+    if way == "fake":
+        mode = FakeTensorMode()
+        kwargs = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    with pytest.raises(RuntimeError) as caught:
+        OP(**kwargs)
+    assert str(caught.value).splitlines()[0] == f"fused_ffn: {message}"
+
+
+ARGUMENTS = ["fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "residual"]
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_a_meta_tensor_beside_a_real_one_is_refused(argument: str) -> None:
+    call = _with(residual=_x(2, 3, 4))
+    call[argument] = call[argument].to("meta")
+    with pytest.raises(RuntimeError, match=f"{argument} must be on the device of input, cpu, got"):
+        OP(**call)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("argument", ARGUMENTS)
+@pytest.mark.parametrize("way", ["plain", "grad"])
+def test_tensors_on_two_devices_are_refused(way: str, argument: str) -> None:
+    for here, there, name, other in (("cuda", "cpu", "cuda:0", "cpu"), ("cpu", "cuda", "cpu", "cuda:0")):
+        call = {k: v.to(here) for k, v in _with(residual=_x(2, 3, 4)).items()}
+        call[argument] = call[argument].to(there)
+        call["input"] = call["input"].requires_grad_(way == "grad")
+        with pytest.raises(RuntimeError) as caught:
+            OP(**call)
+        expected = f"fused_ffn: {argument} must be on the device of input, {name}, got {other}"
+        assert str(caught.value).splitlines()[0] == expected
+
+
+@pytest.mark.cuda
+def test_an_error_leaves_cuda_usable() -> None:
+    x, parameters = _random(3, 8, device="cuda"), _parameters(8, 16, 6, device="cuda")
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            OP(x[:, :5], *parameters)
+    torch.testing.assert_close(OP(x, *parameters), torch_ffn(x, *parameters))
