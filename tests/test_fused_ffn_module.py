@@ -154,7 +154,11 @@ def test_dropout_of_everything() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("activation", ["relu", "gelu", F.silu, nn.GELU(approximate="tanh")], ids=str)
+@pytest.mark.parametrize(
+    "activation",
+    ["relu", "gelu", F.silu, nn.GELU(approximate="tanh")],
+    ids=["relu", "gelu", "silu function", "GELU module"],
+)
 def test_from_torch_of_an_encoder_layer(activation: Any, training: bool) -> None:
     layer = nn.TransformerEncoderLayer(12, 3, 40, 0.2, activation).train(training)
     for ours in (
