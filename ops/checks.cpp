@@ -54,6 +54,12 @@ Activation parse_activation(const char* op, const std::string& name) {
   fail(op, "activation must be one of none, relu, leaky_relu, silu, sigmoid, tanh, got \"", name, "\"");
 }
 
+bool parse_tf32(const char* op, const std::string& precision) {
+  if (precision == "tf32") return true;
+  if (precision == "ieee") return false;
+  fail(op, "precision must be one of ieee, tf32, got \"", precision, "\"");
+}
+
 DType kernel_dtype(const char* op, const char* argument, ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:

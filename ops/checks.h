@@ -30,6 +30,8 @@ std::string shape_text(const Tensor& tensor);
 std::string dtype_text(ScalarType dtype);
 
 Activation parse_activation(const char* op, const std::string& name);
+// Whether `precision`, ieee or tf32, is the latter.
+bool parse_tf32(const char* op, const std::string& precision);
 
 // Floating dtype that the kernels know; throws otherwise.
 DType kernel_dtype(const char* op, const char* argument, ScalarType dtype);

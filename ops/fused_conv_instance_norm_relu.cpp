@@ -51,10 +51,7 @@ ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormArgs& args) {
   plan.mode = parse_padding_mode(kOp, args.padding_mode.value);
   if (args.upsample != 1 && args.upsample != 2) fail(kOp, "upsample must be 1 or 2, got ", args.upsample);
   plan.activation = parse_activation(kOp, args.activation.value);
-  if (args.precision.value != "ieee" && args.precision.value != "tf32") {
-    fail(kOp, "precision must be one of ieee, tf32, got \"", args.precision.value, "\"");
-  }
-  plan.tf32 = args.precision.value == "tf32" && input.scalar_type() == ScalarType::Float;
+  plan.tf32 = parse_tf32(kOp, args.precision.value) && input.scalar_type() == ScalarType::Float;
   check_norm_params(kOp, "norm_weight", "norm_bias", input, args.norm_weight, args.norm_bias, input.size(0),
                     out_channels);
 
@@ -91,11 +88,8 @@ InstanceNormRequest norm_request(const ConvInstanceNormArgs& args, const ConvIns
   return request;
 }
 
-Tensor pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input, int64_t upsample, PaddingMode mode,
-                    const std::vector<int64_t>& padding, bool channels_last, int64_t out_channels) {
-  out_channels = std::max(out_channels, input.size(1));
-  if (upsample == 1 && padding[0] == 0 && padding[1] == 0 && out_channels == input.size(1)) return input;
-  const Tensor dense = is_dense(input, channels_last) ? input : to_contiguous(input, channels_last);
+PadParams pad_params(const Tensor& input, PaddingMode mode, const std::vector<int64_t>& padding, int64_t upsample,
+                     int64_t out_channels, bool channels_last) {
   PadParams params;
   params.batch = input.size(0);
   params.channels = input.size(1);
@@ -110,6 +104,15 @@ Tensor pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input,
   params.mode = mode;
   params.element_size = static_cast<int>(input.element_size());
   params.channels_last = channels_last;
+  return params;
+}
+
+Tensor pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input, int64_t upsample, PaddingMode mode,
+                    const std::vector<int64_t>& padding, bool channels_last, int64_t out_channels) {
+  out_channels = std::max(out_channels, input.size(1));
+  if (upsample == 1 && padding[0] == 0 && padding[1] == 0 && out_channels == input.size(1)) return input;
+  const Tensor dense = is_dense(input, channels_last) ? input : to_contiguous(input, channels_last);
+  PadParams params = pad_params(input, mode, padding, upsample, out_channels, channels_last);
   Tensor padded = empty_dense(input, {params.batch, out_channels, params.out_height, params.out_width}, channels_last,
                               input.scalar_type());
   params.input = dense.const_data_ptr();

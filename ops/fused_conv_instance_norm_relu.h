@@ -57,6 +57,10 @@ InstanceNormRequest norm_request(const ConvInstanceNormArgs& args, const ConvIns
 Tensor checked_pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input,
                             const std::vector<int64_t>& padding, const Text& padding_mode, int64_t upsample);
 
+// For `input` of that format, padded to `out_channels` channels; the pointers are the caller's to fill.
+PadParams pad_params(const Tensor& input, PaddingMode mode, const std::vector<int64_t>& padding, int64_t upsample,
+                     int64_t out_channels, bool channels_last);
+
 // input padded and upsampled by the device's gather kernel, with zeros for channels up to `out_channels` where that is
 // more than it has (channels_last only); input itself where nothing is to do.
 Tensor pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input, int64_t upsample, PaddingMode mode,

@@ -89,9 +89,7 @@ FfnPlan plan_ffn(const FfnArgs& args) {
   if (input.dim() == 0) fail(kOp, "input must have shape [..., embed_dim], got ", shape_text(input));
   kernel_dtype(kOp, "input", input.scalar_type());
   plan.activation = parse_ffn_activation(kOp, args.activation.value);
-  if (args.precision.value != "ieee" && args.precision.value != "tf32") {
-    fail(kOp, "precision must be one of ieee, tf32, got \"", args.precision.value, "\"");
-  }
+  parse_tf32(kOp, args.precision.value);
   const auto sizes = input.sizes();
   plan.embed = sizes.back();
   if (args.fc1_weight.dim() != 2 || args.fc1_weight.size(1) != plan.embed) {

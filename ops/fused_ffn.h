@@ -38,6 +38,8 @@ FfnPlan plan_ffn(const FfnArgs& args);
 
 // What a device has to offer. `out` and `self` may be the same tensor in addmm (out = self + a b).
 struct FfnBackend {
+  const char* path;  // for last_path()
+  const char* backward_path;
   void (*mm)(const Tensor& out, const Tensor& a, const Tensor& b);
   void (*addmm)(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b);
   void (*bias_activation)(const BiasActivationParams& params, const Tensor& like);

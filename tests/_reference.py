@@ -9,6 +9,7 @@ float64 sums are as good on the GPU.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")
@@ -23,6 +25,14 @@ FFN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded", "offset")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def random_configurations(shares: int) -> settings:
+    """Settings of a random test that is one of ``shares`` (which pytest-xdist can spread): 500 in all."""
+    examples = int(os.environ.get("STYLEFORGE_TEST_EXAMPLES", "500"))
+    return settings(
+        max_examples=-(-examples // shares), deadline=None, suppress_health_check=list(HealthCheck)
+    )
 
 
 # --- data -----------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Every CUDA kernel once on small shapes, for compute-sanitizer; no test of its own.
 
 Run ``compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py`` on a GPU machine (then
-racecheck,
-initcheck and synccheck), with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` so that the tools see every allocation.
+racecheck, initcheck and synccheck), with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` so that the tools see every
+allocation.
 """
 
 from __future__ import annotations

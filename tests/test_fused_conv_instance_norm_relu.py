@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, seed, settings
+from hypothesis import assume, given, seed
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,6 +26,7 @@ from _reference import (
     instance_norm,
     max_error,
     poison,
+    random_configurations,
     rms,
     rms_error,
     tensor,
@@ -39,12 +39,7 @@ OP = torch.ops.styleforge.fused_conv_instance_norm_relu
 MODES = ("zeros", "reflect", "replicate")
 PRECISIONS = ("ieee", "tf32")
 # Random configurations, over all dtypes and precisions (which pytest-xdist can spread).
-EXAMPLES = int(os.environ.get("STYLEFORGE_TEST_EXAMPLES", "500"))
-EASY = settings(
-    max_examples=-(-EXAMPLES // (len(PRECISIONS) * len(FLOATS))),
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+EASY = random_configurations(len(PRECISIONS) * len(FLOATS))
 
 
 def _weight(out_channels: int, in_channels: int, kh: int, kw: int, dtype: torch.dtype, device: str) -> Tensor:

@@ -6,14 +6,13 @@ Its activations alone, over their whole range: test_fused_ffn_activations.py.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given, seed
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,6 +27,7 @@ from _reference import (
     ffn,
     max_error,
     poison,
+    random_configurations,
     rms,
     rms_error,
     torch_ffn,
@@ -38,13 +38,8 @@ OP = torch.ops.styleforge.fused_ffn
 FORWARD = torch.ops.styleforge._fused_ffn_forward
 BACKWARD = torch.ops.styleforge._fused_ffn_backward
 # Random configurations, over all dtypes and parts (which pytest-xdist can spread).
-EXAMPLES = int(os.environ.get("STYLEFORGE_TEST_EXAMPLES", "500"))
 PARTS = 2
-EASY = settings(
-    max_examples=-(-EXAMPLES // (PARTS * len(FLOATS))),
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+EASY = random_configurations(PARTS * len(FLOATS))
 MATRIX_LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset")
 HALF = (torch.float16, torch.bfloat16)
 

@@ -376,7 +376,7 @@ def test_precision_follows_pytorchs_flags(case: str) -> None:
     code = (
         f"import torch, styleforge\n{statement}\n"
         "from styleforge.ops import matmul_precision\n"
-        "from styleforge.ops._precision import _matmuls_in\n"
+        "from styleforge.ops._precision import matmuls_in\n"
         "print(matmul_precision())\n"
         "print(matmul_precision('ieee'), matmul_precision('tf32'))\n"
         "layer = styleforge.FusedFFN(4, 8)\n"
@@ -385,7 +385,7 @@ def test_precision_follows_pytorchs_flags(case: str) -> None:
         "flags = torch.backends.cuda.matmul\n"
         "before = flags.fp32_precision\n"
         "for precision in ('ieee', 'tf32'):\n"
-        "    with _matmuls_in(precision):\n"
+        "    with matmuls_in(precision):\n"
         "        print(flags.fp32_precision)\n"
         "assert flags.fp32_precision == before\n"
         "print(matmul_precision())\n"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given, seed
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,6 +24,7 @@ from _reference import (
     instance_norm,
     max_error,
     poison,
+    random_configurations,
     rms,
     rms_error,
     tensor,
@@ -36,13 +36,8 @@ OP = torch.ops.styleforge.fused_instance_norm
 FORWARD = torch.ops.styleforge._fused_instance_norm_forward
 BACKWARD = torch.ops.styleforge._fused_instance_norm_backward
 # Random configurations, over all dtypes and parts (which pytest-xdist can spread).
-EXAMPLES = int(os.environ.get("STYLEFORGE_TEST_EXAMPLES", "500"))
 PARTS = 2
-EASY = settings(
-    max_examples=-(-EXAMPLES // (PARTS * len(FLOATS))),
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+EASY = random_configurations(PARTS * len(FLOATS))
 
 
 def _params(

@@ -57,6 +57,18 @@ void prepare_weights(const Tensor& weight, cuda::ConvParams& params, const CudaS
 
 }  // namespace
 
+void launch_pad_cuda(const PadParams& params, const Tensor& like) {
+  const CudaScope scope(like);
+  check_cuda(kOp, cuda::launch_pad_upsample(params, scope.stream()));
+}
+
+InstanceNormRequest channels_last_in_place(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+  InstanceNormRequest request = norm_request(args, plan);
+  request.output_channels_last = true;
+  request.in_place = true;
+  return request;
+}
+
 bool takes_upsample_phases(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
   const std::vector<int64_t> one{1, 1};
   return args.upsample == 2 && args.weight.size(2) == 3 && args.weight.size(3) == 3 && plan.stride == one &&
@@ -91,6 +103,14 @@ cuda::ConvPrecision float32_where_cudnn_has_it(cuda::ConvPrecision precision) {
   return precision == cuda::ConvPrecision::kTF32 ? cuda::ConvPrecision::kIeee : precision;
 }
 
+// How the fused kernels run it, or nothing where they do not. The tensors' device is current.
+std::optional<cuda::ConvSchedule> fused_schedule(const cuda::ConvParams& params) {
+  cuda::ConvSchedule schedule;
+  bool supported = false;
+  check_cuda(kOp, cuda::schedule_conv(params, schedule, supported));
+  return supported ? std::optional<cuda::ConvSchedule>(schedule) : std::nullopt;
+}
+
 // Sizes that both kinds of call share.
 cuda::ConvParams output_params(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
   cuda::ConvParams params;
@@ -108,19 +128,8 @@ Tensor pad_picture(const Tensor& picture, PaddingMode mode, const std::vector<in
                    const CudaScope& scope) {
   const bool channels_last = !is_dense(picture, false);
   const Tensor dense = channels_last && !is_dense(picture, true) ? to_contiguous(picture, true) : picture;
-  PadParams params;
-  params.batch = picture.size(0);
-  params.channels = picture.size(1);
-  params.height = picture.size(2);
-  params.width = picture.size(3);
-  params.out_height = params.height + 2 * padding[0];
-  params.out_width = params.width + 2 * padding[1];
-  params.out_channels = 16 / static_cast<int64_t>(picture.element_size());
-  params.pad_top = padding[0];
-  params.pad_left = padding[1];
-  params.mode = mode;
-  params.element_size = static_cast<int>(picture.element_size());
-  params.channels_last = channels_last;
+  const int64_t full = 16 / static_cast<int64_t>(picture.element_size());
+  PadParams params = pad_params(picture, mode, padding, 1, full, channels_last);
   Tensor padded = empty_dense(picture, {params.batch, params.out_channels, params.out_height, params.out_width}, true,
                               picture.scalar_type());
   params.input = dense.const_data_ptr();
@@ -134,12 +143,10 @@ Tensor launch_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNor
                          const cuda::ConvSchedule& schedule, const CudaScope& scope) {
   std::optional<Tensor> holder;
   params.moments = static_cast<float2*>(workspace(args.input, schedule.moments_bytes(params), holder));
-  InstanceNormRequest request = norm_request(args, plan);
-  request.output_channels_last = true;
-  request.in_place = true;
   const Tensor output = empty_dense(args.input, plan.output_sizes, true, args.input.scalar_type());
   params.output = output.mutable_data_ptr();
-  const auto call = prepare_instance_norm(request, output, args.norm_weight, args.norm_bias, args.residual);
+  const auto call = prepare_instance_norm(channels_last_in_place(args, plan), output, args.norm_weight, args.norm_bias,
+                                          args.residual);
   check_cuda(kOp, cuda::launch_conv(params, schedule, scope.stream()));
   check_cuda(kOp, cuda::launch_conv_finish(params, schedule, call.params, scope.stream()));
   record_path("conv_instance_norm_relu:cuda", schedule.name);
@@ -165,10 +172,8 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
   params.phases = phases ? 4 : 1;
 
   const CudaScope scope(args.input);
-  cuda::ConvSchedule schedule;
-  bool supported = false;
-  check_cuda(kOp, cuda::schedule_conv(params, schedule, supported));
-  if (!supported) return {};
+  const auto schedule = fused_schedule(params);
+  if (!schedule) return {};
 
   std::vector<Tensor> held;
   held.push_back(channels_last_aligned(args.input));
@@ -180,7 +185,7 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
   } else {
     prepare_weights(args.weight, params, scope, held);
   }
-  return launch_fused_conv(args, plan, params, schedule, scope);
+  return launch_fused_conv(args, plan, params, *schedule, scope);
 }
 
 std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
@@ -199,10 +204,8 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
   params.row_stride = full * padded_width;
 
   const CudaScope scope(args.input);
-  cuda::ConvSchedule schedule;
-  bool supported = false;
-  check_cuda(kOp, cuda::schedule_conv(params, schedule, supported));
-  if (!supported) return {};
+  const auto schedule = fused_schedule(params);
+  if (!schedule) return {};
 
   std::vector<Tensor> held;
   held.push_back(pad_picture(args.input, plan.mode, plan.padding, scope));
@@ -210,7 +213,7 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
   const Tensor weight = pad_picture(args.weight, PaddingMode::kZeros, {0, 0}, scope);
   held.push_back(weight);
   prepare_weights(weight, params, scope, held);
-  return launch_fused_conv(args, plan, params, schedule, scope);
+  return launch_fused_conv(args, plan, params, *schedule, scope);
 }
 
 std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -243,10 +246,8 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   params.dtype = sum.dtype;
   params.precision = float32_where_cudnn_has_it(precision_of(input, tf32));
   const CudaScope scope(input);
-  cuda::ConvSchedule schedule;
-  bool supported = false;
-  check_cuda(kOp, cuda::schedule_conv(params, schedule, supported));
-  if (!supported) return {};
+  const auto schedule = fused_schedule(params);
+  if (!schedule) return {};
 
   std::vector<Tensor> held;
   held.push_back(channels_last_aligned(input));
@@ -257,18 +258,18 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   const Tensor columns =
       empty_dense(input, {sum.batch, sum.pitch, sum.height, params.out_width}, true, input.scalar_type());
   params.output = columns.mutable_data_ptr();
-  check_cuda(kOp, cuda::launch_conv(params, schedule, scope.stream()));
+  check_cuda(kOp, cuda::launch_conv(params, *schedule, scope.stream()));
 
   const Tensor output =
       empty_dense(input, {sum.batch, sum.channels, sum.height, sum.width}, channels_last, input.scalar_type());
   if (bias) {
-    held.push_back(bias->is_contiguous() ? *bias : to_contiguous(*bias, false));
+    held.push_back(to_contiguous(*bias, false));
     sum.bias = held.back().const_data_ptr();
   }
   sum.columns = columns.const_data_ptr();
   sum.output = output.mutable_data_ptr();
   check_cuda(kOp, cuda::launch_sum_columns(sum, scope.stream()));
-  record_path("reflect_conv2d:cuda:columns", schedule.name);
+  record_path("reflect_conv2d:cuda:columns", schedule->name);
   return output;
 }
 

@@ -1,4 +1,5 @@
-// The convolution with the norm's statistics in its epilogue: csrc/cuda/conv_instance_norm.
+// The convolution with the norm's statistics in its epilogue: csrc/cuda/conv_instance_norm. And what the ways to
+// convolve share.
 #pragma once
 
 #include "../fused_conv_instance_norm_relu.h"
@@ -16,6 +17,12 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
 // (csrc/cuda/conv_instance_norm/columns.cu).
 std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                              bool tf32);
+
+// The gather before a convolution.
+void launch_pad_cuda(const PadParams& params, const Tensor& like);
+
+// The result in channels_last, written over the tensor that is given (the convolution's, or a fresh one).
+InstanceNormRequest channels_last_in_place(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan);
 
 // Weights of the four phases of a 3x3 convolution after an upsampling, [4 * Co, Ci, 2, 2] in channels_last: see
 // csrc/cuda/upsample/launch.h. `round_tf32` rounds float32 to TF32.

@@ -2,7 +2,6 @@
 // ATen between our kernels for padding and norm.
 #include "../fused_conv_instance_norm_relu.h"
 
-#include "../../csrc/cuda/pad/launch.h"
 #include "convolution.h"
 #include "fused_conv.h"
 #include "fused_instance_norm.h"
@@ -18,15 +17,10 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::vector<
   return cudnn_convolution(input, weight, {}, stride, padding, tf32);
 }
 
-void launch_pad(const PadParams& params, const Tensor& like) {
-  const CudaScope scope(like);
-  check_cuda(kOp, cuda::launch_pad_upsample(params, scope.stream()));
-}
-
 void launch_pad_tf32(const PadParams& params, const Tensor& like) {
   PadParams rounded = params;
   rounded.round_tf32 = true;
-  launch_pad(rounded, like);
+  launch_pad_cuda(rounded, like);
 }
 
 template <const char* kPath>
@@ -38,17 +32,9 @@ constexpr char kPlain[] = "conv_instance_norm_relu:cuda:aten_conv";
 constexpr char kPhases[] = "conv_instance_norm_relu:cuda:upsample_phases";
 constexpr char kPaddedChannels[] = "conv_instance_norm_relu:cuda:padded_channels";
 
-const ConvInstanceNormBackend kBackend{launch_pad, convolution, norm<kPlain>, false};
+const ConvInstanceNormBackend kBackend{launch_pad_cuda, convolution, norm<kPlain>, false};
 // Where the gather feeds a convolution that surely runs on TF32 tensor cores.
 const ConvInstanceNormBackend kTf32Backend{launch_pad_tf32, convolution, norm<kPlain>, false};
-
-// The result in channels_last, written over the tensor that is given (the convolution's, or a fresh one).
-InstanceNormRequest channels_last_in_place(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
-  InstanceNormRequest request = norm_request(args, plan);
-  request.output_channels_last = true;
-  request.in_place = true;
-  return request;
-}
 
 // A 3x3 convolution after an upsampling as one 2x2 convolution of the input with the four phases as channels: see
 // csrc/cuda/upsample/launch.h. Nothing where it does not apply.

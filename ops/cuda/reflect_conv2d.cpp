@@ -1,5 +1,4 @@
 // _reflect_conv2d on CUDA: our convolution where it takes the call, else our padding and ATen's convolution.
-#include "../../csrc/cuda/pad/launch.h"
 #include "convolution.h"
 #include "fused_conv.h"
 #include "launch.h"
@@ -8,11 +7,6 @@ namespace styleforge {
 namespace {
 
 constexpr const char* kOp = "_reflect_conv2d";
-
-void launch_pad(const PadParams& params, const Tensor& like) {
-  const CudaScope scope(like);
-  check_cuda(kOp, cuda::launch_pad_upsample(params, scope.stream()));
-}
 
 Tensor reflect_conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Text& precision) {
   if (input.dim() != 4) fail(kOp, "input must have shape [N, C, H, W], got ", shape_text(input));
@@ -38,9 +32,9 @@ Tensor reflect_conv2d(const Tensor& input, const Tensor& weight, const OptionalT
   if (input.size(0) == 0) {
     return empty_dense(input, {0, weight.size(0), input.size(2), input.size(3)}, channels_last, input.scalar_type());
   }
-  const bool tf32 = precision.value == "tf32" && input.scalar_type() == ScalarType::Float;
+  const bool tf32 = parse_tf32(kOp, precision.value) && input.scalar_type() == ScalarType::Float;
   if (auto output = run_fused_reflect_conv(input, weight, bias, tf32)) return *output;
-  const ConvInstanceNormBackend backend{launch_pad, nullptr, nullptr, false};
+  const ConvInstanceNormBackend backend{launch_pad_cuda, nullptr, nullptr, false};
   const Tensor padded = pad_upsample(backend, input, 1, PaddingMode::kReflect, padding, channels_last);
   record_path("reflect_conv2d:cuda:aten_conv");
   return in_format(cudnn_convolution(padded, weight, bias, {1, 1}, {0, 0}, tf32), channels_last);

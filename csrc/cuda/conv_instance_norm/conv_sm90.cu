@@ -6,9 +6,8 @@
 //   producer warps 1-3: the tile's input with its halo, one chunk of channels -> ring of input stages, each used by all
 //                       taps. One TMA box, which fills what lies outside with zeros; tiles at the border of a reflected
 //                       or replicated picture by cp.async, 16 bytes each, where the padding is index arithmetic
-//   producer warp 0:    weights of one (chunk, tap), kColumns x 128 bytes, by TMA -> ring of weight stages. Multicast
-//   in
-//                       clusters of two was slower (20.5 against 12.8 thousand clocks for 1x128x128x128)
+//   producer warp 0:    weights of one (chunk, tap), kColumns x 128 bytes, by TMA -> ring of weight stages.
+//                       Multicast in clusters of two was slower: 20.5 against 12.8 thousand clocks, 1x128x128x128
 //   consumer warps:     A fragments by ldmatrix from the halo, at the tap's offset, into registers; B from the weight
 //                       stage; one wgmma group runs while the next one's fragments are loaded
 //

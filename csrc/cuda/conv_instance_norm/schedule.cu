@@ -1,9 +1,8 @@
 // Which convolutions the fused kernels take, and how they are cut: a function of the shape and the device.
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
 #include "../common/launch.h"
+#include "../common/overrides.h"
 #include "kernels.h"
 
 namespace styleforge::cuda {
@@ -14,14 +13,8 @@ constexpr int kMaxInputStages = 4;
 constexpr int kMaxWeightStages = 8;
 constexpr int kShared = 227 * 1024 - 2048;  // of a block, less what is declared statically
 
-// STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6": what bench/tune.py tries.
-int tuned(const char* key, int chosen) {
-  const char* text = std::getenv("STYLEFORGE_CONV_TUNE");
-  const char* at = text == nullptr ? nullptr : std::strstr(text, key);
-  if (at == nullptr) return chosen;
-  const int wanted = std::atoi(at + std::strlen(key) + 1);
-  return wanted > 0 ? wanted : chosen;
-}
+// STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6"
+constexpr const char* kTuneVariable = "STYLEFORGE_CONV_TUNE";
 
 }  // namespace
 
@@ -29,8 +22,8 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
   supported = false;
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  const char* path = std::getenv("STYLEFORGE_PATH");
-  const bool wanted = path == nullptr || *path == '\0' || std::strcmp(path, "sm90") == 0;
+  const Overrides overrides(kTuneVariable);
+  const bool wanted = !overrides.forced() || overrides.forced("sm90");
   const int element = static_cast<int>(size_of(p.dtype));
   if (!wanted || facts.major != 9 || !facts.has_cluster() || p.dtype == DType::kFloat64) return cudaSuccess;
   if (p.in_channels * element % 16 != 0 || p.out_channels % 2 != 0) return cudaSuccess;
@@ -45,6 +38,7 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
     return int64_t{p.batch} * p.phases * ceil_div(width, s.kTileWidth) * ceil_div(height, rows) *
            ceil_div(p.out_channels, columns);
   };
+  const auto tuned = [&](const char* key, int chosen) { return static_cast<int>(overrides.tuned(key, chosen)); };
   s = {};
   s.columns = p.out_channels > 64 ? 128 : p.out_channels > 32 ? 64 : 32;
   s.tile_height = 8;

@@ -15,14 +15,6 @@ __device__ __forceinline__ void biased(acc_t<T> (&x)[kWidth], const Vec<T, kWidt
 }
 
 template <typename T, int kWidth>
-__device__ __forceinline__ Vec<T, kWidth> rounded(const acc_t<T> (&x)[kWidth]) {
-  Vec<T, kWidth> result;
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) result.data[k] = from_acc<T>(x[k]);
-  return result;
-}
-
-template <typename T, int kWidth>
 __global__ void __launch_bounds__(kRowThreads)
     bias_activation_kernel(const __grid_constant__ BiasActivationParams p, int lanes) {
   using V = Vec<T, kWidth>;

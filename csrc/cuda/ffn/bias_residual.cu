@@ -19,12 +19,10 @@ __global__ void __launch_bounds__(kRowThreads)
   for_each_row(
       at, p.rows, [&](int64_t row, int i) { residual[i] = load_const<V>(p.residual, row * vectors + at.vector); },
       [&](int64_t row, int i) {
-        V sum;
+        acc_t<T> sum[kWidth];
 #pragma unroll
-        for (int k = 0; k < kWidth; ++k) {
-          sum.data[k] = from_acc<T>(to_acc(residual[i].data[k]) + to_acc(bias.data[k]));
-        }
-        store(p.output, row * vectors + at.vector, sum);
+        for (int k = 0; k < kWidth; ++k) sum[k] = to_acc(residual[i].data[k]) + to_acc(bias.data[k]);
+        store(p.output, row * vectors + at.vector, rounded<T>(sum));
       });
 }
 

@@ -11,10 +11,9 @@
 // - Two passes: pass 2 loads its tile before it waits for pass 1 (dependent launch), 6.2 -> 5.1 us on 1x3x512x512.
 #include <algorithm>
 #include <bit>
-#include <cstdlib>
-#include <cstring>
 
 #include "../common/launch.h"
+#include "../common/overrides.h"
 #include "channel_sums.cuh"
 #include "channel_tiles.cuh"
 #include "kernels.h"
@@ -49,24 +48,10 @@ int round_threads(int64_t wanted, int least, int most) {
       std::clamp<int64_t>(static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(wanted))), least, most));
 }
 
-// What the environment asks for, read once a call: these are on every call's way, and a look at the environment is not
-// free. STYLEFORGE_TUNE="cluster=8,lanes=4,threads=256,shared=120000,lead=500" is what bench/tune.py tries; 0 or
-// absent: as is. Of the stream path: bytes (of a tile), stages, grid (blocks), first (tiles of a block by its number,
-// before it draws tickets), order (1: all by number, 2: as first says), cache (1: input leaves the L2 cache first, 2:
-// output, 3: both, 4: neither).
-struct Overrides {
-  const char* path = std::getenv("STYLEFORGE_PATH");
-  const char* tune = std::getenv("STYLEFORGE_TUNE");
-
-  bool forced(const char* name) const { return path != nullptr && std::strcmp(path, name) == 0; }
-
-  int64_t tuned(const char* key, int64_t chosen) const {
-    const char* at = tune == nullptr ? nullptr : std::strstr(tune, key);
-    if (at == nullptr) return chosen;
-    const int64_t wanted = std::atoll(at + std::strlen(key) + 1);
-    return wanted > 0 ? wanted : chosen;
-  }
-};
+// STYLEFORGE_TUNE="cluster=8,lanes=4,threads=256,shared=120000,lead=500". Of the stream path: bytes (of a tile),
+// stages, grid (blocks), first (tiles of a block by its number, before it draws tickets), order (1: all by number, 2:
+// as first says), cache (1: input leaves the L2 cache first, 2: output, 3: both, 4: neither).
+constexpr const char* kTuneVariable = "STYLEFORGE_TUNE";
 
 int largest_cluster(const DeviceFacts& facts, const Overrides& overrides) {
   if (!facts.has_cluster() || overrides.forced("portable")) return 1;
@@ -263,7 +248,7 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const Shape shape = shape_of(params, all_aligned(params));
-  const Overrides overrides;
+  const Overrides overrides(kTuneVariable);
   schedule = {};
   schedule.vectorized = shape.vectorized;
   if (overrides.forced("stream") && schedule_stream(params, facts, shape, overrides, true, schedule)) {
@@ -323,7 +308,7 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
   const bool aligned = aligned16(params.input) && aligned16(params.residual) && aligned16(params.saved_output) &&
                        aligned16(params.grad_output) && aligned16(params.grad_input) && aligned16(params.grad_residual);
   const Shape shape = shape_of(params, aligned);
-  const Overrides overrides;
+  const Overrides overrides(kTuneVariable);
   schedule = {};
   schedule.vectorized = shape.vectorized;
   schedule_tiles(params, facts, shape, overrides, schedule);

@@ -76,32 +76,32 @@ def reflect_conv2d_by_columns(x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return output
 
 
-def _takes_operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether our operator convolves: on the GPU, without a gradient, and not in a program for any device."""
+def _recorded() -> bool:
+    """Whether this call becomes part of a program that may run on another device and size."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         tracing: bool = torch.jit.is_tracing()  # type: ignore
-        if tracing or torch.compiler.is_exporting():
-            return False
+        return tracing or torch.compiler.is_exporting()
+    return False
+
+
+def _needs_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+def _takes_operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether our operator convolves: on the GPU and without a gradient."""
     if x.device.type != "cuda" or weight.dtype != x.dtype:
         return False  # under autocast the dtypes may differ: PyTorch's convolution settles that
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return False
-    return not torch.is_autocast_enabled()
+    return not torch.is_autocast_enabled() and not _needs_gradient(x, weight, bias)
 
 
 def _takes_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether ``reflect_conv2d_by_columns`` can run and is the faster way."""
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        tracing: bool = torch.jit.is_tracing()  # type: ignore
-        if tracing or torch.compiler.is_exporting():
-            return False  # the program may run on another device and size than it was recorded with
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if _needs_gradient(x, weight, bias):
         return False
     height, width = weight.size(2), weight.size(3)
     return (
@@ -130,9 +130,10 @@ def reflect_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, precision: st
     Raises:
         RuntimeError: where the padding is not smaller than the input, or shapes or dtypes do not fit.
     """
-    if _takes_columns(x, weight, bias):
+    recorded = _recorded()
+    if not recorded and _takes_columns(x, weight, bias):
         return reflect_conv2d_by_columns(x, weight, bias)
-    if _takes_operator(x, weight, bias):
+    if not recorded and _takes_operator(x, weight, bias):
         output: Tensor = torch.ops.styleforge._reflect_conv2d(x, weight, bias, precision)
         return output
     rows, columns = weight.size(2) // 2, weight.size(3) // 2

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from styleforge.nn._checks import check_choice
 from styleforge.ops import conv_precision
 from styleforge.ops._common import ACTIVATIONS, PADDING_MODES, PRECISIONS, pair
 
@@ -81,10 +82,10 @@ class FusedConvInstanceNormReLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("activation", activation, ACTIVATIONS)
-        _check_choice("padding_mode", padding_mode, PADDING_MODES)
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("padding_mode", padding_mode, PADDING_MODES)
         if precision is not None:
-            _check_choice("precision", precision, PRECISIONS)
+            check_choice("precision", precision, PRECISIONS)
         if upsample not in (1, 2):
             raise ValueError(f"upsample must be 1 or 2, got {upsample}")
         self.in_channels = in_channels
@@ -264,11 +265,6 @@ class FusedConvInstanceNormReLU(nn.Module):
         if not self.affine:
             text += ", affine=False"
         return f"{text}, activation={self.activation}"
-
-
-def _check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f'{argument} must be one of {", ".join(choices)}, got "{value}"')
 
 
 def _check_layers(conv: nn.Conv2d, norm: nn.InstanceNorm2d) -> None:

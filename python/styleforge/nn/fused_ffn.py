@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from styleforge.nn._checks import check_choice
 from styleforge.ops import matmul_precision
 from styleforge.ops._common import FFN_ACTIVATIONS, PRECISIONS
 from styleforge.ops._composite import ffn_activate
@@ -63,9 +64,9 @@ class FusedFFN(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("activation", activation, FFN_ACTIVATIONS)
+        check_choice("activation", activation, FFN_ACTIVATIONS)
         if precision is not None:
-            _check_choice("precision", precision, PRECISIONS)
+            check_choice("precision", precision, PRECISIONS)
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability from 0 to 1, got {dropout}")
         self.embed_dim = embed_dim
@@ -189,11 +190,6 @@ class FusedFFN(nn.Module):
         if self.fc1_bias is None and self.fc2_bias is None:
             text += ", bias=False"
         return f"{text}, activation={self.activation}"
-
-
-def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f'{argument} must be one of {", ".join(choices)}, got "{value}"')
 
 
 def _activation_of(layer: Any) -> str | None:

@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from styleforge.nn._checks import check_choice
 from styleforge.ops._common import ACTIVATIONS
 from styleforge.ops._composite import activate
 
@@ -52,8 +53,7 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
         negative_slope: float = 0.01,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f'activation must be one of {", ".join(ACTIVATIONS)}, got "{activation}"')
+        check_choice("activation", activation, ACTIVATIONS)
         self.activation = activation
         self.negative_slope = negative_slope
 

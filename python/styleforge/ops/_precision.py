@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,15 +32,18 @@ def conv_precision(precision: str | None = None) -> str:
 
 
 @contextmanager
-def convolutions_in(precision: str) -> Iterator[None]:
-    """PyTorch's own convolutions take this precision inside; the user's flags come back afterwards."""
-    flags = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+def _taking(flags: Any, precision: str) -> Iterator[None]:
     before = flags.fp32_precision
     flags.fp32_precision = precision
     try:
         yield
     finally:
         flags.fp32_precision = before
+
+
+def convolutions_in(precision: str) -> AbstractContextManager[None]:
+    """PyTorch's own convolutions take this precision inside; the user's flags come back afterwards."""
+    return _taking(torch.backends.cudnn.conv, precision)  # type: ignore[attr-defined]
 
 
 def matmul_precision(precision: str | None = None) -> str:
@@ -59,15 +63,9 @@ def matmul_precision(precision: str | None = None) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-@contextmanager
-def _matmuls_in(precision: str) -> Iterator[None]:
-    flags = torch.backends.cuda.matmul
-    before = flags.fp32_precision
-    flags.fp32_precision = precision
-    try:
-        yield
-    finally:
-        flags.fp32_precision = before
+def matmuls_in(precision: str) -> AbstractContextManager[None]:
+    """PyTorch's own CUDA products take this precision inside; the user's flags come back afterwards."""
+    return _taking(torch.backends.cuda.matmul, precision)
 
 
 _as_they_are: AbstractContextManager[None] = nullcontext()
@@ -80,4 +78,4 @@ def matmuls_of(input: Tensor, precision: str) -> AbstractContextManager[None]:
     """
     if not input.is_cuda or input.dtype != torch.float32 or precision not in ("ieee", "tf32"):
         return _as_they_are
-    return _as_they_are if precision == matmul_precision() else _matmuls_in(precision)
+    return _as_they_are if precision == matmul_precision() else matmuls_in(precision)
