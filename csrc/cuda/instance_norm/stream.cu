@@ -10,7 +10,7 @@
 //
 //   warp 0        producer  gets tiles in order, waits until a stage is free, starts its load
 //   warps 1-3     mergers   take tiles in turn, wait for all parts of the tile's plane, merge them in their order
-//   warps 4-7     stats     (mean, M2) of a tile from shared memory; the last of the four publishes it
+//   warps 4-7     stats     (mean, M2) of a tile from shared memory; they take turns to merge their four and publish
 //   warps 8-15    apply     stage -> registers (the stage is free again), normalise, residual, activate, store
 //
 // A block's first tiles are its own by number, so that their loads start before the workspace is zeroed; the others are
@@ -77,9 +77,9 @@ constexpr uint64_t kPatience = 20000;  // nanoseconds: many times what a plane t
 
 template <typename Acc>
 struct Ring {
-  uint64_t full[kStreamStages], summed[kStreamStages], ready[kStreamStages], empty[kStreamStages];
-  int tile[kStreamStages];        // -1: no more
-  unsigned taken[kStreamStages];  // stats warps that are done, over all rounds
+  uint64_t full[kStreamStages], counted[kStreamStages], summed[kStreamStages], ready[kStreamStages];
+  uint64_t empty[kStreamStages];
+  int tile[kStreamStages];  // -1: no more
   Part<Acc> warp_part[kStreamStages][kStatsWarps];
   Part<Acc> part[kStreamStages];
   PlaneAffine<Acc> affine[kStreamStages];
@@ -135,6 +135,14 @@ struct Stream {
   __device__ __forceinline__ V* stage(int s) const { return reinterpret_cast<V*>(stages + s * cut.stage_bytes); }
   __device__ __forceinline__ Span span(int tile) const { return span_of<kWidth>(p, cut, tile); }
 
+  // A warp waits for the next tile. One lane reads its number, the one that lets go of the stage afterwards.
+  __device__ __forceinline__ int arrived(const Turn& turn) const {
+    mbarrier_wait(&ring.full[turn.stage], turn.parity);
+    int tile = 0;
+    if (threadIdx.x % kWarp == 0) tile = ring.tile[turn.stage];
+    return __shfl_sync(0xffffffffu, tile, 0);
+  }
+
   // One thread.
   __device__ __forceinline__ void produce() const {
     // The zero kernel waited for the input before it let this one start.
@@ -183,24 +191,24 @@ struct Stream {
   // Stats warp `w`.
   __device__ __forceinline__ void take_moments(int w) const {
     bool waited = cut.alone;
+    int others = w;  // tiles until the next whose parts it merges
     for (Turn turn;; turn.next(cut.stages)) {
       const int s = turn.stage;
-      mbarrier_wait(&ring.full[s], turn.parity);
-      const int tile = ring.tile[s];
+      const int tile = arrived(turn);
       if (tile < 0) return;
       const int count = span(tile).count;
       const V* held = stage(s);
       const auto own = warp_moments<V, Acc>(w, count, [&](int i) { return held[i]; });
       if (threadIdx.x % kWarp == 0) {
         ring.warp_part[s][w] = {own.mean, own.m2};
-        __threadfence_block();
-        const bool last = atomicAdd(&ring.taken[s], 1u) % kStatsWarps == kStatsWarps - 1;
-        if (last) {
-          __threadfence_block();
+        mbarrier_arrive(&ring.counted[s]);
+        if (others-- == 0) {
+          others = kStatsWarps - 1;
+          mbarrier_wait(&ring.counted[s], turn.parity);
           Moments<Acc> of[kStatsWarps];
 #pragma unroll
           for (int v = 0; v < kStatsWarps; ++v) {
-            const volatile Part<Acc>& part = ring.warp_part[s][v];
+            const Part<Acc>& part = ring.warp_part[s][v];
             of[v] = {static_cast<Acc>(warp_vectors<kStatsWarps * kWarp>(v, count) * kWidth), part.mean, part.m2};
           }
           const auto merged = merge_warps<kWidth>(count, of);
@@ -274,10 +282,8 @@ struct Stream {
     int others = m;  // tiles until the next of its own
     for (Turn turn;; turn.next(cut.stages)) {
       const int s = turn.stage;
-      mbarrier_wait(&ring.full[s], turn.parity);
-      const int tile = ring.tile[s];
+      const int tile = arrived(turn);
       if (tile < 0) return;
-      __syncwarp();
       if (threadIdx.x % kWarp == 0) mbarrier_arrive(&ring.empty[s]);  // has seen the tile's number
       if (others-- != 0) continue;
       others = kMergers - 1;
@@ -330,8 +336,7 @@ struct Stream {
     };
     for (Turn turn;; turn.next(cut.stages)) {
       const int s = turn.stage;
-      mbarrier_wait(&ring.full[s], turn.parity);
-      const int tile = ring.tile[s];
+      const int tile = arrived(turn);
       if (tile < 0) return;
       const Span at = span(tile);
       uint4 r[kAhead] = {};  // as raw words: elements of two bytes, zeroed, take a register each
@@ -380,10 +385,10 @@ __global__ void STYLEFORGE_STREAM_BOUNDS stream_kernel(const __grid_constant__ I
   if (threadIdx.x == 0) {
     for (int s = 0; s < cut.stages; ++s) {
       mbarrier_init(&ring.full[s], 1);
+      mbarrier_init(&ring.counted[s], kStatsWarps);
       mbarrier_init(&ring.summed[s], 1);
       mbarrier_init(&ring.ready[s], 1);
       mbarrier_init(&ring.empty[s], kMergers + kStatsWarps + kApplyWarps);
-      ring.taken[s] = 0;
     }
     mbarrier_init_fence();
   }
