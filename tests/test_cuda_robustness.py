@@ -208,6 +208,27 @@ def test_streaming_norms_on_three_streams_at_once(tune: str, monkeypatch: pytest
 
 
 @cuda
+def test_resident_convolutions_on_three_streams_at_once() -> None:
+    """Grids that wait for themselves: two that hold half of the multiprocessors each would wait for ever."""
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    given = []
+    for k in range(3):
+        x = tensor(1, 64, 128, 128 + 16 * k, device="cuda", dtype=torch.float16, layout="channels_last")
+        given.append(dict(input=x, weight=(torch.randn(128, 64, 3, 3) / 24).half().cuda(), padding=[1, 1]))
+    with torch.inference_mode():
+        expected = [CONV(**one) for one in given]
+        torch.cuda.synchronize()
+        results: list[list[Tensor]] = [[], [], []]
+        for _ in range(50):
+            for own, one, stream in zip(results, given, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    own += [CONV(**one), NORM(one["input"])]
+        torch.cuda.synchronize()
+    for own, right in zip(results, expected, strict=True):
+        assert all(torch.equal(result, right) for result in own[::2])
+
+
+@cuda
 def test_the_streaming_norm_overwrites_the_convolutions_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place, also where blocks take the parts of tiles that others are about to overwrite."""
     _force(monkeypatch, "stream")

@@ -330,6 +330,68 @@ def test_fused_convolution(case: Any, dtype: torch.dtype, precision: str, paddin
         assert torch.equal(result, again)
 
 
+# input channels, output channels, (H, W), kernel, stride, upsample, STYLEFORGE_CONV_TUNE: one tile a block
+# and several, moments merged by every block and in a step of their own, whole and partial tiles
+RESIDENT = [
+    (64, 64, (64, 64), 3, 1, 1, ""),
+    (64, 64, (61, 50), 3, 1, 1, "columns=64,height=8"),
+    (128, 128, (128, 128), 3, 1, 1, ""),
+    (64, 64, (256, 256), 3, 1, 1, ""),
+    (64, 128, (130, 121), 3, 2, 1, "columns=128,height=8"),
+    (72, 72, (45, 70), 5, 1, 1, "tiles=2"),
+    (64, 128, (90, 33), 3, 1, 1, "tiles=3,columns=64"),
+    (64, 32, (40, 70), 3, 1, 2, "tiles=4,height=4"),
+    (256, 256, (33, 64), 1, 1, 1, "tiles=2,columns=128"),
+]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")],
+    ids=str,
+)
+@pytest.mark.parametrize("case", RESIDENT, ids=str)
+def test_one_pass_and_two_passes(
+    case: Any, dtype: torch.dtype, precision: str, padding_mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norm in the convolution's kernel, where the tensor fits on the chip, and in one behind it."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the fused convolution is for sm_90")
+    ci, co, size, kernel, stride, upsample, tune = case
+    monkeypatch.setenv("STYLEFORGE_CONV_TUNE", tune)
+    for batch, activation in ((1, "relu"), (2, "leaky_relu"), (1, "sigmoid")):
+        x = tensor(batch, ci, *size, dtype=dtype, device="cuda", layout="channels_last", offset=0.3)
+        w = _weight(co, ci, kernel, kernel, dtype, "cuda")
+        norm_weight, norm_bias = _norm_params("NC" if batch > 1 else "C", batch, co, dtype, "cuda")
+        padding = (kernel // 2, kernel // 2)
+        args = (x, w, None, norm_weight, norm_bias, (stride, stride), padding, padding_mode, upsample, 1e-5)
+        reference = conv_instance_norm(*args)
+        residual = torch.randn_like(reference).to(dtype) if batch > 1 else None
+        rest: dict[str, Any] = dict(activation=activation, residual=residual)
+        reference = conv_instance_norm(*args, **rest)
+        errors = {}
+        for forced in ("sm90", "sm90:two_pass"):
+            monkeypatch.setenv("STYLEFORGE_PATH", forced)
+            poison(reference.numel(), dtype, "cuda")
+            result = OP(*args, **rest, precision=precision)
+            path = styleforge.last_path()
+            if batch == 1 and forced == "sm90":
+                assert path.endswith(":one_pass"), path
+            elif forced == "sm90:two_pass":
+                assert "sm90" in path and "one_pass" not in path
+            errors[forced] = rms_error(result, reference)
+            assert torch.equal(
+                result, OP(*args, activation=activation, residual=residual, precision=precision)
+            )
+        assert errors["sm90"] <= 1.1 * errors["sm90:two_pass"] + 1e-7
+        with tf32(precision == "tf32"):
+            yardstick = torch_conv_instance_norm(*args, **rest)
+        allowed = 1.2 * rms_error(yardstick, reference) + 1e-7
+        assert errors["sm90"] <= max(allowed, 5e-4 if precision == "tf32" else 0.0)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("flag", [False, True])

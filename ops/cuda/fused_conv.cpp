@@ -147,9 +147,9 @@ Tensor launch_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNor
   params.output = output.mutable_data_ptr();
   const auto call = prepare_instance_norm(channels_last_in_place(args, plan), output, args.norm_weight, args.norm_bias,
                                           args.residual);
-  check_cuda(kOp, cuda::launch_conv(params, schedule, scope.stream()));
-  check_cuda(kOp, cuda::launch_conv_finish(params, schedule, call.params, scope.stream()));
-  record_path("conv_instance_norm_relu:cuda", schedule.name);
+  const char* name = "";
+  check_cuda(kOp, cuda::launch_conv_instance_norm(params, schedule, call.params, scope.stream(), name));
+  record_path("conv_instance_norm_relu:cuda", name);
   return in_format(output, plan.channels_last);
 }
 
@@ -269,7 +269,7 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   sum.columns = columns.const_data_ptr();
   sum.output = output.mutable_data_ptr();
   check_cuda(kOp, cuda::launch_sum_columns(sum, scope.stream()));
-  record_path("reflect_conv2d:cuda:columns", schedule->name);
+  record_path("reflect_conv2d:cuda:columns", params.precision == cuda::ConvPrecision::kIeee ? "sm90:3xtf32" : "sm90");
   return output;
 }
 

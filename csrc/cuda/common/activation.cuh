@@ -13,18 +13,30 @@ __device__ __forceinline__ double tanh_acc(double v) { return tanh(v); }
 __device__ __forceinline__ float sigmoid_acc(float v) { return 1.0f / (1.0f + expf(-v)); }
 __device__ __forceinline__ double sigmoid_acc(double v) { return 1.0 / (1.0 + exp(-v)); }
 
-// none, relu and leaky_relu in a few instructions, without a branch.
+// none, relu and leaky_relu: a few instructions.
 __host__ __device__ constexpr bool is_piecewise(Activation activation) {
   return activation == Activation::kNone || activation == Activation::kRelu || activation == Activation::kLeakyRelu;
 }
+// The larger of v and 0; NaN stays NaN.
+__device__ __forceinline__ float relu_acc(float v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(v));
+  return result;
+#else
+  return v <= 0.0f ? 0.0f : v;
+#endif
+}
+__device__ __forceinline__ double relu_acc(double v) { return v <= 0.0 ? 0.0 : v; }
+
 template <int kSize, typename Acc>
 __device__ __forceinline__ void activate_piecewise(Acc (&v)[kSize], Activation activation, Acc negative_slope) {
-  const Acc slope = activation == Activation::kLeakyRelu ? negative_slope : Acc(1);
-  const bool zero = activation == Activation::kRelu;
+  if (activation == Activation::kRelu) {
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) {  // NaN stays NaN
-    const Acc low = zero ? Acc(0) : v[i] * slope;
-    v[i] = v[i] <= Acc(0) ? low : v[i];
+    for (int i = 0; i < kSize; ++i) v[i] = relu_acc(v[i]);
+  } else if (activation == Activation::kLeakyRelu) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) v[i] = v[i] <= Acc(0) ? v[i] * negative_slope : v[i];  // NaN stays NaN
   }
 }
 

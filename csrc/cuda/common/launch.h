@@ -27,11 +27,18 @@ struct DeviceFacts {
 // Of the current device.
 cudaError_t device_facts(DeviceFacts& facts);
 
-// One kernel<<<>>> with the attributes this library uses. `cluster` > 1 needs sm_90; dependent launch is used there
-// too.
+// How the blocks of a launch stand to each other. Of a cluster: needs sm_90. Cooperative: all blocks are resident at
+// the same time, so that the grid can wait for itself (cudaErrorCooperativeLaunchTooLarge where they can not).
+struct Together {
+  int cluster = 1;
+  bool cooperative = false;
+};
+
+// One kernel<<<>>> with the attributes this library uses; dependent launch where the device has it.
 template <typename... KernelArgs, typename... Args>
-cudaError_t launch(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t shared_bytes, int cluster,
+cudaError_t launch(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t shared_bytes, Together together,
                    const DeviceFacts& facts, cudaStream_t stream, const Args&... args) {
+  const int cluster = together.cluster;
   if (shared_bytes > 32 * 1024) {  // 48 KB with what the kernel declares statically need no opt-in
     const auto error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
@@ -46,8 +53,12 @@ cudaError_t launch(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t 
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
   unsigned count = 0;
+  if (together.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
   if (facts.has_cluster()) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
@@ -61,6 +72,12 @@ cudaError_t launch(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t 
   config.attrs = attributes;
   config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, KernelArgs(args)...);
+}
+
+template <typename... KernelArgs, typename... Args>
+cudaError_t launch(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t shared_bytes, int cluster,
+                   const DeviceFacts& facts, cudaStream_t stream, const Args&... args) {
+  return launch(kernel, grid, block, shared_bytes, Together{cluster, false}, facts, stream, args...);
 }
 
 // Calls body.template operator()<T>() with the CUDA type of `dtype`.

@@ -1,4 +1,5 @@
-// Implicit GEMM on wgmma (sm_90a): 2-d convolution, channels_last, with per-tile channel moments in the epilogue.
+// Implicit GEMM on wgmma (sm_90a): 2-d convolution, channels_last, with per-tile channel moments in the epilogue, and
+// with the norm behind it where all tiles fit on the chip.
 //
 //   tile:  16 x (4 or 8) output pixels x kColumns output channels; a warp has one row of 16 pixels
 //   K:     chunks of 128 bytes of input channels (64 halves, 32 floats), for each chunk all taps of the kernel
@@ -14,8 +15,14 @@
 // The input is read from L2 once a tile instead of once a tap. A pixel's 128 bytes are swizzled in 16-byte pieces by
 // its index, as the copy engine does it, so that eight neighbouring pixels lie in different banks.
 //
+// A block computes one tile or a few, one after the other. The launch is cooperative where all tiles of the tensor are
+// resident that way: results stay in shared memory, the grid waits for itself until all moments are there (0.95 us; no
+// counter has to be zeroed before), merges them, and every block normalises, adds the residual, activates and writes
+// its tiles, once. Many tiles are merged in two steps, a few channels a block, with a second wait between.
+//
 // kIeee, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo, both split to nearest; lo * hi, hi * lo,
 // then hi * hi. The units truncate when they add, so the sum of every 32 numbers moves on to float32 registers.
+#include <cooperative_groups.h>
 #include <cuda.h>
 
 #include <algorithm>
@@ -25,6 +32,7 @@
 #include "../common/types.cuh"
 #include "../common/wgmma.cuh"
 #include "kernels.h"
+#include "normalize.cuh"
 #include "tiles.h"
 
 namespace styleforge::cuda {
@@ -36,6 +44,7 @@ constexpr int kChunk = 128;  // bytes of input channels
 #ifdef STYLEFORGE_HAS_WGMMA
 
 constexpr int kLoaders = 96;
+constexpr int kLoaderWarps = kLoaders / kWarp;
 constexpr int kConsumerBarrier = 1;
 
 template <typename T>
@@ -63,8 +72,9 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool v
   const int bytes = valid ? 16 : 0;  // the rest of the 16 is zeros
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void copy_async_arrive(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+// The barrier's phase waits for this thread's copies so far, on top of the arrivals it counts.
+__device__ __forceinline__ void copy_async_await(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -136,13 +146,80 @@ struct ConvTraits {
   static constexpr int kBlocks = kColumns <= 64 && !kSplit ? 2 : 1;
   // Where the sums and the fragments are more than an even share of the registers, the producers give theirs away.
   static constexpr bool kMoveRegisters = kGroups == 2 && (kSplit || (kColumns == 64 && kBlocks == 2));
-  // A row of pixels on its way out, padded so that a warp's writes of fragments fall into different banks.
-  static constexpr int kStorePitch = kColumns * static_cast<int>(sizeof(T)) + (sizeof(T) == 2 ? 16 : 32);
+  static constexpr int kStorePitch = stash_pitch(kColumns, static_cast<int>(sizeof(T)));
   static constexpr int kStoreBytes = ConvSchedule::kTileWidth * kStorePitch;
-  static constexpr int kEpilogueBytes = kRows * (kStoreBytes + kColumns * static_cast<int>(sizeof(float2))) + 1024;
   static_assert(kColumns % 32 == 0 && kColumns <= 128);
   static_assert(kWeightBytes % 1024 == 0, "stages stay aligned for the swizzle");
   static_assert(kElements % 8 == 0 && (kMoveRegisters || kThreads * kBlocks <= 768));
+};
+
+// One warp's pixels of a tile on their way out: 16 bytes of neighbouring channels each.
+template <typename T, int kColumns>
+struct RowOut {
+  static constexpr int kWidth = kFullWidth<T>;
+  static constexpr int kVectors = kColumns / kWidth;
+  static constexpr int kPixels = 32 / kVectors > 0 ? 32 / kVectors : 1;  // of a step
+  static constexpr int kSteps = ConvSchedule::kTileWidth / kPixels;
+  static constexpr int kMost = kColumns > 64 ? 4 : 2;
+  static constexpr int kBatch = kSteps < kMost ? kSteps : kMost;  // steps whose residual is on its way together
+  using V = Vec<T, kWidth>;
+  using Affine = ChannelAffine<kWidth, sizeof(T) == 2>;
+
+  int column;       // of the lane's vector in the tile
+  int64_t at;       // of the row's first pixel in the tensor, in elements, with the vector's channel
+  int pixel_pitch;  // elements between two pixels of the row
+  int pixels;       // that the lane has to write
+
+  __device__ __forceinline__ RowOut(const ConvParams& p, int n, int first_column, const ConvTileAt& tile, int row) {
+    const int spread = p.phases == 1 ? 1 : 2;
+    const int y = (tile.y + row) * spread + (tile.phase >> 1);
+    const int x = tile.x * spread + (tile.phase & 1);
+    column = static_cast<int>(threadIdx.x) % 32 % kVectors * kWidth;
+    at = ((static_cast<int64_t>(n) * p.out_height + y) * p.out_width + x) * p.out_channels + first_column + column;
+    pixel_pitch = spread * p.out_channels;
+    pixels = row < tile.rows && first_column + column < p.out_channels ? tile.columns : 0;
+  }
+
+  static __device__ __forceinline__ int pixel(int step) {
+    return step * kPixels + static_cast<int>(threadIdx.x) % 32 / kVectors;
+  }
+  __device__ __forceinline__ V held(const unsigned char* row, int step) const {
+    return *reinterpret_cast<const V*>(row + pixel(step) * stash_pitch(kColumns, static_cast<int>(sizeof(T))) +
+                                       column * static_cast<int>(sizeof(T)));
+  }
+  __device__ __forceinline__ int64_t index(int step) const {
+    return at + static_cast<int64_t>(pixel(step)) * pixel_pitch;
+  }
+
+  __device__ __forceinline__ void write(const ConvParams& p, const unsigned char* row) const {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (pixel(step) < pixels) *reinterpret_cast<V*>(static_cast<T*>(p.output) + index(step)) = held(row, step);
+    }
+  }
+
+  template <bool kSmooth>
+  __device__ __forceinline__ void normalize(const ConvParams& p, const InstanceNormParams& norm, const Affine& affine,
+                                            const unsigned char* row) const {
+#pragma unroll 1
+    for (int from = 0; from < kSteps; from += kBatch) {
+      V residual[kBatch];
+      if (norm.residual != nullptr) {
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) {
+          if (pixel(from + u) < pixels) {
+            residual[u] = load_const<V>(static_cast<const T*>(norm.residual) + index(from + u), 0);
+          }
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        if (pixel(from + u) >= pixels) continue;
+        const V y = affine.template finish<kSmooth>(norm, held(row, from + u), residual[u]);
+        *reinterpret_cast<V*>(static_cast<T*>(p.output) + index(from + u)) = y;
+      }
+    }
+  }
 };
 
 // kSide: of a square kernel with stride 1 whose taps are unrolled, which is 10% faster; 0: any kernel.
@@ -150,8 +227,8 @@ template <typename T, int kColumns, int kGroups, bool kSplit, int kSide>
 __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThreads,
                                   ConvTraits<T, kColumns, kGroups, kSplit>::kBlocks)
     conv_kernel(const __grid_constant__ ConvParams p, const __grid_constant__ ConvSchedule s,
-                const __grid_constant__ CUtensorMap input, const __grid_constant__ CUtensorMap weights,
-                const __grid_constant__ CUtensorMap weights_lo) {
+                const __grid_constant__ InstanceNormParams norm, const __grid_constant__ CUtensorMap input,
+                const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap weights_lo) {
 #ifdef STYLEFORGE_HAS_WGMMA
   using Traits = ConvTraits<T, kColumns, kGroups, kSplit>;
   constexpr int kElements = Traits::kElements;
@@ -161,20 +238,29 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
   const uint32_t weight_ring = shared_address(ring);
   const uint32_t input_ring = weight_ring + s.weight_stages * Traits::kWeightBytes;
   __shared__ uint64_t weight_full[8], weight_empty[8], input_full[4], input_empty[4];
+  __shared__ float2 statistics[kColumns];               // mean, rstd * the norm's weight
+  __shared__ float scales[kColumns], shifts[kColumns];  // the norm's weight and bias
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int n = blockIdx.z;
-  const int entry = blockIdx.x;
-  const ConvTileAt at = conv_tile(p, s, entry);
-  const int first_column = blockIdx.y * kColumns;
   const int taps = p.kernel_h * p.kernel_w;
   const int chunks = (p.in_channels + kElements - 1) / kElements;
   const int steps = chunks * taps;
-  const int top = at.y * p.stride_h - p.pad_top + (at.phase >> 1);
-  const int left = at.x * p.stride_w - p.pad_left + (at.phase & 1);
-  const bool boxes = p.mode == PaddingMode::kZeros ||
-                     (top >= 0 && left >= 0 && top + s.halo_height <= p.height && left + s.halo_width <= p.width);
+  const int n = blockIdx.z;
+  const int first_column = blockIdx.y * kColumns;
+  const int begin = blockIdx.x * s.tiles;
+  const int end = min(begin + s.tiles, s.entries);
+  // The producers' first tile, while the predecessor drains.
+  ConvTileAt at = conv_tile(p, s, begin);
+  // Whether the copy engine brings a tile's input.
+  const auto top_of = [&] { return at.y * p.stride_h - p.pad_top + (at.phase >> 1); };
+  const auto left_of = [&] { return at.x * p.stride_w - p.pad_left + (at.phase & 1); };
+  const auto takes_boxes = [&] {
+    return p.mode == PaddingMode::kZeros || (top_of() >= 0 && left_of() >= 0 && top_of() + s.halo_height <= p.height &&
+                                             left_of() + s.halo_width <= p.width);
+  };
+  // One thread brings all: the others must not wait, which would take the consumers' time.
+  const bool boxes_only = s.tiles == 1 && takes_boxes();
 
   if (threadIdx.x == Traits::kConsumers) {
     prefetch_map(&weights);
@@ -187,7 +273,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       mbarrier_init(&weight_empty[i], kWarps * kGroups);
     }
     for (int i = 0; i < s.input_stages; ++i) {
-      mbarrier_init(&input_full[i], boxes ? 1 : kLoaders);
+      mbarrier_init(&input_full[i], boxes_only ? 1 : kLoaderWarps);
       mbarrier_init(&input_empty[i], kWarps * kGroups);
     }
     mbarrier_init_fence();
@@ -199,74 +285,91 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     if constexpr (Traits::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(40));
     if (warp == kWarps * kGroups) {
       if (lane == 0) {
-        const int row = at.phase * p.out_channels + first_column;
-        int tap = 0, channel = 0, stage = 0;
+        int stage = 0;
         uint32_t parity = 1;
-        for (int i = 0; i < steps; ++i) {
-          mbarrier_wait(&weight_empty[stage], parity);
-          mbarrier_arrive_expect(&weight_full[stage], Traits::kWeightBytes);
-          const uint32_t to = weight_ring + stage * Traits::kWeightBytes;
-          load_weights(to, &weights, channel, tap, row, &weight_full[stage]);
-          if constexpr (kSplit)
-            load_weights(to + kColumns * kChunk, &weights_lo, channel, tap, row, &weight_full[stage]);
-          if (++tap == taps) {
-            tap = 0;
-            channel += kElements;
+        for (int tile = begin;;) {
+          const int row = at.phase * p.out_channels + first_column;
+          int tap = 0, channel = 0;
+          for (int i = 0; i < steps; ++i) {
+            mbarrier_wait(&weight_empty[stage], parity);
+            mbarrier_arrive_expect(&weight_full[stage], Traits::kWeightBytes);
+            const uint32_t to = weight_ring + stage * Traits::kWeightBytes;
+            load_weights(to, &weights, channel, tap, row, &weight_full[stage]);
+            if constexpr (kSplit)
+              load_weights(to + kColumns * kChunk, &weights_lo, channel, tap, row, &weight_full[stage]);
+            if (++tap == taps) {
+              tap = 0;
+              channel += kElements;
+            }
+            if (++stage == s.weight_stages) {
+              stage = 0;
+              parity ^= 1;
+            }
           }
-          if (++stage == s.weight_stages) {
-            stage = 0;
-            parity ^= 1;
-          }
+          if (++tile == end) break;
+          at = conv_tile(p, s, tile);
         }
       }
       __syncwarp();
-    } else if (boxes) {
-      if (threadIdx.x == Traits::kConsumers + 32) {
-        const uint32_t bytes = s.halo_height * s.halo_width * kChunk;
-        int stage = 0;
-        uint32_t parity = 1;
+    } else if (warp == kWarps * kGroups + 1 || !boxes_only) {
+      // Each of these warps arrives once a stage: the first brings the box, or all 96 threads move 12 pixels at a time,
+      // each its 16 bytes within the pixel.
+      const int loader = threadIdx.x - Traits::kConsumers - 32;
+      const int piece = loader % 8;
+      const int pixels = s.halo_height * s.halo_width;
+      int stage = 0;
+      uint32_t parity = 1;
+      for (int tile = begin;;) {
+        const int top = top_of(), left = left_of();
+        const bool boxes = takes_boxes();
+        const T* sample = static_cast<const T*>(p.input) + static_cast<int64_t>(n) * p.height * p.width * p.in_channels;
         for (int chunk = 0; chunk < chunks; ++chunk) {
-          mbarrier_wait(&input_empty[stage], parity);
-          mbarrier_arrive_expect(&input_full[stage], bytes);
-          load_box(input_ring + stage * s.halo_bytes, &input, chunk * kElements, left, top, n, &input_full[stage]);
+          const uint32_t to = input_ring + stage * s.halo_bytes;
+          if (lane == 0) mbarrier_wait(&input_empty[stage], parity);
+          __syncwarp();
+          if (!boxes) {
+            const int channel = chunk * kElements + piece * (16 / static_cast<int>(sizeof(T)));
+            const bool valid = channel < p.in_channels;
+            const T* from = sample + (valid ? channel : 0);
+#pragma unroll 2
+            for (int pixel = loader / 8; pixel < pixels; pixel += kLoaders / 8) {
+              const int y = __umulhi(pixel, s.halo_divisor);
+              const int x = pixel - y * s.halo_width;
+              const int sy = padded_source(top + y, p.height, p.mode);
+              const int sx = padded_source(left + x, p.width, p.mode);
+              copy_async(to + pixel * kChunk + ((piece ^ (pixel & 7)) << 4), from + (sy * p.width + sx) * p.in_channels,
+                         valid);
+            }
+            copy_async_await(&input_full[stage]);
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(&input_full[stage]);
+          } else if (loader == 0) {
+            mbarrier_arrive_expect(&input_full[stage], pixels * kChunk);
+            load_box(to, &input, chunk * kElements, left, top, n, &input_full[stage]);
+          } else if (lane == 0) {
+            mbarrier_arrive(&input_full[stage]);
+          }
           if (++stage == s.input_stages) {
             stage = 0;
             parity ^= 1;
           }
         }
+        if (++tile == end) break;
+        at = conv_tile(p, s, tile);
       }
-      __syncwarp();
-    } else {
-      // 96 loaders move 12 pixels at a time: a thread keeps its 16 bytes within the pixel.
-      const int loader = threadIdx.x - Traits::kConsumers - 32;
-      const int piece = loader % 8;
-      const int pixels = s.halo_height * s.halo_width;
-      const T* sample = static_cast<const T*>(p.input) + static_cast<int64_t>(n) * p.height * p.width * p.in_channels;
-      int stage = 0;
-      uint32_t parity = 1;
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        mbarrier_wait(&input_empty[stage], parity);
-        const uint32_t to = input_ring + stage * s.halo_bytes;
-        const int channel = chunk * kElements + piece * (16 / static_cast<int>(sizeof(T)));
-        const bool valid = channel < p.in_channels;
-        const T* from = sample + (valid ? channel : 0);
-#pragma unroll 4
-        for (int pixel = loader / 8; pixel < pixels; pixel += kLoaders / 8) {
-          const int y = __umulhi(pixel, s.halo_divisor);
-          const int x = pixel - y * s.halo_width;
-          const int sy = padded_source(top + y, p.height, p.mode);
-          const int sx = padded_source(left + x, p.width, p.mode);
-          copy_async(to + pixel * kChunk + ((piece ^ (pixel & 7)) << 4), from + (sy * p.width + sx) * p.in_channels,
-                     valid);
-        }
-        copy_async_arrive(&input_full[stage]);
-        if (++stage == s.input_stages) {
-          stage = 0;
-          parity ^= 1;
-        }
+    }
+    __syncwarp();
+    if (s.resident && warp == kWarps * kGroups + kLoaderWarps) {
+      for (int c = lane; c < kColumns && first_column + c < p.out_channels; c += 32) {
+        const int64_t param = n * norm.param_batch_stride + first_column + c;
+        scales[c] = load_param(norm.weight, norm.param_dtype, param, 1.0f);
+        shifts[c] = load_param(norm.bias, norm.param_dtype, param, 0.0f);
       }
     }
     release_successor();
+    if (s.resident) {
+      for (int i = 0; i < grid_waits(s); ++i) cooperative_groups::this_grid().sync();
+    }
   } else {
     if constexpr (Traits::kMoveRegisters)
       asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Traits::kBlocks == 2 ? 96 : 232));
@@ -282,6 +385,11 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     const uint32_t input_full_at = shared_address(input_full), input_empty_at = shared_address(input_empty);
     int input_stage = 0, weight_stage = 0, last_stage = 0;
     uint32_t input_parity = 0, weight_parity = 0;
+    // Where the warp's row of tile `i` of the block lies. The last tile's take the place of the rings.
+    const auto stash = [&](int tile) {
+      const int offset = tile + 1 == end ? 0 : s.stash_offset + (tile - begin) * Traits::kRows * Traits::kStoreBytes;
+      return ring + offset + warp * Traits::kStoreBytes;
+    };
 
     // The fragments of the tap `offset` pixels from the first one in the halo.
     const auto load_tap = [&](uint32_t (&a)[4][4], int offset) {
@@ -327,197 +435,231 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       }
     };
 
-    if constexpr (kSplit) {
-      const auto load_split = [&](uint32_t (&hi)[4][4], uint32_t (&lo)[4][4]) {
-        load_next(hi);
+    for (int tile = begin; tile < end; ++tile) {
+      if constexpr (kSplit) {
+        const auto load_split = [&](uint32_t (&hi)[4][4], uint32_t (&lo)[4][4]) {
+          load_next(hi);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
+          for (int k = 0; k < 4; ++k) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float v = __uint_as_float(hi[k][i]);
-            hi[k][i] = round_tf32(v);
-            lo[k][i] = round_tf32(v - __uint_as_float(hi[k][i]));
-          }
-        }
-      };
-      float total[kColumns / 2];
-#pragma unroll
-      for (int i = 0; i < kColumns / 2; ++i) total[i] = 0;
-      const auto multiply = [&](int set, bool more) {
-        const uint64_t b = weight_descriptor();
-        const uint64_t b_lo = b + (kColumns * kChunk >> 4);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) Mma::run(d, rest[set][k], b + 2 * k, k > 0);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) Mma::run(d, fragments[set][k], b_lo + 2 * k, true);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) Mma::run(d, fragments[set][k], b + 2 * k, true);
-        wgmma_commit();
-        if (more) load_split(fragments[set ^ 1], rest[set ^ 1]);
-        wgmma_wait<0>();
-        release_weights(weight_stage);
-        next_weights();
-#pragma unroll
-        for (int i = 0; i < kColumns / 2; ++i) total[i] += d[i];
-      };
-      load_split(fragments[0], rest[0]);
-      for (int i = 0; i < steps; i += 2) {
-        multiply(0, i + 1 < steps);
-        if (i + 1 < steps) multiply(1, i + 2 < steps);
-      }
-#pragma unroll
-      for (int i = 0; i < kColumns / 2; ++i) d[i] = total[i];
-    } else {
-      const auto multiply = [&](uint32_t (&a)[4][4], bool first) {
-        const uint64_t b = weight_descriptor();
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b + 2 * k, k > 0 || !first);
-        wgmma_commit();
-        wgmma_wait<1>();  // the group before this one is done with its fragments and its weights
-        if (!first) release_weights(last_stage);
-        next_weights();
-      };
-      if constexpr (kSide > 0) {
-        // Unrolled over the taps; with an odd number of them the two sets of fragments change roles from chunk to
-        // chunk.
-        constexpr int kTaps = kSide * kSide;
-        const auto multiply_chunk = [&]<int kFirst>(int chunk) {
-#pragma unroll
-          for (int tap = 0; tap < kTaps; ++tap) {
-            multiply(fragments[(kFirst + tap) % 2], tap == 0 && chunk == 0);
-            if (tap + 1 < kTaps) {
-              load_tap(fragments[(kFirst + tap + 1) % 2], (tap + 1) / kSide * halo_width + (tap + 1) % kSide);
-            } else {
-              release_input();
-              if (chunk + 1 < chunks) {
-                wait_for_input();
-                load_tap(fragments[(kFirst + kTaps) % 2], 0);
-              }
+            for (int i = 0; i < 4; ++i) {
+              const float v = __uint_as_float(hi[k][i]);
+              hi[k][i] = round_tf32(v);
+              lo[k][i] = round_tf32(v - __uint_as_float(hi[k][i]));
             }
           }
         };
-        wait_for_input();
-        load_tap(fragments[0], 0);
-        for (int chunk = 0; chunk < chunks; ++chunk) {
-          if (kTaps % 2 == 0 || chunk % 2 == 0) {
-            multiply_chunk.template operator()<0>(chunk);
-          } else {
-            multiply_chunk.template operator()<1>(chunk);
-          }
-        }
-      } else {
-        load_next(fragments[0]);
+        float total[kColumns / 2];
+#pragma unroll
+        for (int i = 0; i < kColumns / 2; ++i) total[i] = 0;
+        const auto multiply = [&](int set, bool more) {
+          const uint64_t b = weight_descriptor();
+          const uint64_t b_lo = b + (kColumns * kChunk >> 4);
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < 4; ++k) Mma::run(d, rest[set][k], b + 2 * k, k > 0);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) Mma::run(d, fragments[set][k], b_lo + 2 * k, true);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) Mma::run(d, fragments[set][k], b + 2 * k, true);
+          wgmma_commit();
+          if (more) load_split(fragments[set ^ 1], rest[set ^ 1]);
+          wgmma_wait<0>();
+          release_weights(weight_stage);
+          next_weights();
+#pragma unroll
+          for (int i = 0; i < kColumns / 2; ++i) total[i] += d[i];
+        };
+        load_split(fragments[0], rest[0]);
         for (int i = 0; i < steps; i += 2) {
-          multiply(fragments[0], i == 0);
-          if (i + 1 < steps) {
-            load_next(fragments[1]);
-            multiply(fragments[1], false);
-            if (i + 2 < steps) load_next(fragments[0]);
+          multiply(0, i + 1 < steps);
+          if (i + 1 < steps) multiply(1, i + 2 < steps);
+        }
+#pragma unroll
+        for (int i = 0; i < kColumns / 2; ++i) d[i] = total[i];
+      } else {
+        const auto multiply = [&](uint32_t (&a)[4][4], bool first) {
+          const uint64_t b = weight_descriptor();
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b + 2 * k, k > 0 || !first);
+          wgmma_commit();
+          wgmma_wait<1>();  // the group before this one is done with its fragments and its weights
+          if (!first) release_weights(last_stage);
+          next_weights();
+        };
+        if constexpr (kSide > 0) {
+          // Unrolled over the taps; with an odd number of them the two sets of fragments change roles from chunk to
+          // chunk.
+          constexpr int kTaps = kSide * kSide;
+          const auto multiply_chunk = [&]<int kFirst>(int chunk) {
+#pragma unroll
+            for (int tap = 0; tap < kTaps; ++tap) {
+              multiply(fragments[(kFirst + tap) % 2], tap == 0 && chunk == 0);
+              if (tap + 1 < kTaps) {
+                load_tap(fragments[(kFirst + tap + 1) % 2], (tap + 1) / kSide * halo_width + (tap + 1) % kSide);
+              } else {
+                release_input();
+                if (chunk + 1 < chunks) {
+                  wait_for_input();
+                  load_tap(fragments[(kFirst + kTaps) % 2], 0);
+                }
+              }
+            }
+          };
+          wait_for_input();
+          load_tap(fragments[0], 0);
+          for (int chunk = 0; chunk < chunks; ++chunk) {
+            if (kTaps % 2 == 0 || chunk % 2 == 0) {
+              multiply_chunk.template operator()<0>(chunk);
+            } else {
+              multiply_chunk.template operator()<1>(chunk);
+            }
+          }
+        } else {
+          load_next(fragments[0]);
+          for (int i = 0; i < steps; i += 2) {
+            multiply(fragments[0], i == 0);
+            if (i + 1 < steps) {
+              load_next(fragments[1]);
+              multiply(fragments[1], false);
+              if (i + 2 < steps) load_next(fragments[0]);
+            }
           }
         }
+        wgmma_wait<0>();
+        release_weights(last_stage);
       }
-      wgmma_wait<0>();
-    }
-    release_successor();
 
-    // This lane's two pixels and their columns: d[4 i + {0, 1}] at x = lane / 4, d[4 i + {2, 3}] at x + 8.
-    const int x = lane / 4;
-    const bool row_valid = warp < at.rows;
-    const bool valid[2] = {row_valid && x < at.columns, row_valid && x + 8 < at.columns};
-
-    // The rings are free: everything loaded has been multiplied, in every consumer warp after the barrier.
-    named_barrier(kConsumerBarrier, Traits::kConsumers);
-
-    // The warp's row of pixels, by way of shared memory: 16 bytes of neighbouring channels each.
-    const int spread = p.phases == 1 ? 1 : 2;
-    const int out_y = (at.y + warp) * spread + (at.phase >> 1);
-    const int out_x = at.x * spread + (at.phase & 1);
-    T* output = static_cast<T*>(p.output) +
-                ((static_cast<int64_t>(n) * p.out_height + out_y) * p.out_width + out_x) * p.out_channels +
-                first_column;
-    unsigned char* own = ring + warp * Traits::kStoreBytes;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int i = 0; i < kColumns / 8; ++i) {
-        Vec<T, 2> v;
-        v.data[0] = from_acc<T>(d[4 * i + 2 * h]);
-        v.data[1] = from_acc<T>(d[4 * i + 2 * h + 1]);
-        *reinterpret_cast<Vec<T, 2>*>(own + (x + 8 * h) * Traits::kStorePitch +
-                                      (8 * i + 2 * (lane % 4)) * static_cast<int>(sizeof(T))) = v;
+      // This lane's two pixels and their columns: d[4 i + {0, 1}] at x = lane / 4, d[4 i + {2, 3}] at x + 8.
+      const ConvTileAt at = conv_tile(p, s, tile);
+      const int x = lane / 4;
+      const bool row_valid = warp < at.rows;
+      const bool valid[2] = {row_valid && x < at.columns, row_valid && x + 8 < at.columns};
+      if (tile + 1 == end) {
+        release_successor();
+        // The rings are free: everything loaded has been multiplied, in every consumer warp after the barrier.
+        named_barrier(kConsumerBarrier, Traits::kConsumers);
       }
-    }
-
-    // Moments: of the lane's two pixels, then of the warp's sixteen.
-    const bool has_moments = p.moments != nullptr;
-    float2* parts = reinterpret_cast<float2*>(ring + Traits::kRows * Traits::kStoreBytes);
-    if (has_moments) {
-      constexpr int kList = kColumns / 4;
-      float mean[kList], m2[kList];
-      float count = static_cast<float>(valid[0]) + static_cast<float>(valid[1]);
+      unsigned char* own = stash(tile);
 #pragma unroll
-      for (int i = 0; i < kList; ++i) {
-        const float a = d[4 * (i / 2) + i % 2];
-        const float b = d[4 * (i / 2) + i % 2 + 2];
-        const float difference = b - a;
-        mean[i] = valid[1] ? a + 0.5f * difference : a;  // the second pixel is valid only where the first is
-        m2[i] = valid[1] ? 0.5f * difference * difference : 0.0f;
-      }
-      int first = 0;
-      merge_rows(mean, m2, count, first);
+      for (int h = 0; h < 2; ++h) {
 #pragma unroll
-      for (int i = 0; i < kList / 8; ++i) {
-        const int j = first + i;
-        parts[warp * kColumns + 8 * (j / 2) + 2 * (lane % 4) + j % 2] = make_float2(mean[i], m2[i]);
-      }
-    }
-
-    __syncwarp();
-    if (row_valid && p.out_channels % kFullWidth<T> == 0) {
-      constexpr int kVectors = kColumns / kFullWidth<T>;
-      constexpr int kPixels = 32 / kVectors > 0 ? 32 / kVectors : 1;
-      const int column = lane % kVectors * kFullWidth<T>;
-      T* to = output + column;
-      const unsigned char* from = own + column * static_cast<int>(sizeof(T));
-      if (first_column + column < p.out_channels) {
-#pragma unroll
-        for (int i = 0; i < ConvSchedule::kTileWidth; i += kPixels) {
-          const int pixel = i + lane / kVectors;
-          if (pixel < at.columns) {
-            *reinterpret_cast<uint4*>(to + static_cast<int64_t>(pixel) * spread * p.out_channels) =
-                *reinterpret_cast<const uint4*>(from + pixel * Traits::kStorePitch);
-          }
+        for (int i = 0; i < kColumns / 8; ++i) {
+          Vec<T, 2> v;
+          v.data[0] = from_acc<T>(d[4 * i + 2 * h]);
+          v.data[1] = from_acc<T>(d[4 * i + 2 * h + 1]);
+          *reinterpret_cast<Vec<T, 2>*>(own + (x + 8 * h) * Traits::kStorePitch +
+                                        (8 * i + 2 * (lane % 4)) * static_cast<int>(sizeof(T))) = v;
         }
       }
-    } else if (row_valid) {  // out_channels is even
-      const int columns = min(kColumns, p.out_channels - first_column);
+
+      // Moments: of the lane's two pixels, then of the warp's sixteen.
+      const bool has_moments = p.moments != nullptr;
+      // Two lists in turn: a warp may be one tile ahead of the threads that merge.
+      float2* parts =
+          reinterpret_cast<float2*>(ring + s.parts_offset) + ((tile - begin) & 1) * Traits::kRows * kColumns;
+      if (has_moments) {
+        constexpr int kList = kColumns / 4;
+        float mean[kList], m2[kList];
+        float count = static_cast<float>(valid[0]) + static_cast<float>(valid[1]);
+#pragma unroll
+        for (int i = 0; i < kList; ++i) {
+          const float a = d[4 * (i / 2) + i % 2];
+          const float b = d[4 * (i / 2) + i % 2 + 2];
+          const float difference = b - a;
+          mean[i] = valid[1] ? a + 0.5f * difference : a;  // the second pixel is valid only where the first is
+          m2[i] = valid[1] ? 0.5f * difference * difference : 0.0f;
+        }
+        int first = 0;
+        merge_rows(mean, m2, count, first);
+#pragma unroll
+        for (int i = 0; i < kList / 8; ++i) {
+          const int j = first + i;
+          parts[warp * kColumns + 8 * (j / 2) + 2 * (lane % 4) + j % 2] = make_float2(mean[i], m2[i]);
+        }
+      }
+
+      __syncwarp();
+      if (!s.resident && p.out_channels % kFullWidth<T> == 0) {
+        RowOut<T, kColumns>(p, n, first_column, at, warp).write(p, own);
+      } else if (!s.resident && row_valid) {  // out_channels is even
+        const int columns = min(kColumns, p.out_channels - first_column);
+        const RowOut<T, kColumns> out(p, n, first_column, at, warp);
+        T* output = static_cast<T*>(p.output) + out.at - out.column;
 #pragma unroll 1
-      for (int i = lane; i < kColumns / 2 * at.columns; i += 32) {
-        const int pixel = i / (kColumns / 2);
-        const int column = i % (kColumns / 2) * 2;
-        if (column >= columns) continue;
-        *reinterpret_cast<Vec<T, 2>*>(output + static_cast<int64_t>(pixel) * spread * p.out_channels + column) =
-            *reinterpret_cast<const Vec<T, 2>*>(own + pixel * Traits::kStorePitch +
-                                                column * static_cast<int>(sizeof(T)));
+        for (int i = lane; i < kColumns / 2 * at.columns; i += 32) {
+          const int pixel = i / (kColumns / 2);
+          const int column = i % (kColumns / 2) * 2;
+          if (column >= columns) continue;
+          *reinterpret_cast<Vec<T, 2>*>(output + static_cast<int64_t>(pixel) * out.pixel_pitch + column) =
+              *reinterpret_cast<const Vec<T, 2>*>(own + pixel * Traits::kStorePitch +
+                                                  column * static_cast<int>(sizeof(T)));
+        }
+      }
+      if (!has_moments) continue;
+      named_barrier(kConsumerBarrier, Traits::kConsumers);
+      const int column = threadIdx.x;
+      if (column < kColumns && first_column + column < p.out_channels) {
+        // Every valid row has at.columns pixels.
+        float tile_mean = 0, tile_m2 = 0;
+        for (int w = 0; w < at.rows; ++w) {
+          const float2 part = parts[w * kColumns + column];
+          const float d_mean = part.x - tile_mean;
+          const float share = __frcp_rn(static_cast<float>(w + 1));
+          tile_mean += d_mean * share;
+          tile_m2 += part.y + d_mean * d_mean * (static_cast<float>(at.columns * w) * share);
+        }
+        p.moments[(static_cast<int64_t>(n) * s.entries + tile) * p.out_channels + first_column + column] =
+            make_float2(tile_mean, tile_m2);
       }
     }
-    if (!has_moments) return;
-    named_barrier(kConsumerBarrier, Traits::kConsumers);
-    const int column = threadIdx.x;
-    if (column < kColumns && first_column + column < p.out_channels) {
-      // Every valid row has at.columns pixels.
-      float tile_mean = 0, tile_m2 = 0;
-      for (int w = 0; w < at.rows; ++w) {
-        const float2 part = parts[w * kColumns + column];
-        const float d_mean = part.x - tile_mean;
-        const float share = __frcp_rn(static_cast<float>(w + 1));
-        tile_mean += d_mean * share;
-        tile_m2 += part.y + d_mean * d_mean * (static_cast<float>(at.columns * w) * share);
+    if (!s.resident) return;
+
+    float2* sums = reinterpret_cast<float2*>(ring + s.parts_offset);
+    const auto barrier = [] { named_barrier(kConsumerBarrier, Traits::kConsumers); };
+    if (s.merge_apart) {
+      const int slices = p.out_channels / kMergeSlice;
+      const int blocks = gridDim.x * gridDim.y * gridDim.z;
+      int i = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+      // A block has one slice, or none, but for large batches.
+      const auto weight_of = [&](int slice) {
+        const int of = slice / slices;
+        const int channel = (slice - of * slices) * kMergeSlice + threadIdx.x % kMergeSlice;
+        return load_param(norm.weight, norm.param_dtype, of * norm.param_batch_stride + channel, 1.0f);
+      };
+      float scale = i < p.batch * slices ? weight_of(i) : 0.0f;
+      cooperative_groups::this_grid().sync();
+#pragma unroll 1
+      for (; i < p.batch * slices; i += blocks) {
+        const int of = i / slices;
+        const int first = (i - of * slices) * kMergeSlice;
+        merge_tiles<kMergeSlice, Traits::kConsumers>(p, s, norm, of, first, scale, sums, merged(p, s, of) + first,
+                                                     barrier);
+        if (i + blocks < p.batch * slices) scale = weight_of(i + blocks);
+        barrier();
       }
-      p.moments[(static_cast<int64_t>(n) * s.entries + entry) * p.out_channels + first_column + column] =
-          make_float2(tile_mean, tile_m2);
+      cooperative_groups::this_grid().sync();
+      const int column = threadIdx.x;
+      if (column < kColumns && first_column + column < p.out_channels) {
+        statistics[column] = __ldcg(merged(p, s, n) + first_column + column);
+      }
+    } else {
+      cooperative_groups::this_grid().sync();
+      merge_tiles<kColumns, Traits::kConsumers>(p, s, norm, n, first_column, scales[threadIdx.x % kColumns], sums,
+                                                statistics, barrier);
+    }
+    barrier();
+#pragma unroll 1
+    for (int tile = begin; tile < end; ++tile) {
+      const ConvTileAt at = conv_tile(p, s, tile);
+      const RowOut<T, kColumns> out(p, n, first_column, at, warp);
+      const typename RowOut<T, kColumns>::Affine affine(statistics, shifts, out.column);
+      if (is_piecewise(norm.activation)) {
+        out.template normalize<false>(p, norm, affine, stash(tile));
+      } else {
+        out.template normalize<true>(p, norm, affine, stash(tile));
+      }
     }
   }
 #endif
@@ -578,7 +720,8 @@ cudaError_t input_map(const ConvParams& p, const ConvSchedule& s, CUtensorMap& m
 }
 
 template <typename T, int kColumns, int kGroups, bool kSplit>
-cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
+cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const InstanceNormParams& norm,
+                        const DeviceFacts& facts, cudaStream_t stream) {
   using Traits = ConvTraits<T, kColumns, kGroups, kSplit>;
   CUtensorMap input, weights, weights_lo = {};
   if (const auto error = input_map(p, s, input)) return error;
@@ -586,48 +729,50 @@ cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const Device
   if (kSplit) {
     if (const auto error = weight_map(p, p.weight_lo, kColumns, weights_lo)) return error;
   }
-  const auto grid = dim3(static_cast<unsigned>(s.entries), static_cast<unsigned>(ceil_div(p.out_channels, kColumns)),
-                         static_cast<unsigned>(p.batch));
-  const size_t shared = std::max(s.shared_bytes, static_cast<size_t>(Traits::kEpilogueBytes));
+  const auto grid = dim3(static_cast<unsigned>(ceil_div(s.entries, s.tiles)),
+                         static_cast<unsigned>(ceil_div(p.out_channels, kColumns)), static_cast<unsigned>(p.batch));
   auto* kernel = conv_kernel<T, kColumns, kGroups, kSplit, 0>;
   if constexpr (!kSplit) {
     if (p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1) {
       kernel = conv_kernel<T, kColumns, kGroups, kSplit, 3>;
     }
   }
-  return launch(kernel, grid, dim3(Traits::kThreads), shared, 1, facts, stream, p, s, input, weights, weights_lo);
+  return launch(kernel, grid, dim3(Traits::kThreads), s.shared_bytes, Together{1, s.resident}, facts, stream, p, s,
+                norm, input, weights, weights_lo);
 }
 
 template <typename T, bool kSplit>
-cudaError_t launch_kind(const ConvParams& p, const ConvSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
+cudaError_t launch_kind(const ConvParams& p, const ConvSchedule& s, const InstanceNormParams& norm,
+                        const DeviceFacts& facts, cudaStream_t stream) {
   const bool tall = s.tile_height == 8;
   switch (s.columns) {
     case 32:
-      return tall ? launch_tile<T, 32, 2, kSplit>(p, s, facts, stream)
-                  : launch_tile<T, 32, 1, kSplit>(p, s, facts, stream);
+      return tall ? launch_tile<T, 32, 2, kSplit>(p, s, norm, facts, stream)
+                  : launch_tile<T, 32, 1, kSplit>(p, s, norm, facts, stream);
     case 64:
-      return tall ? launch_tile<T, 64, 2, kSplit>(p, s, facts, stream)
-                  : launch_tile<T, 64, 1, kSplit>(p, s, facts, stream);
+      return tall ? launch_tile<T, 64, 2, kSplit>(p, s, norm, facts, stream)
+                  : launch_tile<T, 64, 1, kSplit>(p, s, norm, facts, stream);
     case 128:
-      return tall ? launch_tile<T, 128, 2, kSplit>(p, s, facts, stream)
-                  : launch_tile<T, 128, 1, kSplit>(p, s, facts, stream);
+      return tall ? launch_tile<T, 128, 2, kSplit>(p, s, norm, facts, stream)
+                  : launch_tile<T, 128, 1, kSplit>(p, s, norm, facts, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-cudaError_t launch_conv_sm90(const ConvParams& p, const ConvSchedule& s, cudaStream_t stream) {
+cudaError_t launch_conv_sm90(const ConvParams& p, const ConvSchedule& s, const InstanceNormParams& norm,
+                             cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   switch (p.dtype) {
     case DType::kFloat16:
-      return launch_kind<__half, false>(p, s, facts, stream);
+      return launch_kind<__half, false>(p, s, norm, facts, stream);
     case DType::kBFloat16:
-      return launch_kind<__nv_bfloat16, false>(p, s, facts, stream);
+      return launch_kind<__nv_bfloat16, false>(p, s, norm, facts, stream);
     case DType::kFloat32:
-      return p.precision == ConvPrecision::kIeee ? launch_kind<float, true>(p, s, facts, stream)
-                                                 : launch_kind<float, false>(p, s, facts, stream);
+      return p.precision == ConvPrecision::kIeee ? launch_kind<float, true>(p, s, norm, facts, stream)
+                                                 : launch_kind<float, false>(p, s, norm, facts, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -7,12 +7,10 @@
 // slices are the bottleneck (15 us on 1x128x128x128).
 #include <algorithm>
 
-#include "../common/activation.cuh"
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
-#include "../common/reduce.cuh"
 #include "kernels.h"
-#include "tiles.h"
+#include "normalize.cuh"
 
 namespace styleforge::cuda {
 namespace {
@@ -23,78 +21,22 @@ constexpr int kMaxMerged = 64;  // tiles that every block of `finish` merges for
 constexpr int kThreads = 256;
 constexpr int kBatch = 4;  // loads in flight for each thread, and as many of the residual
 
-// The merged moments of kColumns neighbouring channels, by all kBlockThreads threads: (mean, rstd * weight) in
-// `statistics`. `sums` holds kBlockThreads entries.
-template <int kColumns, int kBlockThreads>
-__device__ __forceinline__ void merge_tiles(const ConvParams& c, const ConvSchedule& s, const InstanceNormParams& p,
-                                            int n, int first_channel, float2* sums, float2* statistics) {
-  constexpr int kGroups = kBlockThreads / kColumns;
-  const int column = threadIdx.x % kColumns;
-  const int group = threadIdx.x / kColumns;
-  const int channels = c.out_channels;
-  const int channel = first_channel + column;
-  const bool uniform = s.tiles_y * s.tile_height == (c.phases == 1 ? c.out_height : c.height) &&
-                       s.tiles_x * ConvSchedule::kTileWidth == (c.phases == 1 ? c.out_width : c.width);
-  // Sums about the first tile's mean: it is one of the population, so what cancels is bounded by the number of tiles.
-  float2 sum = {0.0f, 0.0f};
-  float pilot = 0;
-  if (channel < channels) {
-    const float2* own = c.moments + static_cast<int64_t>(n) * s.entries * channels + channel;
-    pilot = own->x;
-    if (uniform) {
-      float squares = 0;
-#pragma unroll 8
-      for (int e = group; e < s.entries; e += kGroups) {
-        const float2 part = own[static_cast<int64_t>(e) * channels];
-        const float d = part.x - pilot;
-        sum.x += d;
-        sum.y += part.y;
-        squares += d * d;
-      }
-      constexpr int kTileWidth = ConvSchedule::kTileWidth;
-      sum.x *= static_cast<float>(s.tile_height * kTileWidth);
-      sum.y += squares * static_cast<float>(s.tile_height * kTileWidth);
-    } else {
-#pragma unroll 1
-      for (int e = group; e < s.entries; e += kGroups) {
-        const float2 part = own[static_cast<int64_t>(e) * channels];
-        const ConvTileAt at = conv_tile(c, s, e);
-        const float count = static_cast<float>(at.rows * at.columns);
-        const float d = part.x - pilot;
-        sum.x += count * d;
-        sum.y += part.y + count * d * d;
-      }
-    }
-  }
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  if (group != 0 || channel >= channels) return;
-#pragma unroll
-  for (int g = 1; g < kGroups; ++g) {
-    sum.x += sums[g * kColumns + column].x;
-    sum.y += sums[g * kColumns + column].y;
-  }
-  const float pixels = static_cast<float>(p.pixels);
-  const float shift = sum.x / pixels;
-  const float m2 = fmaxf(sum.y - sum.x * shift, 0.0f);  // fmaxf drops NaN; the mean keeps it
-  const float rstd = reciprocal_sqrt(m2 / pixels + static_cast<float>(p.eps));
-  const float scale = rstd * load_param(p.weight, p.param_dtype, n * p.param_batch_stride + channel, 1.0f);
-  statistics[column] = make_float2(pilot + shift, scale);
-}
-
-__device__ __forceinline__ float2* merged(const ConvParams& c, const ConvSchedule& s, int n) {
-  return c.moments + (static_cast<int64_t>(c.batch) * s.entries + n) * c.out_channels;
+__device__ __forceinline__ float norm_weight(const InstanceNormParams& p, int n, int channel) {
+  return channel < p.channels ? load_param(p.weight, p.param_dtype, n * p.param_batch_stride + channel, 1.0f) : 0.0f;
 }
 
 __global__ void __launch_bounds__(kMergeThreads)
     merge_kernel(const __grid_constant__ ConvParams c, const __grid_constant__ ConvSchedule s,
                  const __grid_constant__ InstanceNormParams p) {
-  __shared__ float2 sums[kMergeThreads];
+  __shared__ float2 sums[kMergeThreads / kWarp * kMergeChannels];
   const int n = blockIdx.y;
   const int first = blockIdx.x * kMergeChannels;
+  const int channel = first + threadIdx.x % kMergeChannels;
+  const float weight = norm_weight(p, n, channel);
   wait_for_predecessor();
   release_successor();
-  merge_tiles<kMergeChannels, kMergeThreads>(c, s, p, n, first, sums, merged(c, s, n) + first);
+  merge_tiles<kMergeChannels, kMergeThreads>(c, s, p, n, first, weight, sums, merged(c, s, n) + first,
+                                             [] { __syncthreads(); });
 }
 
 // kSmooth: the activations with transcendental functions. They are long code, which the others need not fetch.
@@ -145,7 +87,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     wait_for_predecessor();
     release_successor();
     load(pixel);
-    merge_tiles<kSlice, kThreads>(c, s, p, n, first_channel, sums, statistics);
+    merge_tiles<kSlice, kThreads>(c, s, p, n, first_channel, norm_weight(p, n, first_channel + threadIdx.x % kSlice),
+                                  sums, statistics, [] { __syncthreads(); });
   } else {
     load(pixel);
     wait_for_predecessor();
@@ -154,34 +97,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (has_own) shifts[own] = load_param(p.bias, p.param_dtype, n * p.param_batch_stride + first_channel + own, 0.0f);
   __syncthreads();
-  float mean[kWidth], scale[kWidth], bias[kWidth];
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) {
-    const int column = threadIdx.x % kLanes * kWidth + k;
-    mean[k] = statistics[column].x;
-    scale[k] = statistics[column].y;
-    bias[k] = shifts[column];
-  }
+  const ChannelAffine<kWidth, sizeof(T) == 2> affine(statistics, shifts, threadIdx.x % kLanes * kWidth);
   while (pixel < end) {
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       const int at = pixel + u * kRows;
-      if (at >= end) continue;
-      float y[kWidth];
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        y[k] = (to_acc(x[u].data[k]) - mean[k]) * scale[k] + bias[k];
-        if (p.residual != nullptr) y[k] += to_acc(r[u].data[k]);
-      }
-      if constexpr (kSmooth) {
-        activate(y, p.activation, p.negative_slope);
-      } else {
-        activate_piecewise(y, p.activation, static_cast<float>(p.negative_slope));
-      }
-      V out;
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) out.data[k] = from_acc<T>(y[k]);
-      output[static_cast<int64_t>(at) * vectors] = out;
+      if (at < end) output[static_cast<int64_t>(at) * vectors] = affine.template finish<kSmooth>(p, x[u], r[u]);
     }
     pixel += kBatch * kRows;
     if (pixel < end) load(pixel);

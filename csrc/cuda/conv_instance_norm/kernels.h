@@ -5,6 +5,11 @@
 
 namespace styleforge::cuda {
 
-cudaError_t launch_conv_sm90(const ConvParams& params, const ConvSchedule& schedule, cudaStream_t stream);
+// `norm`: what schedule.resident needs.
+cudaError_t launch_conv_sm90(const ConvParams& params, const ConvSchedule& schedule, const InstanceNormParams& norm,
+                             cudaStream_t stream);
+// norm.input is the convolution's result, channels_last; norm.output may be the same memory.
+cudaError_t launch_conv_finish(const ConvParams& params, const ConvSchedule& schedule, const InstanceNormParams& norm,
+                               cudaStream_t stream);
 
 }  // namespace styleforge::cuda

@@ -2,7 +2,9 @@
 // layer calls. Everything is channels_last inside.
 //
 //   kernel       file           what it does
-//   convolution  conv_sm90.cu   implicit GEMM; writes the raw result and (mean, M2) of each tile's channels
+//   convolution  conv_sm90.cu   implicit GEMM with (mean, M2) of each tile's channels; where all tiles are on the chip
+//   at
+//                               the same time, all that follows, too; else it writes the raw result
 //   finish       finish.cu      merges the tiles' moments; normalises, adds the residual, activates, in place
 //   columns      columns.cu     adds up a convolution that ran by the columns of its kernel (few output channels, no
 //   norm) weights      weights.cu     brings weights to [rows][taps][channels], split for float32 accuracy
@@ -50,9 +52,14 @@ struct ConvSchedule {
   int tiles_x = 0, tiles_y = 0, entries = 0;
   int input_stages = 1, weight_stages = 2;
   int halo_height = 0, halo_width = 0, halo_bytes = 0;  // of a tile's input, one stage
-  unsigned halo_divisor = 0;                            // ceil(2^32 / halo_width)
+  unsigned halo_divisor = 0, tiles_x_divisor = 0;       // 2^32 / halo_width and / tiles_x, rounded up
+  int tiles = 1;                                        // of a block, one after the other
+  bool resident = false;     // the grid is on the chip as a whole, and the convolution's kernel normalises
+  bool merge_apart = false;  // resident: moments are merged in a step of their own
+  // Behind the rings in shared memory: the results of all but a block's last tile, then the moments of its warps. What
+  // belongs to the last tile lies over the rings.
+  int stash_offset = 0, parts_offset = 0;
   size_t shared_bytes = 0;
-  const char* name = "";
   size_t moments_bytes(const ConvParams& p) const {
     return sizeof(float2) * static_cast<size_t>(p.batch) * static_cast<size_t>(entries + 1) *
            static_cast<size_t>(p.out_channels);
@@ -63,11 +70,12 @@ struct ConvSchedule {
 // null; input and weight must come 16-byte aligned.
 cudaError_t schedule_conv(const ConvParams& params, ConvSchedule& schedule, bool& supported);
 
-cudaError_t launch_conv(const ConvParams& params, const ConvSchedule& schedule, cudaStream_t stream);
+// The convolution alone, where params.moments is null.
+cudaError_t launch_conv(const ConvParams& params, ConvSchedule schedule, cudaStream_t stream);
 
-// norm.input is the convolution's result, channels_last; norm.output may be the same memory.
-cudaError_t launch_conv_finish(const ConvParams& params, const ConvSchedule& schedule, const InstanceNormParams& norm,
-                               cudaStream_t stream);
+// And the norm; norm.output is params.output. `name` is the path that ran.
+cudaError_t launch_conv_instance_norm(const ConvParams& params, ConvSchedule schedule, const InstanceNormParams& norm,
+                                      cudaStream_t stream, const char*& name);
 
 struct ConvWeightsParams {
   const void* weight = nullptr;  // [out_channels, in_channels, kernel_h, kernel_w], any strides

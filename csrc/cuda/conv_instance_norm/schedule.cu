@@ -4,6 +4,7 @@
 #include "../common/launch.h"
 #include "../common/overrides.h"
 #include "kernels.h"
+#include "tiles.h"
 
 namespace styleforge::cuda {
 namespace {
@@ -12,9 +13,14 @@ constexpr int kChunk = 128;  // bytes of input channels of a stage
 constexpr int kMaxInputStages = 4;
 constexpr int kMaxWeightStages = 8;
 constexpr int kShared = 227 * 1024 - 2048;  // of a block, less what is declared statically
+constexpr int kMaxTiles = 4;                // of a block of a resident grid
+constexpr int kMaxMerged = 32;              // moments that a thread loads where every block merges for itself
 
-// STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6"
+// STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6,tiles=2"
 constexpr const char* kTuneVariable = "STYLEFORGE_CONV_TUNE";
+
+// __umulhi(value, divisor(d)) is value / d where value * d < 2^32 and d > 1.
+unsigned divisor(int d) { return static_cast<unsigned>((uint64_t{1} << 32) / static_cast<unsigned>(d) + 1); }
 
 }  // namespace
 
@@ -23,7 +29,8 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const Overrides overrides(kTuneVariable);
-  const bool wanted = !overrides.forced() || overrides.forced("sm90");
+  const bool two_passes = overrides.forced("sm90:two_pass");
+  const bool wanted = !overrides.forced() || overrides.forced("sm90") || two_passes;
   const int element = static_cast<int>(size_of(p.dtype));
   if (!wanted || facts.major != 9 || !facts.has_cluster() || p.dtype == DType::kFloat64) return cudaSuccess;
   if (p.in_channels * element % 16 != 0 || p.out_channels % 2 != 0) return cudaSuccess;
@@ -56,30 +63,73 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
 
   s.halo_height = (s.tile_height - 1) * p.stride_h + p.kernel_h;
   s.halo_width = (s.kTileWidth - 1) * p.stride_w + p.kernel_w;
-  s.halo_divisor = static_cast<unsigned>((uint64_t{1} << 32) / static_cast<unsigned>(s.halo_width) + 1);
+  s.halo_divisor = divisor(s.halo_width);
+  s.tiles_x_divisor = divisor(s.tiles_x);
   s.halo_bytes = (s.halo_height * s.halo_width * kChunk + 1023) / 1024 * 1024;
   const int weight_bytes = s.columns * kChunk * (split ? 2 : 1);
   const int chunks = static_cast<int>(ceil_div(p.in_channels * element, kChunk));
   const int steps = chunks * p.kernel_h * p.kernel_w;
-  const bool pair = blocks(s.tile_height, s.columns) > facts.multiprocessors && s.columns * s.tile_height <= 128 * 4 &&
-                    !split;  // two blocks a multiprocessor
-  const int room = pair ? (kShared - 2048) / 2 : kShared;
-  s.weight_stages = std::min({steps, kMaxWeightStages, tuned("weights", pair ? 4 : split ? 8 : 6)});
-  s.input_stages = std::min({chunks, kMaxInputStages, tuned("inputs", kMaxInputStages)});
-  const auto bytes = [&] { return 1024 + s.weight_stages * weight_bytes + s.input_stages * s.halo_bytes; };
-  while (bytes() > room && s.input_stages > std::min(chunks, 2)) --s.input_stages;
-  while (bytes() > room && s.weight_stages > std::min(steps, 3)) --s.weight_stages;
-  while (bytes() > room && s.input_stages > 1) --s.input_stages;
-  while (bytes() > kShared && s.weight_stages > std::min(steps, 2)) --s.weight_stages;
-  if (bytes() > kShared || s.halo_height > 256 || s.halo_width > 256) return cudaSuccess;  // 256: of a TMA box
-  s.shared_bytes = static_cast<size_t>(bytes());
-  s.name = split ? "sm90:3xtf32" : "sm90";
+  if (int64_t{s.entries} * s.tiles_x > INT32_MAX) return cudaSuccess;
+  const int64_t groups = p.batch * ceil_div(p.out_channels, s.columns);  // of blocks that share statistics
+  const int64_t all = groups * s.entries;
+  const bool pairs = s.columns <= 64 && !split;  // a multiprocessor can hold two blocks
+  const int rows = s.tile_height * s.kTileWidth;
+  const int stash_bytes = rows * stash_pitch(s.columns, element);
+  const int parts_bytes = s.tile_height * s.columns * static_cast<int>(sizeof(float2));
+
+  // The rings take what `tiles` of a block leave of a multiprocessor's shared memory, or of half of it.
+  const auto fit = [&](int tiles) {
+    const int room = pairs && all > facts.multiprocessors ? (kShared - 2048) / 2 : kShared;
+    const bool several = tiles > 1;
+    const int behind = several ? (tiles - 1) * stash_bytes + 2 * parts_bytes : 0;
+    s.weight_stages = std::min({tiles * steps, kMaxWeightStages, tuned("weights", room < kShared ? 4 : split ? 8 : 6)});
+    s.input_stages = std::min({tiles * chunks, kMaxInputStages, tuned("inputs", kMaxInputStages)});
+    const auto rings = [&] { return s.weight_stages * weight_bytes + s.input_stages * s.halo_bytes; };
+    const auto bytes = [&] { return 1024 + std::max(rings(), stash_bytes + (several ? 0 : parts_bytes)) + behind; };
+    while (bytes() > room && s.input_stages > std::min(tiles * chunks, 2)) --s.input_stages;
+    while (bytes() > room && s.weight_stages > std::min(steps, 3)) --s.weight_stages;
+    while (bytes() > room && s.input_stages > 1) --s.input_stages;
+    if (several && bytes() > room) return false;
+    while (bytes() > kShared && s.weight_stages > std::min(steps, 2)) --s.weight_stages;
+    s.tiles = tiles;
+    s.stash_offset = (std::max(rings(), stash_bytes) + 127) / 128 * 128;
+    s.parts_offset = several ? s.stash_offset + (tiles - 1) * stash_bytes : stash_bytes;
+    s.shared_bytes = static_cast<size_t>(bytes() + 128);
+    return bytes() + 128 <= kShared;
+  };
+  const int64_t capacity = int64_t{facts.multiprocessors} * (pairs ? 2 : 1);
+  const auto tiles = tuned("tiles", static_cast<int>(std::min<int64_t>(ceil_div(all, capacity), kMaxTiles + 1)));
+  s.resident = !two_passes && tiles <= kMaxTiles && groups * ceil_div(s.entries, tiles) <= capacity && fit(tiles);
+  if (!s.resident && !fit(1)) return cudaSuccess;
+  if (s.halo_height > 256 || s.halo_width > 256) return cudaSuccess;  // of a TMA box
+  // Consumer threads: a warp for each row of a tile.
+  s.merge_apart = s.tiles > 1 || int64_t{s.entries} * s.columns > int64_t{kMaxMerged} * 32 * s.tile_height;
   supported = true;
   return cudaSuccess;
 }
 
-cudaError_t launch_conv(const ConvParams& params, const ConvSchedule& schedule, cudaStream_t stream) {
-  return launch_conv_sm90(params, schedule, stream);
+cudaError_t launch_conv(const ConvParams& params, ConvSchedule schedule, cudaStream_t stream) {
+  schedule.resident = false;
+  return launch_conv_sm90(params, schedule, {}, stream);
+}
+
+cudaError_t launch_conv_instance_norm(const ConvParams& params, ConvSchedule schedule, const InstanceNormParams& norm,
+                                      cudaStream_t stream, const char*& name) {
+  const bool split = params.precision == ConvPrecision::kIeee;
+  if (norm.channels % (16 / static_cast<int64_t>(size_of(norm.dtype))) != 0 || !aligned16(norm.residual)) {
+    schedule.resident = false;
+  }
+  if (schedule.resident) {
+    name = split ? "sm90:3xtf32:one_pass" : "sm90:one_pass";
+    const auto error = launch_conv_sm90(params, schedule, norm, stream);
+    if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+    // This process has only some of the multiprocessors (MPS, a green context).
+    cudaGetLastError();
+    schedule.resident = false;
+  }
+  name = split ? "sm90:3xtf32" : "sm90";
+  if (const auto error = launch_conv_sm90(params, schedule, norm, stream)) return error;
+  return launch_conv_finish(params, schedule, norm, stream);
 }
 
 }  // namespace styleforge::cuda

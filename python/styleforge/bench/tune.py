@@ -68,7 +68,7 @@ def _print_best(results: list[tuple[float, str, str]]) -> None:
 
 
 def _conv() -> None:
-    """Channels_last convolutions by columns and rows of a tile and by stages of weights."""
+    """Channels_last convolutions by columns and rows of a tile, stages, tiles of a block, passes."""
     kinds = ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
     for case, (dtype, precision) in itertools.product(CONV_CASES, kinds):
         batch, cin, cout, size, kernel, stride = case
@@ -83,12 +83,18 @@ def _conv() -> None:
             f"columns={columns},height={height},weights={weights}"
             for columns, height, weights in itertools.product((32, 64, 128), (4, 8), (3, 4, 6, 8))
         ]
+        tunes += [
+            f"columns={columns},height={height},tiles={tiles}"
+            for columns, height, tiles in itertools.product((32, 64, 128), (4, 8), (1, 2, 3, 4))
+        ]
         results: list[tuple[float, str, str]] = []
-        for tune in tunes:
+        for path, tune in itertools.product(("", "sm90:two_pass"), tunes):
+            os.environ["STYLEFORGE_PATH"] = path
             os.environ["STYLEFORGE_CONV_TUNE"] = tune
             with torch.inference_mode():
                 time = graph_time([call], repeats=10)
-            results.append((time, tune or "default", styleforge.last_path()))
+            results.append((time, f"{path} {tune}".strip() or "default", styleforge.last_path()))
+        os.environ.pop("STYLEFORGE_PATH")
         os.environ.pop("STYLEFORGE_CONV_TUNE")
         print(f"conv {batch}x{cin}->{cout} @{size} k{kernel}s{stride} {str(dtype)[6:]} {precision}")
         _print_best(results)
