@@ -1,8 +1,8 @@
 """What the operators' results are held against.
 
 ``instance_norm``, ``conv_instance_norm``, ``ffn`` and ``attention`` are the formulas in float64, written
-apart from the package: explicit sums, no library convolution, norm, GELU or softmax. ``torch_*`` are PyTorch's
-own layers in the dtype of the input, the yardstick for how large an error may be. All run where the input is:
+apart from the package: explicit sums, no library convolution, norm, GELU or softmax. ``torch_*`` are
+PyTorch's own layers in the dtype of the input, the yardstick for how large an error may be. All run where the input is:
 float64 sums are as good on the GPU.
 """
 

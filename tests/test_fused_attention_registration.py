@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import styleforge  # noqa: F401 (the operators)
 from _reference import DEVICES, FLOATS, attention_parameters, random_mask, random_tensor, torch_attention
 
 NAMES = ["fused_attention", "fused_attention_v1", "fused_attention_v2"]
