@@ -153,7 +153,9 @@ FusedAttentionResult run_attention(const AttentionBackend& backend, const Attent
   project(backend, result.output, as_rows(heads, plan.rows()), args.out_weight, args.out_bias);
   if (keep) {
     result.attention = heads;
-    result.logsumexp = attention.logsumexp;
+    // Whatever strides of one-element dimensions the kernel left.
+    result.logsumexp = strided_view(*attention.logsumexp, {plan.batch, plan.heads, plan.length},
+                                    {plan.heads * plan.length, plan.length, 1});
   }
   record(backend.cuda, plan.version, attention.kernel);
   return result;

@@ -2,8 +2,8 @@
 
 ``instance_norm``, ``conv_instance_norm``, ``ffn`` and ``attention`` are the formulas in float64, written
 apart from the package: explicit sums, no library convolution, norm, GELU or softmax. ``torch_*`` are
-PyTorch's own layers in the dtype of the input, the yardstick for how large an error may be. All run where the input is:
-float64 sums are as good on the GPU.
+PyTorch's own layers in the dtype of the input, the yardstick for how large an error may be. All run where
+the input is: float64 sums are as good on the GPU.
 """
 
 from __future__ import annotations
