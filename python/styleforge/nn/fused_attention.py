@@ -1,7 +1,7 @@
 # ruff: noqa: D102, F811 (forward is overloaded; TorchScript reads the comments on its lines)
 """``FusedAttention``: multi-head attention as one module, in the place of ``nn.MultiheadAttention``."""
 
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -68,9 +68,12 @@ class FusedAttention(nn.Module):
         "scripted_precision",
     ]
     in_proj_weight: Tensor
-    in_proj_bias: Tensor | None
     bias_k: None
     bias_v: None
+    # TorchScript compiles nn.TransformerEncoderLayer with a call to this, though it is not taken,
+    merge_masks = nn.MultiheadAttention.merge_masks
+    if TYPE_CHECKING:  # and only if this is known to be a tensor, or to be None: without a type
+        in_proj_bias: Tensor | None
 
     def __init__(
         self,
@@ -268,6 +271,8 @@ class FusedAttention(nn.Module):
             return self._attend_by_torch(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        if query.is_nested:
+            return self._attend_nested(query, is_causal), weights
         if query.dim() == 2:
             if key_padding_mask is not None:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
@@ -276,10 +281,20 @@ class FusedAttention(nn.Module):
             return self._operator(query, key_padding_mask, is_causal), weights
         return self._operator(query.transpose(0, 1), key_padding_mask, is_causal).transpose(0, 1), weights
 
+    def _attend_nested(self, query: Tensor, is_causal: bool) -> Tensor:
+        """Sequences of several lengths, as ``nn.TransformerEncoder`` packs them in inference."""
+        padded = query.to_padded_tensor(0.0)
+        lengths = query._nested_tensor_size()[:, 0].to(query.device)
+        mask = torch.arange(padded.shape[1], device=query.device) >= lengths[:, None]
+        output = self._operator(padded, mask, is_causal)
+        result: Tensor = torch._nested_from_padded_and_nested_example(output, query)
+        return result
+
     def _operator(self, input: Tensor, key_padding_mask: Optional[Tensor], is_causal: bool) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             precision = self.scripted_precision
-            qkv_weight, qkv_bias = self.in_proj_weight, self.in_proj_bias
+            qkv_weight: Tensor = self.in_proj_weight
+            qkv_bias: Optional[Tensor] = self.in_proj_bias
             out_weight: Tensor = self.out_proj.weight
             out_bias: Optional[Tensor] = self.out_proj.bias
         else:
