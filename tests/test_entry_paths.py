@@ -137,7 +137,7 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).reshape(x.shape)
         if x.is_contiguous(memory_format=torch.channels_last):
             return y.contiguous(memory_format=torch.channels_last)
-        return y
+        return y.contiguous()
 
     def reference(self, x: Tensor) -> Tensor:
         pixels = x.flatten(2).transpose(1, 2)
