@@ -71,7 +71,7 @@ def _feed_forward_networks(paths: set[str]) -> None:
 
 
 def _attention(paths: set[str]) -> None:
-    """Every path, forward and backward; head sizes that are padded and that are not, with masks and without."""
+    """Every path, forward and backward; head sizes that are padded and that are not, masks."""
     for forced in ("", "flash", "efficient", "math"):
         os.environ["STYLEFORGE_PATH"] = forced
         for dtype in (torch.float32, torch.float16):
