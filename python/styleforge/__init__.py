@@ -9,9 +9,16 @@ from __future__ import annotations
 from styleforge import ops
 from styleforge._library import StyleforgeCudaWarning, StyleforgeLibraryError, diagnostics, last_path
 from styleforge._version import __version__
-from styleforge.nn import FusedConvInstanceNormReLU, FusedFFN, FusedInstanceNorm2d, ResidualBlock
+from styleforge.nn import (
+    FusedAttention,
+    FusedConvInstanceNormReLU,
+    FusedFFN,
+    FusedInstanceNorm2d,
+    ResidualBlock,
+)
 
 __all__ = [
+    "FusedAttention",
     "FusedConvInstanceNormReLU",
     "FusedFFN",
     "FusedInstanceNorm2d",
