@@ -1,12 +1,12 @@
 """styleforge: fused PyTorch operators for real-time style transfer.
 
 ``styleforge.ops`` holds the operators as functions (``torch.ops.styleforge.*`` by schema), ``styleforge.nn``
-the modules, ``styleforge.models`` the networks.
+the modules, ``styleforge.models`` the networks, ``styleforge.onnx`` the export to ONNX.
 """
 
 from __future__ import annotations
 
-from styleforge import ops
+from styleforge import onnx, ops
 from styleforge._library import StyleforgeCudaWarning, StyleforgeLibraryError, diagnostics, last_path
 from styleforge._version import __version__
 from styleforge.nn import FusedConvInstanceNormReLU, FusedFFN, FusedInstanceNorm2d, ResidualBlock
@@ -21,5 +21,6 @@ __all__ = [
     "__version__",
     "diagnostics",
     "last_path",
+    "onnx",
     "ops",
 ]

@@ -1,0 +1,508 @@
+"""ONNX: every operator and argument through both of PyTorch's exporters, checked, run in ONNX Runtime."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import styleforge
+from _reference import max_error, tensor
+from styleforge.io.errors import MissingPackageError
+from styleforge.models import TransformerNet, load_style
+from styleforge.onnx._translations import TRANSLATIONS
+from styleforge.ops import _common as common
+
+if torch.cuda.is_available():  # a GPU machine may lack them; elsewhere they are required
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+import onnx
+import onnxruntime
+
+NORM = torch.ops.styleforge.fused_instance_norm
+CONV = torch.ops.styleforge.fused_conv_instance_norm_relu
+FFN = torch.ops.styleforge.fused_ffn
+PAD = torch.ops.styleforge._pad_upsample
+REFLECT = torch.ops.styleforge._reflect_conv2d
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*legacy TorchScript-based ONNX export:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning"),
+]
+
+
+class Call(nn.Module):
+    """One operator call; its tensors but the first are parameters, except those named in ``inputs``."""
+
+    def __init__(self, operator: Callable[..., Tensor], tensors: dict[str, Tensor], options: dict[str, Any]):
+        super().__init__()
+        self.operator = operator
+        self.options = options
+        self.names = list(tensors)
+        for name, value in tensors.items():
+            self.register_buffer(name, value)
+
+    def per_sample(self) -> bool:
+        """Whether norm parameters are [N, C]; N is 2."""
+        return any(b.shape[:1] == (2,) for name, b in self.named_buffers() if not name.startswith("fc"))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        given = {name: getattr(self, name) for name in self.names}
+        if residual is not None:
+            given["residual"] = residual
+        return self.operator(x, **given, **self.options)
+
+
+def _affine(*sizes: int, prefix: str = "") -> dict[str, Tensor]:
+    return {prefix + "weight": torch.rand(sizes) + 0.5, prefix + "bias": torch.randn(sizes)}
+
+
+def _conv(out: int = 5, kernel: tuple[int, int] = (3, 3)) -> dict[str, Tensor]:
+    return {"weight": torch.randn(out, 4, *kernel) / 6}
+
+
+def _ffn(bias: bool = True) -> dict[str, Tensor | None]:
+    return {
+        "fc1_weight": torch.randn(10, 4) / 2,
+        "fc1_bias": torch.randn(10) if bias else None,
+        "fc2_weight": torch.randn(6, 10) / 3,
+        "fc2_bias": torch.randn(6) if bias else None,
+    }
+
+
+# Operator, parameters, other arguments, whether a residual is an input, what the graph consists of.
+Case = tuple[Callable[..., Tensor], dict[str, Any], dict[str, Any], bool, str]
+ACTIVATION_NODES = {"none": "", "silu": "Sigmoid Mul", "leaky_relu": "LeakyRelu"}
+CASES: dict[str, Callable[[], Case]] = {
+    "norm": lambda: (NORM, {}, {}, False, "InstanceNormalization"),
+    "norm, eps": lambda: (NORM, _affine(4), {"eps": 0.3}, False, "InstanceNormalization"),
+    "norm, weight alone": lambda: (
+        NORM,
+        {"weight": torch.rand(4)},
+        {"activation": "relu"},
+        True,
+        "InstanceNormalization Add Relu",
+    ),
+    "norm, bias alone": lambda: (NORM, {"bias": torch.rand(4)}, {}, False, "InstanceNormalization"),
+    "norm, per sample": lambda: (
+        NORM,
+        _affine(2, 4),
+        {"activation": "leaky_relu", "negative_slope": 0.3},
+        True,
+        "InstanceNormalization Mul Add Add LeakyRelu",
+    ),
+    "norm, bias per sample": lambda: (
+        NORM,
+        {"bias": torch.rand(2, 4)},
+        {"activation": "tanh"},
+        False,
+        "InstanceNormalization Add Tanh",
+    ),
+    **{
+        f"norm, {name}": lambda name=name: (
+            NORM,
+            _affine(4),
+            {"activation": name, "negative_slope": 0.2},
+            False,
+            "InstanceNormalization " + ACTIVATION_NODES.get(name, name.capitalize()),
+        )
+        for name in common.ACTIVATIONS
+    },
+    "conv": lambda: (CONV, _conv(), {}, False, "Conv InstanceNormalization Relu"),
+    "conv, bias": lambda: (
+        CONV,
+        {**_conv(), "bias": torch.randn(5)},
+        {"precision": "tf32"},
+        False,
+        "Conv InstanceNormalization Relu",
+    ),
+    "conv, norm parameters, residual, kernel and stride not square": lambda: (
+        CONV,
+        {**_conv(5, (3, 1)), **_affine(5, prefix="norm_")},
+        {"stride": [2, 1], "padding": [2, 0], "activation": "none"},
+        True,
+        "Conv InstanceNormalization Add",
+    ),
+    "conv, per sample": lambda: (
+        CONV,
+        {**_conv(), **_affine(2, 5, prefix="norm_")},
+        {"activation": "silu", "eps": 0.1},
+        False,
+        "Conv InstanceNormalization Mul Add Sigmoid Mul",
+    ),
+    **{
+        f"conv, {mode}, upsampled by {upsample}": lambda mode=mode, upsample=upsample: (
+            CONV,
+            {**_conv(), **_affine(5, prefix="norm_")},
+            {
+                "padding": [2, 1],
+                "padding_mode": mode,
+                "upsample": upsample,
+                "activation": "leaky_relu",
+                "negative_slope": 0.2,
+            },
+            False,
+            ("Resize " if upsample == 2 else "")
+            + ("" if mode == "zeros" else "Pad ")
+            + "Conv InstanceNormalization LeakyRelu",
+        )
+        for mode in common.PADDING_MODES
+        for upsample in (1, 2)
+    },
+    **{
+        f"ffn, {name}": lambda name=name: (
+            FFN,
+            _ffn(),
+            {"activation": name},
+            False,
+            "MatMul Add " + {"relu": "Relu", "silu": "Sigmoid Mul"}.get(name, "Gelu") + " MatMul Add",
+        )
+        for name in common.FFN_ACTIVATIONS
+    },
+    "ffn, no bias, residual": lambda: (
+        FFN,
+        _ffn(bias=False),
+        {"activation": "relu"},
+        True,
+        "MatMul Relu MatMul Add",
+    ),
+    **{
+        f"pad, {mode}": lambda mode=mode: (PAD, {}, {"padding": [1, 2], "padding_mode": mode}, False, "Pad")
+        for mode in common.PADDING_MODES
+    },
+    "upsample and pad": lambda: (
+        PAD,
+        {},
+        {"padding": [1, 1], "padding_mode": "reflect", "upsample": 2},
+        False,
+        "Resize Pad",
+    ),
+    "reflect_conv2d": lambda: (REFLECT, {"weight": torch.randn(3, 4, 5, 3) / 8}, {}, False, "Pad Conv"),
+    "reflect_conv2d, bias": lambda: (
+        REFLECT,
+        {"weight": torch.randn(3, 4, 3, 3) / 6, "bias": torch.randn(3)},
+        {"precision": "tf32"},
+        False,
+        "Pad Conv",
+    ),
+}
+
+
+def _load(path: Path, standard: bool = True) -> Any:
+    model = onnx.load(str(path))
+    onnx.checker.check_model(model, full_check=True)
+    if standard:
+        assert [opset.domain for opset in model.opset_import if opset.domain] == []
+        assert {node.domain for node in model.graph.node} <= {""}
+        assert not model.functions
+    return model
+
+
+def _nodes(model: Any) -> Counter[str]:
+    """Operators, without what PyTorch's own exporters leave behind."""
+    return Counter(node.op_type for node in model.graph.node if node.op_type not in ("Constant", "Identity"))
+
+
+def _run(path: Path, *inputs: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    fed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+    (output,) = session.run(None, fed)
+    return torch.from_numpy(output)
+
+
+def _export(module: Call, inputs: Sequence[Tensor], path: Path, exporter: str) -> None:
+    """Dynamic in every dimension but the channels, and the batch where it is a parameter's."""
+    fixed = {inputs[0].dim() - 1} if module.operator is FFN else {1}
+    if module.per_sample():
+        fixed.add(0)
+    dynamic = {d: f"d{d}" for d in range(inputs[0].dim()) if d not in fixed}
+    if exporter == "dynamo":
+        shapes = tuple({d: torch.export.Dim.DYNAMIC for d in dynamic} for _ in inputs)
+        styleforge.onnx.export(module, tuple(inputs), path, dynamic_shapes=shapes)
+        return
+    styleforge.onnx.register_symbolics()
+    names = ["x", "residual"][: len(inputs)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            tuple(inputs),
+            str(path),
+            dynamo=False,
+            opset_version=20,
+            input_names=names,
+            dynamic_axes=dict.fromkeys(names, dynamic),
+        )
+
+
+def _inputs(module: Call, sizes: Sequence[int], residual: bool, dtype: torch.dtype) -> list[Tensor]:
+    if module.operator is FFN:
+        sizes = (*sizes[:-1], 4)
+    x = torch.randn(sizes).to(dtype)
+    if not residual:
+        return [x]
+    with torch.no_grad():
+        return [x, torch.randn_like(module(x))]
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("name", CASES)
+def test_operator(name: str, exporter: str, tmp_path: Path) -> None:
+    """The smallest graph; what ONNX Runtime computes is equal, at other sizes than the example's too."""
+    operator, parameters, options, residual, nodes = CASES[name]()
+    module = Call(operator, parameters, options).eval()
+    path = tmp_path / "model.onnx"
+    _export(module, _inputs(module, (2, 4, 8, 6), residual, torch.float32), path, exporter)
+    assert _nodes(_load(path)) == Counter(nodes.split())
+    for sizes in ((2, 4, 8, 6), (2 if module.per_sample() else 3, 4, 5, 11)):
+        inputs = _inputs(module, sizes, residual, torch.float32)
+        with torch.no_grad():
+            expected = module(*inputs)
+        result = _run(path, *inputs)
+        assert result.shape == expected.shape
+        assert max_error(result, expected.double()) < 1e-5
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize(
+    "name", ["norm, silu", "norm, per sample", "conv, reflect, upsampled by 2", "ffn, gelu"]
+)
+def test_half_precision(name: str, exporter: str, tmp_path: Path) -> None:
+    operator, parameters, options, residual, _ = CASES[name]()
+    wide = Call(operator, parameters, options).eval()
+    narrow = Call(operator, parameters, options).half().eval()
+    path = tmp_path / "model.onnx"
+    inputs = _inputs(narrow, (2, 4, 8, 6), residual, torch.float16)
+    _export(narrow, inputs, path, exporter)
+    _load(path)
+    wide.load_state_dict(narrow.state_dict())
+    with torch.no_grad():
+        expected = wide(*(value.float() for value in inputs)).double()
+        yardstick = max_error(narrow(*inputs), expected)
+    result = _run(path, *inputs)
+    assert result.dtype == torch.float16
+    assert max_error(result, expected) < 2 * yardstick + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_norm_is_computed_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    """As the operator does: a cast on the way in and one, after the activation, on the way out."""
+    module = Call(NORM, _affine(4), {"activation": "silu"}).to(dtype).eval()
+    program = styleforge.onnx.export(module, (torch.randn(2, 4, 5, 6, dtype=dtype),))
+    onnx.checker.check_model(program.model_proto, full_check=True)
+    names = [node.op_type for node in program.model.graph]
+    assert names.count("Cast") == 2 and names[-1] == "Cast"
+    assert names.index("Cast") < names.index("InstanceNormalization")
+
+
+def test_float32_norm_parameters_of_a_half_precision_input(tmp_path: Path) -> None:
+    module = Call(NORM, _affine(4), {}).eval()
+    x = torch.randn(2, 4, 5, 6).half()
+    styleforge.onnx.export(module, (x,), tmp_path / "model.onnx")
+    assert _nodes(_load(tmp_path / "model.onnx")) == Counter({"Cast": 2, "InstanceNormalization": 1})
+    torch.testing.assert_close(_run(tmp_path / "model.onnx", x), module(x), rtol=1e-3, atol=1e-3)
+
+
+def test_float64(tmp_path: Path) -> None:
+    """ONNX Runtime has no float64 norm; ONNX's own reference has."""
+    module = Call(NORM, _affine(4), {"activation": "sigmoid"}).double().eval()
+    x = tensor(2, 4, 5, 6, dtype=torch.float64)
+    styleforge.onnx.export(module, (x,), tmp_path / "model.onnx")
+    model = _load(tmp_path / "model.onnx")
+    assert _nodes(model) == Counter(["InstanceNormalization", "Sigmoid"])
+    from onnx.reference import ReferenceEvaluator
+
+    (output,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
+    assert max_error(torch.from_numpy(output), module(x)) < 1e-10
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_ffn_of_any_rank(rank: int, tmp_path: Path) -> None:
+    module = Call(FFN, _ffn(), {}).eval()
+    x = torch.randn(3, 2, 5, 4)[(0,) * (4 - rank)]
+    styleforge.onnx.export(module, (x,), tmp_path / "model.onnx")
+    one = ["Gemm", "Gelu", "Gemm"] if rank == 2 else ["MatMul", "Add", "Gelu", "MatMul", "Add"]
+    assert _nodes(_load(tmp_path / "model.onnx")) == Counter(one)
+    assert max_error(_run(tmp_path / "model.onnx", x), module(x).double()) < 1e-5
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_gelu_before_it_was_an_operator(activation: str, exporter: str, tmp_path: Path) -> None:
+    """Version 18 of the operator set has none; the caller's own torch.onnx.export decides."""
+    module = Call(FFN, _ffn(), {"activation": activation}).eval()
+    path = tmp_path / "model.onnx"
+    x = torch.randn(2, 3, 4)
+    if exporter == "dynamo":
+        table = styleforge.onnx.translation_table()
+        program = torch.onnx.export(
+            module, (x,), dynamo=True, opset_version=18, custom_translation_table=table, verbose=False
+        )
+        program.save(path)
+    else:
+        styleforge.onnx.register_symbolics()
+        torch.onnx.export(module, (x,), str(path), dynamo=False, opset_version=17)
+    model = _load(path)
+    assert model.opset_import[0].version < 20
+    assert ("Erf" if activation == "gelu" else "Tanh") in _nodes(model)
+    assert max_error(_run(path, x), module(x).double()) < 1e-5
+
+
+def test_channels_may_be_dynamic_without_parameters(tmp_path: Path) -> None:
+    module = Call(NORM, {}, {"activation": "relu"}).eval()
+    shapes = ({1: torch.export.Dim.DYNAMIC},)
+    styleforge.onnx.export(module, (torch.randn(2, 4, 5, 6),), tmp_path / "model.onnx", dynamic_shapes=shapes)
+    _load(tmp_path / "model.onnx")
+    x = torch.randn(2, 7, 5, 6)
+    assert max_error(_run(tmp_path / "model.onnx", x), module(x).double()) < 1e-5
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+def _network() -> TransformerNet:
+    net = TransformerNet(8).eval()
+    for module in net.modules():
+        if isinstance(module, nn.InstanceNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return net
+
+
+def test_transformer_net_with_dynamic_batch_height_and_width(tmp_path: Path) -> None:
+    net = _network()
+    path = tmp_path / "net.onnx"
+    shapes = ({0: "batch", 2: "height", 3: "width"},)
+    styleforge.onnx.export(
+        net, (255 * torch.rand(2, 3, 24, 32),), path, dynamic_shapes=shapes, input_names=["picture"]
+    )
+    model = _load(path)
+    assert _nodes(model) == {
+        "Pad": 16, "Conv": 16, "InstanceNormalization": 15, "Relu": 10, "Add": 5, "Resize": 2
+    }  # fmt: skip
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 3, "height", "width"]
+    assert model.graph.input[0].name == "picture"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["net.onnx"]  # weights are inside
+    for sizes in ((2, 3, 24, 32), (1, 3, 45, 60), (3, 3, 16, 128)):
+        x = 255 * torch.rand(sizes)
+        with torch.no_grad():
+            expected = net(x)
+        assert max_error(_run(path, x), expected.double()) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_shipped_style(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Its results are pictures in 0..255: ONNX Runtime is as close to float64 as eager PyTorch."""
+    net = load_style("mosaic", device="cpu", dtype=dtype)
+    path = tmp_path / "mosaic.onnx"
+    styleforge.onnx.export(
+        net, ((255 * torch.rand(2, 3, 32, 32)).to(dtype),), path, dynamic_shapes=({2: "h", 3: "w"},)
+    )
+    _load(path)
+    x = (255 * torch.rand(2, 3, 64, 48)).to(dtype)
+    with torch.no_grad():
+        eager = net(x)
+        exact = net.double()(x.double())
+    result = _run(path, x)
+    assert result.dtype == dtype
+    assert max_error(result, exact) < 2 * max_error(eager, exact)
+    if dtype == torch.float32:
+        assert max_error(result, eager.double()) / 255 <= 1e-5
+
+
+def test_modules_together_and_an_exported_program(tmp_path: Path) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = styleforge.FusedConvInstanceNormReLU(4, 8, 3, stride=2, padding_mode="replicate")
+            self.block = styleforge.ResidualBlock(8)
+            self.norm = styleforge.FusedInstanceNorm2d(8, affine=True)
+            self.ffn = styleforge.FusedFFN(8, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.ffn(self.norm(self.block(self.conv(x))).flatten(2).transpose(1, 2))
+
+    module = Block().eval()
+    x = torch.randn(2, 4, 12, 10)
+    for name, model in (("module", module), ("program", torch.export.export(module, (x,)))):
+        styleforge.onnx.export(model, (x,), tmp_path / name)
+        _load(tmp_path / name)
+        assert max_error(_run(tmp_path / name, x), module(x).double()) < 1e-5
+
+
+@pytest.mark.cuda
+def test_a_network_on_the_gpu(tmp_path: Path) -> None:
+    net = _network().cuda().half()
+    x = (255 * torch.rand(2, 3, 24, 32)).half()
+    with torch.no_grad():
+        expected = net(x.cuda()).cpu().double()
+    styleforge.onnx.export(net, (x.cuda(),), tmp_path / "net.onnx")
+    _load(tmp_path / "net.onnx")
+    assert max_error(_run(tmp_path / "net.onnx", x), expected) < 0.02 * expected.abs().max()
+
+
+# --- the table, and what is missing ---------------------------------------------------------------
+
+
+def test_the_table_names_every_forward_operator() -> None:
+    """A new operator needs a translation; what only training calls has none."""
+    schemas = torch._C._jit_get_all_schemas()
+    names = {
+        schema.name.removeprefix("styleforge::")
+        for schema in schemas
+        if schema.name.startswith("styleforge::")
+    }
+    inference = {name for name in names if not name.endswith(("_forward", "_backward"))}
+    table = styleforge.onnx.translation_table()
+    assert {overload._schema.name.removeprefix("styleforge::") for overload in table} == inference
+
+
+def test_translations_take_what_the_schemas_say() -> None:
+    for name, translate in TRANSLATIONS.items():
+        if not hasattr(torch.ops.styleforge, name):
+            continue
+        schema = getattr(torch.ops.styleforge, name).default._schema
+        parameters = list(inspect.signature(translate).parameters.values())[1:]
+        assert [p.name for p in parameters] == [argument.name for argument in schema.arguments], name
+        for parameter, argument in zip(parameters, schema.arguments, strict=True):
+            given = None if parameter.default is inspect.Parameter.empty else parameter.default
+            default = argument.default_value
+            assert (list(given) if isinstance(given, tuple) else given) == default, (name, parameter.name)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "styleforge.onnx._packages.find_spec", lambda name: None if name == "onnxscript" else find(name)
+    )
+    for call in (
+        styleforge.onnx.translation_table,
+        lambda: styleforge.onnx.export(nn.ReLU(), (torch.ones(1),)),
+    ):
+        with pytest.raises(
+            MissingPackageError, match=r"needs onnxscript, .*pip install 'styleforge\[onnx\]'"
+        ):
+            call()
+
+
+def test_importing_styleforge_needs_no_onnx() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime', 'onnx_ir')))\n"
+        "import styleforge; styleforge.onnx.register_symbolics()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
