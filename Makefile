@@ -22,8 +22,8 @@ JOBS ?= 2
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find ops csrc cmake python -type f -not -path '*/__pycache__/*')
-CPP_SOURCES := $(shell find ops csrc cmake -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find ops csrc cmake include python -type f -not -path '*/__pycache__/*')
+CPP_SOURCES := $(shell find ops csrc cmake include examples tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export SKBUILD_BUILD_DIR := $(BUILD)/{wheel_tag}
 

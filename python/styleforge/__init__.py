@@ -6,10 +6,13 @@ the modules, ``styleforge.models`` the networks, ``styleforge.onnx`` the export 
 
 from __future__ import annotations
 
-from styleforge import onnx, ops
+from styleforge import _library, onnx, ops
 from styleforge._library import StyleforgeCudaWarning, StyleforgeLibraryError, diagnostics, last_path
 from styleforge._version import __version__
 from styleforge.nn import FusedConvInstanceNormReLU, FusedFFN, FusedInstanceNorm2d, ResidualBlock
+
+cmake_prefix_path: str = _library.cmake_prefix_path()
+"""For ``CMAKE_PREFIX_PATH``: C++ programs then find the libraries with ``find_package(styleforge)``."""
 
 __all__ = [
     "FusedConvInstanceNormReLU",
@@ -19,6 +22,7 @@ __all__ = [
     "StyleforgeCudaWarning",
     "StyleforgeLibraryError",
     "__version__",
+    "cmake_prefix_path",
     "diagnostics",
     "last_path",
     "onnx",
