@@ -345,7 +345,8 @@ def test_export_with_dynamic_batch_height_and_width(operator: str, device: str, 
         _close(loaded(x), module.reference(x))
 
 
-def test_aotinductor_package(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_aotinductor_package(device: str, tmp_path: Path) -> None:
     """All operators in one package, loaded again; sizes other than the one it was made with."""
 
     class All(nn.Module):
@@ -356,15 +357,15 @@ def test_aotinductor_package(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.ffn(self.norm(self.conv(x) + 1))
 
-    module = All().eval()
+    module = All().eval().to(device)
     with torch.no_grad():
         program = torch.export.export(
-            module, (tensor(2, 4, 8, 6),), dynamic_shapes=_dynamic_sizes(), strict=False
+            module, (tensor(2, 4, 8, 6, device=device),), dynamic_shapes=_dynamic_sizes(), strict=False
         )
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "module.pt2"))
         loaded = torch._inductor.aoti_load_package(path)
-        for sizes in ((2, 4, 8, 6), (3, 4, 21, 30)):
-            x = tensor(*sizes)
+        for sizes in ((2, 4, 8, 6), (1, 4, 5, 9), (3, 4, 21, 30)):
+            x = tensor(*sizes, device=device)
             _close(loaded(x), module(x))
 
 
