@@ -33,12 +33,14 @@ import onnxruntime
 NORM = torch.ops.styleforge.fused_instance_norm
 CONV = torch.ops.styleforge.fused_conv_instance_norm_relu
 FFN = torch.ops.styleforge.fused_ffn
+ATTENTION = getattr(torch.ops.styleforge, "fused_attention", None)
 PAD = torch.ops.styleforge._pad_upsample
 REFLECT = torch.ops.styleforge._reflect_conv2d
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*legacy TorchScript-based ONNX export:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:# The axis name. .* will not be used:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.:FutureWarning"),
 ]
 
@@ -79,6 +81,15 @@ def _ffn(bias: bool = True) -> dict[str, Tensor | None]:
         "fc1_bias": torch.randn(10) if bias else None,
         "fc2_weight": torch.randn(6, 10) / 3,
         "fc2_bias": torch.randn(6) if bias else None,
+    }
+
+
+def _attention(embed_dim: int = 12, bias: bool = True) -> dict[str, Tensor | None]:
+    return {
+        "qkv_weight": torch.randn(3 * embed_dim, embed_dim) / 2,
+        "qkv_bias": torch.randn(3 * embed_dim) if bias else None,
+        "out_weight": torch.randn(embed_dim, embed_dim) / 3,
+        "out_bias": torch.randn(embed_dim) if bias else None,
     }
 
 
@@ -198,6 +209,63 @@ CASES: dict[str, Callable[[], Case]] = {
         "Pad Conv",
     ),
 }
+
+
+ATTENTION_NODES = {"MatMul": 4, "Reshape": 2, "Transpose": 3, "Split": 1, "Mul": 1, "Softmax": 1}  # no bias
+
+
+@pytest.mark.skipif(ATTENTION is None, reason="this build has no attention")
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention(is_causal: bool, masked: bool, dtype: torch.dtype, exporter: str, tmp_path: Path) -> None:
+    """Dynamic batch and length; a token that sees nothing gives the bias alone."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in _attention(bias=masked).items():
+                self.register_buffer(name, value)
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            given = (x, self.qkv_weight, self.qkv_bias, self.out_weight, self.out_bias, 3)
+            return ATTENTION(*given, 0.4 if masked else None, is_causal, mask)
+
+    def inputs(batch: int, length: int) -> list[Tensor]:
+        x = torch.randn(batch, length, 12).to(dtype)
+        if not masked:
+            return [x]
+        mask = torch.rand(batch, length) < 0.3
+        mask[0], mask[1] = True, False
+        return [x, mask]
+
+    module = Attention().to(dtype).eval()
+    path = tmp_path / "model.onnx"
+    if exporter == "dynamo":
+        shapes = tuple({0: "batch", 1: "length"} for _ in inputs(2, 7))
+        styleforge.onnx.export(module, tuple(inputs(2, 7)), path, dynamic_shapes=shapes)
+    else:
+        styleforge.onnx.register_symbolics()
+        names = ["x", "mask"][: 1 + masked]
+        torch.onnx.export(
+            module,
+            tuple(inputs(2, 7)),
+            str(path),
+            dynamo=False,
+            opset_version=17,
+            input_names=names,
+            dynamic_axes={name: {0: "batch", 1: "length"} for name in names},
+        )
+    nodes = _nodes(_load(path))
+    if dtype == torch.float32 and not masked and not is_causal:
+        assert nodes == ATTENTION_NODES
+    for sizes in ((2, 7), (3, 1), (2, 20)):
+        given = inputs(*sizes)
+        with torch.no_grad():
+            expected = module(*given)
+        error = max_error(_run(path, *given), expected.double())
+        assert error < (1e-5 if dtype == torch.float32 else 0.02)
 
 
 def _load(path: Path, standard: bool = True) -> Any:

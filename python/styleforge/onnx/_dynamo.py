@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ class _DynamoGraph(Graph):
 
     def op(self, name: str, *inputs: Value | None, **attributes: Any) -> Value:
         return getattr(self._opset, name)(*inputs, **attributes)
+
+    def split(self, value: Value, parts: int, axis: int) -> Sequence[Value]:
+        outputs: Sequence[Value] = self._opset.Split(value, num_outputs=parts, axis=axis)
+        return outputs
 
     def constant(self, tensor: torch.Tensor) -> Value:
         return self._opset.Constant(value=self._tensor(tensor.numpy()))

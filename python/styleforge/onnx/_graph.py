@@ -29,6 +29,10 @@ class Graph(ABC):
         """Adds a standard operator with one output; None leaves an optional input out."""
 
     @abstractmethod
+    def split(self, value: Value, parts: int, axis: int) -> Sequence[Value]:
+        """Adds a Split into equal parts."""
+
+    @abstractmethod
     def constant(self, tensor: torch.Tensor) -> Value:
         """Adds a constant."""
 
@@ -43,6 +47,10 @@ class Graph(ABC):
     def integers(self, values: Sequence[int]) -> Value:
         """Adds a constant vector of int64."""
         return self.constant(torch.tensor(list(values), dtype=torch.int64))
+
+    def reshape(self, value: Value, sizes: Sequence[int]) -> Value:
+        """Adds a Reshape; 0 keeps a size."""
+        return self.op("Reshape", value, self.integers(sizes))
 
     def cast(self, value: Value, from_dtype: torch.dtype, to_dtype: torch.dtype) -> Value:
         """The value in another data type; itself where it has that already."""

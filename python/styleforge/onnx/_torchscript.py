@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,17 @@ class _TorchScriptGraph(Graph):
         suffixed = {f"{key}_{_suffix(value)}": value for key, value in attributes.items()}
         return self._context.op(name, *(self._none() if v is None else v for v in given), **suffixed)
 
+    def split(self, value: Value, parts: int, axis: int) -> Sequence[Value]:
+        count = {"num_outputs_i": parts} if self.opset >= 18 else {}
+        outputs: Sequence[Value] = self._context.op("Split", value, axis_i=axis, **count, outputs=parts)
+        return outputs
+
     def constant(self, tensor: torch.Tensor) -> Value:
         return self._context.op("Constant", value_t=tensor)
+
+    def reshape(self, value: Value, sizes: Sequence[int]) -> Value:
+        # This exporter's shape inference fails on a 0 without a -1 beside it.
+        return super().reshape(value, [*sizes[:-1], -1])
 
     def sizes(self, value: Value) -> list[int | None]:
         sizes: list[int | None] | None = value.type().varyingSizes()

@@ -213,10 +213,69 @@ def fused_ffn(
     return output if residual is None else g.op("Add", output, residual)
 
 
+def fused_attention(
+    g: Graph,
+    input: Value,
+    qkv_weight: Value,
+    qkv_bias: Value | None,
+    out_weight: Value,
+    out_bias: Value | None,
+    num_heads: int,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_padding_mask: Value | None = None,
+    precision: str = "ieee",
+) -> Value:
+    """Projection, heads, projection: ``fused_attention`` and both of its versions."""
+    dtype = g.dtype(input)
+    wide = dtype if dtype == torch.float64 else torch.float32
+    embed_dim = g.sizes(qkv_weight)[1]
+    if embed_dim is None:
+        raise RuntimeError("fused_attention: qkv_weight must have a fixed size for ONNX")
+    width = embed_dim // num_heads
+    qkv = g.cast(linear(g, input, 3, qkv_weight, qkv_bias), dtype, wide)
+
+    # [N, S, 3, heads, width] to [3, N, heads, S, width]: each part is [1, N, heads, S, width].
+    qkv = g.reshape(qkv, [0, 0, 3, num_heads, width])
+    q, k, v = g.split(g.op("Transpose", qkv, perm=[2, 0, 3, 1, 4]), 3, 0)
+    factor = width**-0.5 if scale is None else scale
+    q = g.op("Mul", q, g.constant(torch.tensor(factor, dtype=wide)))
+    scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 2, 4, 3]))
+    hidden = _unseen(g, input, is_causal, key_padding_mask)
+    if hidden is not None:
+        # The lowest finite number: a row without any key is not 0 / 0.
+        lowest = g.constant(torch.tensor(torch.finfo(wide).min, dtype=wide))
+        scores = g.op("Where", hidden, lowest, scores)
+    weights = g.op("Softmax", scores, axis=-1)
+    if key_padding_mask is not None:  # such rows give zero; causal ones always see themselves
+        weights = g.op("Where", hidden, g.constant(torch.tensor(0.0, dtype=wide)), weights)
+    heads = g.op("Transpose", g.op("MatMul", weights, v), perm=[1, 3, 0, 2, 4])
+    merged = g.reshape(heads, [0, 0, embed_dim])
+    return linear(g, g.cast(merged, wide, dtype), 3, out_weight, out_bias)
+
+
+def _unseen(g: Graph, input: Value, is_causal: bool, key_padding_mask: Value | None) -> Value | None:
+    """Where a query does not see a key, bool, broadcast to [N, heads, S, S]; None where all see all."""
+    padded = later = None
+    if key_padding_mask is not None:
+        padded = g.op("Unsqueeze", key_padding_mask, g.integers([1, 2]))
+    if is_causal:
+        length = g.op("Squeeze", g.op("Shape", input, start=1, end=2))
+        zero, one = (g.constant(torch.tensor(number, dtype=torch.int64)) for number in (0, 1))
+        positions = g.op("Range", zero, length, one)
+        later = g.op("Less", g.op("Unsqueeze", positions, g.integers([1])), positions)
+    if padded is None or later is None:
+        return later if padded is None else padded
+    return g.op("Or", padded, later)
+
+
 TRANSLATIONS: dict[str, Callable[..., Any]] = {
     "fused_instance_norm": fused_instance_norm,
     "fused_conv_instance_norm_relu": fused_conv_instance_norm_relu,
     "fused_ffn": fused_ffn,
+    "fused_attention": fused_attention,
+    "fused_attention_v1": fused_attention,
+    "fused_attention_v2": fused_attention,
     "_pad_upsample": pad_upsample,
     "_reflect_conv2d": reflect_conv2d,
 }
