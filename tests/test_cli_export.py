@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from _onnx import load, needs_onnx, run
 from styleforge.cli import app
 from styleforge.models import TransformerNet, load_checkpoint, load_style, save_checkpoint
 
@@ -44,21 +45,6 @@ def _photo(*sizes: int) -> Tensor:
     return 255 * torch.rand(sizes)
 
 
-def _run_onnx(path: Path, x: Tensor) -> Tensor:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    assert [given.name for given in session.get_inputs()] == ["picture"]
-    (output,) = session.run(["stylised"], {"picture": x.numpy()})
-    return torch.from_numpy(output)
-
-
-def _needs_onnx() -> None:
-    if torch.cuda.is_available():  # a GPU machine may lack them; elsewhere they are required
-        pytest.importorskip("onnxscript")
-        pytest.importorskip("onnxruntime")
-
-
 def test_torchscript_of_a_style(tmp_path: Path) -> None:
     said = _export("mosaic", "--to", "torchscript", "--output", tmp_path / "out" / "style.pt")
     assert f"wrote {tmp_path}/out/style.pt: 6.8 MB, any batch, height and width, cpu, float32" in said
@@ -88,28 +74,30 @@ def test_the_name_follows_from_the_model(
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_onnx(dtype: str, checkpoint: Path, tmp_path: Path) -> None:
-    _needs_onnx()
+    needs_onnx()
     path = tmp_path / "net.onnx"
     said = _export(checkpoint, "--to", "onnx", "-o", path, "--dtype", dtype, "--size", "32x48")
     assert f"any batch, height and width, cpu, {dtype}" in said
+    graph = load(path).graph
+    assert [value.name for value in (*graph.input, *graph.output)] == ["picture", "stylised"]
     net = load_checkpoint(checkpoint).to(getattr(torch, dtype))
     for sizes in ((1, 3, 40, 52), (3, 3, 17, 30)):
         x = _photo(*sizes).to(net.conv1.conv2d.weight.dtype)
         with torch.no_grad():
             torch.testing.assert_close(
-                _run_onnx(path, x), net(x), rtol=1e-2, atol=1e-4 if dtype == "float32" else 0.02
+                run(path, x), net(x), rtol=1e-2, atol=1e-4 if dtype == "float32" else 0.02
             )
 
 
 def test_onnx_of_one_size(checkpoint: Path, tmp_path: Path) -> None:
-    _needs_onnx()
+    needs_onnx()
     path = tmp_path / "net.onnx"
     assert "1x3x32x48" in _export(checkpoint, "--to", "onnx", "-o", path, "--fixed", "--size", "32x48")
     x = _photo(1, 3, 32, 48)
     with torch.no_grad():
-        torch.testing.assert_close(_run_onnx(path, x), load_checkpoint(checkpoint)(x), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(run(path, x), load_checkpoint(checkpoint)(x), rtol=1e-3, atol=1e-4)
     with pytest.raises(Exception, match="invalid dimensions"):
-        _run_onnx(path, _photo(1, 3, 48, 32))
+        run(path, _photo(1, 3, 48, 32))
 
 
 def test_aoti(checkpoint: Path, tmp_path: Path) -> None:
@@ -156,7 +144,7 @@ def test_aoti_takes_the_gpu_where_there_is_one(checkpoint: Path, tmp_path: Path)
 def test_wrong_usage(
     arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _needs_onnx()
+    needs_onnx()
     monkeypatch.chdir(tmp_path)
     assert message in _error(2, *arguments)
     assert list(tmp_path.iterdir()) == []
@@ -201,7 +189,7 @@ def test_a_failing_exporter_leaves_nothing(
 @pytest.mark.parametrize("name", ["torchscript", "aoti", "onnx"])
 def test_example_script(name: str, tmp_path: Path) -> None:
     if name == "onnx":
-        _needs_onnx()
+        needs_onnx()
     command = [sys.executable, "-W", "ignore", ROOT / "examples" / f"export_{name}.py", tmp_path / "file.pt2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,80 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import filelock
 import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 import styleforge
-from styleforge import _library
+from _cpp import library_folder, output, run, tool
 from styleforge.models import TransformerNet
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sys.executable).parent  # where pip puts cmake and ninja
-
-
-def _command(name: str) -> str:
-    found = shutil.which(name, path=f"{SCRIPTS}{os.pathsep}{os.environ.get('PATH', '')}")
-    if found is None:
-        if torch.cuda.is_available():
-            pytest.skip(f"no {name} here")
-        raise FileNotFoundError(f"{name} is needed: pip install {name}")
-    return found
-
-
-def _libraries() -> Path:
-    assert _library.library_path is not None
-    return _library.library_path.parent
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the built programs; built once, also where several workers test."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = shared / "cpp"
-    with filelock.FileLock(shared / "cpp.lock"):
-        if not (folder / "built").is_file():
-            prefixes = f"{torch.utils.cmake_prefix_path};{styleforge.cmake_prefix_path}"
-            configure = [
-                *("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_command('ninja')}"),
-                *("-S", str(ROOT / "tests" / "cpp"), "-B", str(folder)),
-                *(f"-DCMAKE_PREFIX_PATH={prefixes}", "-DCMAKE_CXX_FLAGS=-O1 -Wall -Wextra -Werror"),
-            ]
-            for arguments in (configure, ["--build", str(folder)]):
-                done = subprocess.run([_command("cmake"), *arguments], capture_output=True, text=True)
-                assert done.returncode == 0, done.stdout + done.stderr
-            (folder / "built").touch()
-    return folder
-
-
-def _run(
-    program: Path, *arguments: object, libraries: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Runs a program without the caller's environment: nothing of Python can be found."""
-    environment = {"PATH": "/nowhere", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    if libraries is not None:
-        environment["STYLEFORGE_LIBRARY_PATH"] = str(libraries)
-    command = [str(program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-
-
-def _output(program: Path, model: Path, x: Tensor, *rest: object, libraries: Path | None = None) -> Tensor:
-    given, written = model.with_suffix(".input.pt"), model.with_suffix(".output.pt")
-    torch.save(x, given)
-    done = _run(program, model, given, written, *rest, libraries=libraries)
-    assert done.returncode == 0, done.stderr
-    assert "wrote" in done.stdout
-    return torch.load(written)
 
 
 class Every(nn.Module):
@@ -111,7 +53,7 @@ def test_torchscript_gives_what_python_gives(how: str, programs: Path, tmp_path:
         x = torch.randn(sizes)
         with torch.no_grad():
             expected = module(x)
-        result = _output(programs / "examples" / "run_torchscript", tmp_path / "model.pt", x)
+        result = output(programs / "examples" / "run_torchscript", tmp_path / "model.pt", x)
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -121,7 +63,7 @@ def test_torchscript_transformer_net(programs: Path, tmp_path: Path) -> None:
     x = 255 * torch.rand(1, 3, 45, 60)
     with torch.no_grad():
         expected = net(x)
-    result = _output(programs / "examples" / "run_torchscript", tmp_path / "net.pt", x)
+    result = output(programs / "examples" / "run_torchscript", tmp_path / "net.pt", x)
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-5)
 
 
@@ -132,7 +74,7 @@ def test_torchscript_on_the_gpu(programs: Path, tmp_path: Path) -> None:
     x = (255 * torch.rand(1, 3, 48, 64)).half()
     with torch.no_grad():
         expected = net(x.cuda()).cpu()
-    result = _output(programs / "examples" / "run_torchscript", tmp_path / "net.pt", x, "cuda")
+    result = output(programs / "examples" / "run_torchscript", tmp_path / "net.pt", x, "cuda")
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -166,9 +108,9 @@ def test_aotinductor_gives_what_python_gives(
         with torch.no_grad():
             expected = module(x)
         if how == "environment":
-            result = _output(program, path, x, libraries=_libraries())
+            result = output(program, path, x, libraries=library_folder())
         else:
-            result = _output(program, path, x, "cpu", _libraries())
+            result = output(program, path, x, "cpu", library_folder())
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -179,8 +121,8 @@ def test_aotinductor_on_the_gpu(programs: Path, tmp_path: Path) -> None:
     _package(module, x.cuda(), tmp_path / "model.pt2")
     with torch.no_grad():
         expected = module(x.cuda()).cpu()
-    result = _output(
-        programs / "examples" / "run_aoti", tmp_path / "model.pt2", x, "cuda", libraries=_libraries()
+    result = output(
+        programs / "examples" / "run_aoti", tmp_path / "model.pt2", x, "cuda", libraries=library_folder()
     )
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
 
@@ -197,7 +139,7 @@ def _error(done: subprocess.CompletedProcess[str]) -> str:
 def test_torchscript_without_the_library(programs: Path, tmp_path: Path) -> None:
     torch.jit.script(Every().eval()).save(tmp_path / "model.pt")
     torch.save(torch.randn(SIZES[0]), tmp_path / "x.pt")
-    done = _run(programs / "without_library", tmp_path / "model.pt", tmp_path / "x.pt", tmp_path / "y.pt")
+    done = run(programs / "without_library", tmp_path / "model.pt", tmp_path / "x.pt", tmp_path / "y.pt")
     assert re.search(
         r"error: operator styleforge::fused_\w+ is not registered: load libstyleforge\.so", _error(done)
     )
@@ -208,11 +150,11 @@ def test_a_folder_without_the_library(
 ) -> None:
     torch.save(torch.randn(SIZES[0]), tmp_path / "x.pt")
     arguments = (packaged[1], tmp_path / "x.pt", tmp_path / "y.pt")
-    done = _run(programs / "examples" / "run_aoti", *arguments, libraries=tmp_path)
+    done = run(programs / "examples" / "run_aoti", *arguments, libraries=tmp_path)
     line = _error(done)
     assert f"cannot load {tmp_path}/libstyleforge.so" in line
     assert "STYLEFORGE_LIBRARY_PATH" in line
-    line = _error(_run(programs / "examples" / "run_aoti", *arguments))  # where the system's loader looks
+    line = _error(run(programs / "examples" / "run_aoti", *arguments))  # where the system's loader looks
     assert "cannot load libstyleforge.so" in line
 
 
@@ -236,20 +178,20 @@ def test_a_folder_without_the_library(
     ],
 )
 def test_explanations(text: str, expected: str, programs: Path) -> None:
-    assert re.search(expected, _run(programs / "explain", text).stdout.rstrip("\n"))
+    assert re.search(expected, run(programs / "explain", text).stdout.rstrip("\n"))
 
 
 def test_a_missing_model_is_one_line(programs: Path, tmp_path: Path) -> None:
-    for program, rest in (("run_torchscript", ()), ("run_aoti", ("cpu", _libraries()))):
-        done = _run(programs / "examples" / program, tmp_path / "none.pt", "x.pt", "y.pt", *rest)
+    for program, rest in (("run_torchscript", ()), ("run_aoti", ("cpu", library_folder()))):
+        done = run(programs / "examples" / program, tmp_path / "none.pt", "x.pt", "y.pt", *rest)
         assert _error(done) == f"error: cannot read {tmp_path / 'none.pt'}"
-        assert _run(programs / "examples" / program).returncode == 2
+        assert run(programs / "examples" / program).returncode == 2
 
 
 def test_find_package_says_where_it_looked(tmp_path: Path) -> None:
     script = tmp_path / "find.cmake"
     script.write_text("find_package(styleforge REQUIRED)\n")
-    command = [_command("cmake"), f"-DCMAKE_PREFIX_PATH={styleforge.cmake_prefix_path}"]
+    command = [tool("cmake"), f"-DCMAKE_PREFIX_PATH={styleforge.cmake_prefix_path}"]
     command += [f"-DSTYLEFORGE_LIBRARY_PATH={tmp_path}", "-P", str(script)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1

@@ -18,17 +18,15 @@ import torch.nn as nn
 from torch import Tensor
 
 import styleforge
+from _onnx import load, needs_onnx, run
 from _reference import max_error, tensor
 from styleforge.io.errors import MissingPackageError
 from styleforge.models import TransformerNet, load_style
 from styleforge.onnx._translations import TRANSLATIONS
 from styleforge.ops import _common as common
 
-if torch.cuda.is_available():  # a GPU machine may lack them; elsewhere they are required
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-import onnx
-import onnxruntime
+needs_onnx()
+import onnx  # noqa: E402
 
 NORM = torch.ops.styleforge.fused_instance_norm
 CONV = torch.ops.styleforge.fused_conv_instance_norm_relu
@@ -257,38 +255,20 @@ def test_attention(is_causal: bool, masked: bool, dtype: torch.dtype, exporter: 
             input_names=names,
             dynamic_axes={name: {0: "batch", 1: "length"} for name in names},
         )
-    nodes = _nodes(_load(path))
+    nodes = _nodes(load(path))
     if dtype == torch.float32 and not masked and not is_causal:
         assert nodes == ATTENTION_NODES
     for sizes in ((2, 7), (3, 1), (2, 20)):
         given = inputs(*sizes)
         with torch.no_grad():
             expected = module(*given)
-        error = max_error(_run(path, *given), expected.double())
+        error = max_error(run(path, *given), expected.double())
         assert error < (1e-5 if dtype == torch.float32 else 0.02)
-
-
-def _load(path: Path, standard: bool = True) -> Any:
-    model = onnx.load(str(path))
-    onnx.checker.check_model(model, full_check=True)
-    if standard:
-        assert [opset.domain for opset in model.opset_import if opset.domain] == []
-        assert {node.domain for node in model.graph.node} <= {""}
-        assert not model.functions
-    return model
 
 
 def _nodes(model: Any) -> Counter[str]:
     """Operators, without what PyTorch's own exporters leave behind."""
     return Counter(node.op_type for node in model.graph.node if node.op_type not in ("Constant", "Identity"))
-
-
-def _run(path: Path, *inputs: Tensor) -> Tensor:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
-    fed = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-    (output,) = session.run(None, fed)
-    return torch.from_numpy(output)
 
 
 def _export(module: Call, inputs: Sequence[Tensor], path: Path, exporter: str) -> None:
@@ -334,12 +314,12 @@ def test_operator(name: str, exporter: str, tmp_path: Path) -> None:
     module = Call(operator, parameters, options).eval()
     path = tmp_path / "model.onnx"
     _export(module, _inputs(module, (2, 4, 8, 6), residual, torch.float32), path, exporter)
-    assert _nodes(_load(path)) == Counter(nodes.split())
+    assert _nodes(load(path)) == Counter(nodes.split())
     for sizes in ((2, 4, 8, 6), (2 if module.per_sample() else 3, 4, 5, 11)):
         inputs = _inputs(module, sizes, residual, torch.float32)
         with torch.no_grad():
             expected = module(*inputs)
-        result = _run(path, *inputs)
+        result = run(path, *inputs)
         assert result.shape == expected.shape
         assert max_error(result, expected.double()) < 1e-5
 
@@ -355,12 +335,12 @@ def test_half_precision(name: str, exporter: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     inputs = _inputs(narrow, (2, 4, 8, 6), residual, torch.float16)
     _export(narrow, inputs, path, exporter)
-    _load(path)
+    load(path)
     wide.load_state_dict(narrow.state_dict())
     with torch.no_grad():
         expected = wide(*(value.float() for value in inputs)).double()
         yardstick = max_error(narrow(*inputs), expected)
-    result = _run(path, *inputs)
+    result = run(path, *inputs)
     assert result.dtype == torch.float16
     assert max_error(result, expected) < 2 * yardstick + 1e-3
 
@@ -380,8 +360,8 @@ def test_float32_norm_parameters_of_a_half_precision_input(tmp_path: Path) -> No
     module = Call(NORM, _affine(4), {}).eval()
     x = torch.randn(2, 4, 5, 6).half()
     styleforge.onnx.export(module, (x,), tmp_path / "model.onnx")
-    assert _nodes(_load(tmp_path / "model.onnx")) == Counter({"Cast": 2, "InstanceNormalization": 1})
-    torch.testing.assert_close(_run(tmp_path / "model.onnx", x), module(x), rtol=1e-3, atol=1e-3)
+    assert _nodes(load(tmp_path / "model.onnx")) == Counter({"Cast": 2, "InstanceNormalization": 1})
+    torch.testing.assert_close(run(tmp_path / "model.onnx", x), module(x), rtol=1e-3, atol=1e-3)
 
 
 def test_float64(tmp_path: Path) -> None:
@@ -389,7 +369,7 @@ def test_float64(tmp_path: Path) -> None:
     module = Call(NORM, _affine(4), {"activation": "sigmoid"}).double().eval()
     x = tensor(2, 4, 5, 6, dtype=torch.float64)
     styleforge.onnx.export(module, (x,), tmp_path / "model.onnx")
-    model = _load(tmp_path / "model.onnx")
+    model = load(tmp_path / "model.onnx")
     assert _nodes(model) == Counter(["InstanceNormalization", "Sigmoid"])
     from onnx.reference import ReferenceEvaluator
 
@@ -403,8 +383,8 @@ def test_ffn_of_any_rank(rank: int, tmp_path: Path) -> None:
     x = torch.randn(3, 2, 5, 4)[(0,) * (4 - rank)]
     styleforge.onnx.export(module, (x,), tmp_path / "model.onnx")
     one = ["Gemm", "Gelu", "Gemm"] if rank == 2 else ["MatMul", "Add", "Gelu", "MatMul", "Add"]
-    assert _nodes(_load(tmp_path / "model.onnx")) == Counter(one)
-    assert max_error(_run(tmp_path / "model.onnx", x), module(x).double()) < 1e-5
+    assert _nodes(load(tmp_path / "model.onnx")) == Counter(one)
+    assert max_error(run(tmp_path / "model.onnx", x), module(x).double()) < 1e-5
 
 
 @pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
@@ -423,19 +403,19 @@ def test_gelu_before_it_was_an_operator(activation: str, exporter: str, tmp_path
     else:
         styleforge.onnx.register_symbolics()
         torch.onnx.export(module, (x,), str(path), dynamo=False, opset_version=17)
-    model = _load(path)
+    model = load(path)
     assert model.opset_import[0].version < 20
     assert ("Erf" if activation == "gelu" else "Tanh") in _nodes(model)
-    assert max_error(_run(path, x), module(x).double()) < 1e-5
+    assert max_error(run(path, x), module(x).double()) < 1e-5
 
 
 def test_channels_may_be_dynamic_without_parameters(tmp_path: Path) -> None:
     module = Call(NORM, {}, {"activation": "relu"}).eval()
     shapes = ({1: torch.export.Dim.DYNAMIC},)
     styleforge.onnx.export(module, (torch.randn(2, 4, 5, 6),), tmp_path / "model.onnx", dynamic_shapes=shapes)
-    _load(tmp_path / "model.onnx")
+    load(tmp_path / "model.onnx")
     x = torch.randn(2, 7, 5, 6)
-    assert max_error(_run(tmp_path / "model.onnx", x), module(x).double()) < 1e-5
+    assert max_error(run(tmp_path / "model.onnx", x), module(x).double()) < 1e-5
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -457,7 +437,7 @@ def test_transformer_net_with_dynamic_batch_height_and_width(tmp_path: Path) -> 
     styleforge.onnx.export(
         net, (255 * torch.rand(2, 3, 24, 32),), path, dynamic_shapes=shapes, input_names=["picture"]
     )
-    model = _load(path)
+    model = load(path)
     assert _nodes(model) == {
         "Pad": 16, "Conv": 16, "InstanceNormalization": 15, "Relu": 10, "Add": 5, "Resize": 2
     }  # fmt: skip
@@ -469,7 +449,7 @@ def test_transformer_net_with_dynamic_batch_height_and_width(tmp_path: Path) -> 
         x = 255 * torch.rand(sizes)
         with torch.no_grad():
             expected = net(x)
-        assert max_error(_run(path, x), expected.double()) <= 1e-4
+        assert max_error(run(path, x), expected.double()) <= 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -480,12 +460,12 @@ def test_a_shipped_style(dtype: torch.dtype, tmp_path: Path) -> None:
     styleforge.onnx.export(
         net, ((255 * torch.rand(2, 3, 32, 32)).to(dtype),), path, dynamic_shapes=({2: "h", 3: "w"},)
     )
-    _load(path)
+    load(path)
     x = (255 * torch.rand(2, 3, 64, 48)).to(dtype)
     with torch.no_grad():
         eager = net(x)
         exact = net.double()(x.double())
-    result = _run(path, x)
+    result = run(path, x)
     assert result.dtype == dtype
     assert max_error(result, exact) < 2 * max_error(eager, exact)
     if dtype == torch.float32:
@@ -508,8 +488,8 @@ def test_modules_together_and_an_exported_program(tmp_path: Path) -> None:
     x = torch.randn(2, 4, 12, 10)
     for name, model in (("module", module), ("program", torch.export.export(module, (x,)))):
         styleforge.onnx.export(model, (x,), tmp_path / name)
-        _load(tmp_path / name)
-        assert max_error(_run(tmp_path / name, x), module(x).double()) < 1e-5
+        load(tmp_path / name)
+        assert max_error(run(tmp_path / name, x), module(x).double()) < 1e-5
 
 
 @pytest.mark.cuda
@@ -519,8 +499,8 @@ def test_a_network_on_the_gpu(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = net(x.cuda()).cpu().double()
     styleforge.onnx.export(net, (x.cuda(),), tmp_path / "net.onnx")
-    _load(tmp_path / "net.onnx")
-    assert max_error(_run(tmp_path / "net.onnx", x), expected) < 0.02 * expected.abs().max()
+    load(tmp_path / "net.onnx")
+    assert max_error(run(tmp_path / "net.onnx", x), expected) < 0.02 * expected.abs().max()
 
 
 # --- the table, and what is missing ---------------------------------------------------------------
