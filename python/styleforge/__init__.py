@@ -11,9 +11,6 @@ from styleforge._library import StyleforgeCudaWarning, StyleforgeLibraryError, d
 from styleforge._version import __version__
 from styleforge.nn import FusedConvInstanceNormReLU, FusedFFN, FusedInstanceNorm2d, ResidualBlock
 
-cmake_prefix_path: str = _library.cmake_prefix_path()
-"""For ``CMAKE_PREFIX_PATH``: C++ programs then find the libraries with ``find_package(styleforge)``."""
-
 __all__ = [
     "FusedConvInstanceNormReLU",
     "FusedFFN",
@@ -28,3 +25,6 @@ __all__ = [
     "onnx",
     "ops",
 ]
+
+cmake_prefix_path: str = _library.cmake_prefix_path()
+"""For ``CMAKE_PREFIX_PATH``: C++ programs then find the libraries with ``find_package(styleforge)``."""
