@@ -11,84 +11,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from _reference import conv_instance_norm, ffn, instance_norm
+from test_entry_paths import MODULES as _MODULES
 
 
-class Norm(nn.Module):
-    """fused_instance_norm with everything it takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(4) + 0.5)
-        self.bias = nn.Parameter(torch.randn(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.styleforge.fused_instance_norm(x, self.weight, self.bias, 1e-5, "silu", 0.01, x)
-
-    def reference(self, x: Tensor) -> Tensor:
-        return instance_norm(x, self.weight, self.bias, 1e-5, "silu", 0.01, x)
-
-
-class Conv(nn.Module):
-    """fused_conv_instance_norm_relu with everything it takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3) / 6)
-        self.bias = nn.Parameter(torch.randn(4))
-        self.norm_weight = nn.Parameter(torch.rand(4) + 0.5)
-        self.norm_bias = nn.Parameter(torch.randn(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.styleforge.fused_conv_instance_norm_relu(
-            x,
-            self.weight,
-            self.bias,
-            self.norm_weight,
-            self.norm_bias,
-            [1, 1],
-            [1, 1],
-            "reflect",
-            1,
-            1e-5,
-            "leaky_relu",
-            0.2,
-            x,
-            "ieee",
-        )
-
-    def reference(self, x: Tensor) -> Tensor:
-        given = (self.weight, self.bias, self.norm_weight, self.norm_bias)
-        return conv_instance_norm(x, *given, (1, 1), (1, 1), "reflect", 1, 1e-5, "leaky_relu", 0.2, x)
-
-
-class Ffn(nn.Module):
-    """fused_ffn with everything it takes, over the channels of a picture."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1_weight = nn.Parameter(torch.randn(10, 4) / 2)
-        self.fc1_bias = nn.Parameter(torch.randn(10))
-        self.fc2_weight = nn.Parameter(torch.randn(4, 10) / 3)
-        self.fc2_bias = nn.Parameter(torch.randn(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.permute(0, 2, 3, 1)
-        y = torch.ops.styleforge.fused_ffn(
-            rows, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, "gelu", rows, "ieee"
-        ).permute(0, 3, 1, 2)
-        if x.is_contiguous(memory_format=torch.channels_last):
-            return y
-        return y.contiguous()
-
-    def reference(self, x: Tensor) -> Tensor:
-        rows = x.permute(0, 2, 3, 1)
-        given = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
-        return ffn(rows, *given, "gelu", rows).permute(0, 3, 1, 2)
-
-
-class Attention(nn.Module):
-    """fused_attention, causal, two heads, over the pixels of a picture."""
+class _Attention(nn.Module):
+    """Causal, two heads, over the pixels of a picture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,13 +23,6 @@ class Attention(nn.Module):
         self.qkv_bias = nn.Parameter(torch.randn(12))
         self.out_weight = nn.Parameter(torch.randn(4, 4) / 2)
         self.out_bias = nn.Parameter(torch.randn(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
-        y = torch.ops.styleforge.fused_attention(
-            tokens, self.qkv_weight, self.qkv_bias, self.out_weight, self.out_bias, 2, None, True
-        )
-        return y.transpose(1, 2).reshape(x.shape)
 
     def reference(self, x: Tensor) -> Tensor:
         tokens = x.double().flatten(2).transpose(1, 2)
@@ -115,7 +35,7 @@ class Attention(nn.Module):
         return y.transpose(1, 2).reshape(x.shape)
 
 
-class AttentionV1(Attention):
+class AttentionV1(_Attention):
     """The design for short sequences."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +46,7 @@ class AttentionV1(Attention):
         return y.transpose(1, 2).reshape(x.shape)
 
 
-class AttentionV2(Attention):
+class AttentionV2(_Attention):
     """The design for any length."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,15 +57,16 @@ class AttentionV2(Attention):
         return y.transpose(1, 2).reshape(x.shape)
 
 
-MODULES: dict[str, type[nn.Module]] = {
-    "fused_instance_norm": Norm,
-    "fused_conv_instance_norm_relu": Conv,
-    "fused_ffn": Ffn,
-    "fused_attention": Attention,
-    "fused_attention_v1": AttentionV1,
-    "fused_attention_v2": AttentionV2,
+_NAMES = {
+    "norm": "fused_instance_norm",
+    "conv": "fused_conv_instance_norm_relu",
+    "ffn": "fused_ffn",
+    "attention": "fused_attention",
 }
-MODULES = {name: module for name, module in MODULES.items() if hasattr(torch.ops.styleforge, name)}
+MODULES: dict[str, type[nn.Module]] = {_NAMES[name]: module for name, module in _MODULES.items()}
+for _name, _module in (("fused_attention_v1", AttentionV1), ("fused_attention_v2", AttentionV2)):
+    if hasattr(torch.ops.styleforge, _name):
+        MODULES[_name] = _module
 
 
 # --- the same sites in plain PyTorch, for what finds them -------------------------------------------

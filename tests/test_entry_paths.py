@@ -1,4 +1,4 @@
-"""What a way into the operators needs beyond the conformance matrix (``test_conformance.py``)."""
+"""What the ways into the operators need beyond the conformance matrix (``test_conformance.py``)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,85 @@ import torch.nn as nn
 from torch import Tensor
 
 import styleforge
-from _operators import Conv, Ffn, Norm
-from _reference import DEVICES, dense_strides, instance_norm, max_error, tensor, tf32
+from _reference import DEVICES, conv_instance_norm, dense_strides, ffn, instance_norm, max_error, tensor, tf32
 
 NORM = torch.ops.styleforge.fused_instance_norm
 CONV = torch.ops.styleforge.fused_conv_instance_norm_relu
 FFN = torch.ops.styleforge.fused_ffn
 OPERATORS = ["norm", "conv", "ffn"]
+
+
+class Norm(nn.Module):
+    """The first operator with everything it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4) + 0.5)
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.styleforge.fused_instance_norm(x, self.weight, self.bias, 1e-5, "silu", 0.01, x)
+
+    def reference(self, x: Tensor) -> Tensor:
+        return instance_norm(x, self.weight, self.bias, 1e-5, "silu", 0.01, x)
+
+
+class Conv(nn.Module):
+    """The second operator with everything it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3) / 6)
+        self.bias = nn.Parameter(torch.randn(4))
+        self.norm_weight = nn.Parameter(torch.rand(4) + 0.5)
+        self.norm_bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.styleforge.fused_conv_instance_norm_relu(
+            x,
+            self.weight,
+            self.bias,
+            self.norm_weight,
+            self.norm_bias,
+            [1, 1],
+            [1, 1],
+            "reflect",
+            1,
+            1e-5,
+            "leaky_relu",
+            0.2,
+            x,
+            "ieee",
+        )
+
+    def reference(self, x: Tensor) -> Tensor:
+        given = (self.weight, self.bias, self.norm_weight, self.norm_bias)
+        return conv_instance_norm(x, *given, (1, 1), (1, 1), "reflect", 1, 1e-5, "leaky_relu", 0.2, x)
+
+
+class Ffn(nn.Module):
+    """The third operator with everything it takes, over the channels of a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1_weight = nn.Parameter(torch.randn(10, 4) / 2)
+        self.fc1_bias = nn.Parameter(torch.randn(10))
+        self.fc2_weight = nn.Parameter(torch.randn(4, 10) / 3)
+        self.fc2_bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.permute(0, 2, 3, 1)
+        y = torch.ops.styleforge.fused_ffn(
+            rows, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias, "gelu", rows, "ieee"
+        ).permute(0, 3, 1, 2)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return y
+        return y.contiguous()
+
+    def reference(self, x: Tensor) -> Tensor:
+        rows = x.permute(0, 2, 3, 1)
+        given = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        return ffn(rows, *given, "gelu", rows).permute(0, 3, 1, 2)
 
 
 MODULES: dict[str, type[nn.Module]] = {"norm": Norm, "conv": Conv, "ffn": Ffn}
@@ -104,6 +176,45 @@ def test_a_compiled_call_fails_with_the_operators_own_text(operator: str) -> Non
     function = torch.compile(lambda x, w: call(x, w), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=message):
         function(torch.ones(2, 4, 3, 3), torch.ones(5))
+
+
+# --- AOTInductor --------------------------------------------------------------------------------------
+
+
+def _dynamic_sizes() -> dict[str, Any]:
+    from torch.export import Dim
+
+    return {
+        "x": {
+            0: Dim("batch", min=1, max=64),
+            2: Dim("height", min=4, max=512),
+            3: Dim("width", min=4, max=512),
+        }
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_aotinductor_package(device: str, tmp_path: Path) -> None:
+    """All operators in one package, loaded again; sizes other than the one it was made with."""
+
+    class All(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv, self.ffn = Norm(), Conv(), Ffn()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.ffn(self.norm(self.conv(x) + 1))
+
+    module = All().eval().to(device)
+    with torch.no_grad():
+        program = torch.export.export(
+            module, (tensor(2, 4, 8, 6, device=device),), dynamic_shapes=_dynamic_sizes(), strict=False
+        )
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "module.pt2"))
+        loaded = torch._inductor.aoti_load_package(path)
+        for sizes in ((2, 4, 8, 6), (1, 4, 5, 9), (3, 4, 21, 30)):
+            x = tensor(*sizes, device=device)
+            _close(loaded(x), module(x))
 
 
 # --- functorch ------------------------------------------------------------------------------------
