@@ -37,11 +37,19 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run that the workers of pytest-xdist have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def programs(shared_folder: Path) -> Path:
     """The folder with the C++ programs of ``tests/cpp`` and ``examples/cpp``, built."""
     import _cpp
 
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cpp"
+    folder = shared_folder / "cpp"
     _cpp.build(folder)
     return folder
