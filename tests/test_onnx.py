@@ -409,6 +409,22 @@ def test_gelu_before_it_was_an_operator(activation: str, exporter: str, tmp_path
     assert max_error(run(path, x), module(x).double()) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gelu_before_it_was_an_operator(dtype: torch.dtype) -> None:
+    """From its parts it is computed in float32, and rounded once."""
+    module = Call(FFN, _ffn(), {}).to(dtype).eval()
+    program = styleforge.onnx.export(module, (torch.randn(2, 3, 4).to(dtype),), opset_version=18)
+    onnx.checker.check_model(program.model_proto, full_check=True)
+    names = [node.op_type for node in program.model.graph]
+    assert names.count("Cast") == 2
+    assert names.index("Cast") < names.index("Erf")
+
+
+def test_opset_versions_without_translations_are_refused() -> None:
+    with pytest.raises(ValueError, match="opset_version must be at least 18, got 17"):
+        styleforge.onnx.export(nn.ReLU(), (torch.ones(1),), opset_version=17)
+
+
 def test_channels_may_be_dynamic_without_parameters(tmp_path: Path) -> None:
     module = Call(NORM, {}, {"activation": "relu"}).eval()
     shapes = ({1: torch.export.Dim.DYNAMIC},)

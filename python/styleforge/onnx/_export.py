@@ -14,6 +14,8 @@ from styleforge.onnx._torchscript import register_symbolics
 
 # A protobuf file ends at 2 GiB; beyond this the weights go to a second file beside it.
 _LARGEST_FILE = 1_900_000_000
+# What PyTorch's own translations are written in.
+LEAST_OPSET = 18
 
 
 def export(
@@ -48,9 +50,14 @@ def export(
         PyTorch's ``ONNXProgram``; its ``model`` is the graph.
 
     Raises:
+        ValueError: ``opset_version`` is below 18.
         MissingPackageError: ``onnx`` or ``onnxscript`` is not installed.
         torch.onnx.OnnxExporterError: the model cannot be exported.
     """
+    if opset_version < LEAST_OPSET:
+        raise ValueError(
+            f"styleforge.onnx.export: opset_version must be at least {LEAST_OPSET}, got {opset_version}"
+        )
     import_exporter()
     register_symbolics()
     with torch.no_grad():
@@ -68,8 +75,7 @@ def export(
         )
     assert program is not None
     if path is not None:
-        weights = sum(
-            v.const_value.nbytes for v in program.model.graph.initializers.values() if v.const_value
-        )
+        tensors = [value.const_value for value in program.model.graph.initializers.values()]
+        weights = sum(tensor.nbytes for tensor in tensors if tensor is not None)
         program.save(path, external_data=weights > _LARGEST_FILE)
     return program

@@ -40,15 +40,19 @@ def _gelu(g: Graph, x: Value, approximate: str, dtype: torch.dtype) -> Value:
     if g.opset >= 20:
         return g.op("Gelu", x, approximate=approximate)
 
+    wide = dtype if dtype == torch.float64 else torch.float32
+    x = g.cast(x, dtype, wide)
+
     def number(value: float) -> Value:
-        return g.constant(torch.tensor(value, dtype=dtype))
+        return g.constant(torch.tensor(value, dtype=wide))
 
     if approximate == "none":
         inner = g.op("Erf", g.op("Mul", x, number(0.5**0.5)))
     else:
         cube = g.op("Mul", g.op("Mul", x, x), g.op("Mul", x, number(0.044715)))
         inner = g.op("Tanh", g.op("Mul", g.op("Add", x, cube), number(0.7978845608028654)))
-    return g.op("Mul", g.op("Mul", x, number(0.5)), g.op("Add", inner, number(1.0)))
+    y = g.op("Mul", g.op("Mul", x, number(0.5)), g.op("Add", inner, number(1.0)))
+    return g.cast(y, wide, dtype)
 
 
 def activate_ffn(g: Graph, x: Value, activation: str, dtype: torch.dtype) -> Value:
