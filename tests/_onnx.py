@@ -5,6 +5,7 @@ A GPU machine may lack the packages, and its tests are skipped then; elsewhere t
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def load(path: Path) -> Any:
     assert {node.domain for node in model.graph.node} <= {""}
     assert not model.functions
     return model
+
+
+def nodes(model: Any) -> Counter[str]:
+    """Operators, without what PyTorch's own exporters leave behind."""
+    return Counter(node.op_type for node in model.graph.node if node.op_type not in ("Constant", "Identity"))
 
 
 def run(path: Path, *inputs: Tensor) -> Tensor:

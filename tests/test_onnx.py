@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,10 +15,8 @@ import torch.nn as nn
 from torch import Tensor
 
 import styleforge
-from _onnx import load, needs_onnx, run
+from _onnx import load, needs_onnx, nodes, run
 from _reference import max_error, tensor
-from styleforge.io.errors import MissingPackageError
-from styleforge.models import TransformerNet, load_style
 from styleforge.onnx._translations import TRANSLATIONS
 from styleforge.ops import _common as common
 
@@ -255,20 +250,15 @@ def test_attention(is_causal: bool, masked: bool, dtype: torch.dtype, exporter: 
             input_names=names,
             dynamic_axes={name: {0: "batch", 1: "length"} for name in names},
         )
-    nodes = _nodes(load(path))
+    found = nodes(load(path))
     if dtype == torch.float32 and not masked and not is_causal:
-        assert nodes == ATTENTION_NODES
+        assert found == ATTENTION_NODES
     for sizes in ((2, 7), (3, 1), (2, 20)):
         given = inputs(*sizes)
         with torch.no_grad():
             expected = module(*given)
         error = max_error(run(path, *given), expected.double())
         assert error < (1e-5 if dtype == torch.float32 else 0.02)
-
-
-def _nodes(model: Any) -> Counter[str]:
-    """Operators, without what PyTorch's own exporters leave behind."""
-    return Counter(node.op_type for node in model.graph.node if node.op_type not in ("Constant", "Identity"))
 
 
 def _export(module: Call, inputs: Sequence[Tensor], path: Path, exporter: str) -> None:
@@ -310,11 +300,11 @@ def _inputs(module: Call, sizes: Sequence[int], residual: bool, dtype: torch.dty
 @pytest.mark.parametrize("name", CASES)
 def test_operator(name: str, exporter: str, tmp_path: Path) -> None:
     """The smallest graph; what ONNX Runtime computes is equal, at other sizes than the example's too."""
-    operator, parameters, options, residual, nodes = CASES[name]()
+    operator, parameters, options, residual, expected_nodes = CASES[name]()
     module = Call(operator, parameters, options).eval()
     path = tmp_path / "model.onnx"
     _export(module, _inputs(module, (2, 4, 8, 6), residual, torch.float32), path, exporter)
-    assert _nodes(load(path)) == Counter(nodes.split())
+    assert nodes(load(path)) == Counter(expected_nodes.split())
     for sizes in ((2, 4, 8, 6), (2 if module.per_sample() else 3, 4, 5, 11)):
         inputs = _inputs(module, sizes, residual, torch.float32)
         with torch.no_grad():
@@ -360,7 +350,7 @@ def test_float32_norm_parameters_of_a_half_precision_input(tmp_path: Path) -> No
     module = Call(NORM, _affine(4), {}).eval()
     x = torch.randn(2, 4, 5, 6).half()
     styleforge.onnx.export(module, (x,), tmp_path / "model.onnx")
-    assert _nodes(load(tmp_path / "model.onnx")) == Counter({"Cast": 2, "InstanceNormalization": 1})
+    assert nodes(load(tmp_path / "model.onnx")) == Counter({"Cast": 2, "InstanceNormalization": 1})
     torch.testing.assert_close(run(tmp_path / "model.onnx", x), module(x), rtol=1e-3, atol=1e-3)
 
 
@@ -370,7 +360,7 @@ def test_float64(tmp_path: Path) -> None:
     x = tensor(2, 4, 5, 6, dtype=torch.float64)
     styleforge.onnx.export(module, (x,), tmp_path / "model.onnx")
     model = load(tmp_path / "model.onnx")
-    assert _nodes(model) == Counter(["InstanceNormalization", "Sigmoid"])
+    assert nodes(model) == Counter(["InstanceNormalization", "Sigmoid"])
     from onnx.reference import ReferenceEvaluator
 
     (output,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
@@ -383,7 +373,7 @@ def test_ffn_of_any_rank(rank: int, tmp_path: Path) -> None:
     x = torch.randn(3, 2, 5, 4)[(0,) * (4 - rank)]
     styleforge.onnx.export(module, (x,), tmp_path / "model.onnx")
     one = ["Gemm", "Gelu", "Gemm"] if rank == 2 else ["MatMul", "Add", "Gelu", "MatMul", "Add"]
-    assert _nodes(load(tmp_path / "model.onnx")) == Counter(one)
+    assert nodes(load(tmp_path / "model.onnx")) == Counter(one)
     assert max_error(run(tmp_path / "model.onnx", x), module(x).double()) < 1e-5
 
 
@@ -405,7 +395,7 @@ def test_gelu_before_it_was_an_operator(activation: str, exporter: str, tmp_path
         torch.onnx.export(module, (x,), str(path), dynamo=False, opset_version=17)
     model = load(path)
     assert model.opset_import[0].version < 20
-    assert ("Erf" if activation == "gelu" else "Tanh") in _nodes(model)
+    assert ("Erf" if activation == "gelu" else "Tanh") in nodes(model)
     assert max_error(run(path, x), module(x).double()) < 1e-5
 
 
@@ -434,92 +424,7 @@ def test_channels_may_be_dynamic_without_parameters(tmp_path: Path) -> None:
     assert max_error(run(tmp_path / "model.onnx", x), module(x).double()) < 1e-5
 
 
-# --- networks -------------------------------------------------------------------------------------
-
-
-def _network() -> TransformerNet:
-    net = TransformerNet(8).eval()
-    for module in net.modules():
-        if isinstance(module, nn.InstanceNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-    return net
-
-
-def test_transformer_net_with_dynamic_batch_height_and_width(tmp_path: Path) -> None:
-    net = _network()
-    path = tmp_path / "net.onnx"
-    shapes = ({0: "batch", 2: "height", 3: "width"},)
-    styleforge.onnx.export(
-        net, (255 * torch.rand(2, 3, 24, 32),), path, dynamic_shapes=shapes, input_names=["picture"]
-    )
-    model = load(path)
-    assert _nodes(model) == {
-        "Pad": 16, "Conv": 16, "InstanceNormalization": 15, "Relu": 10, "Add": 5, "Resize": 2
-    }  # fmt: skip
-    dims = model.graph.input[0].type.tensor_type.shape.dim
-    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 3, "height", "width"]
-    assert model.graph.input[0].name == "picture"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["net.onnx"]  # weights are inside
-    for sizes in ((2, 3, 24, 32), (1, 3, 45, 60), (3, 3, 16, 128)):
-        x = 255 * torch.rand(sizes)
-        with torch.no_grad():
-            expected = net(x)
-        assert max_error(run(path, x), expected.double()) <= 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_shipped_style(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Its results are pictures in 0..255: ONNX Runtime is as close to float64 as eager PyTorch."""
-    net = load_style("mosaic", device="cpu", dtype=dtype)
-    path = tmp_path / "mosaic.onnx"
-    styleforge.onnx.export(
-        net, ((255 * torch.rand(2, 3, 32, 32)).to(dtype),), path, dynamic_shapes=({2: "h", 3: "w"},)
-    )
-    load(path)
-    x = (255 * torch.rand(2, 3, 64, 48)).to(dtype)
-    with torch.no_grad():
-        eager = net(x)
-        exact = net.double()(x.double())
-    result = run(path, x)
-    assert result.dtype == dtype
-    assert max_error(result, exact) < 2 * max_error(eager, exact)
-    if dtype == torch.float32:
-        assert max_error(result, eager.double()) / 255 <= 1e-5
-
-
-def test_modules_together_and_an_exported_program(tmp_path: Path) -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = styleforge.FusedConvInstanceNormReLU(4, 8, 3, stride=2, padding_mode="replicate")
-            self.block = styleforge.ResidualBlock(8)
-            self.norm = styleforge.FusedInstanceNorm2d(8, affine=True)
-            self.ffn = styleforge.FusedFFN(8, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.ffn(self.norm(self.block(self.conv(x))).flatten(2).transpose(1, 2))
-
-    module = Block().eval()
-    x = torch.randn(2, 4, 12, 10)
-    for name, model in (("module", module), ("program", torch.export.export(module, (x,)))):
-        styleforge.onnx.export(model, (x,), tmp_path / name)
-        load(tmp_path / name)
-        assert max_error(run(tmp_path / name, x), module(x).double()) < 1e-5
-
-
-@pytest.mark.cuda
-def test_a_network_on_the_gpu(tmp_path: Path) -> None:
-    net = _network().cuda().half()
-    x = (255 * torch.rand(2, 3, 24, 32)).half()
-    with torch.no_grad():
-        expected = net(x.cuda()).cpu().double()
-    styleforge.onnx.export(net, (x.cuda(),), tmp_path / "net.onnx")
-    load(tmp_path / "net.onnx")
-    assert max_error(run(tmp_path / "net.onnx", x), expected) < 0.02 * expected.abs().max()
-
-
-# --- the table, and what is missing ---------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def test_the_table_names_every_forward_operator() -> None:
@@ -546,27 +451,3 @@ def test_translations_take_what_the_schemas_say() -> None:
             given = None if parameter.default is inspect.Parameter.empty else parameter.default
             default = argument.default_value
             assert (list(given) if isinstance(given, tuple) else given) == default, (name, parameter.name)
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        "styleforge.onnx._packages.find_spec", lambda name: None if name == "onnxscript" else find(name)
-    )
-    for call in (
-        styleforge.onnx.translation_table,
-        lambda: styleforge.onnx.export(nn.ReLU(), (torch.ones(1),)),
-    ):
-        with pytest.raises(
-            MissingPackageError, match=r"needs onnxscript, .*pip install 'styleforge\[onnx\]'"
-        ):
-            call()
-
-
-def test_importing_styleforge_needs_no_onnx() -> None:
-    code = (
-        "import sys\n"
-        "sys.modules.update(dict.fromkeys(('onnx', 'onnxscript', 'onnxruntime', 'onnx_ir')))\n"
-        "import styleforge; styleforge.onnx.register_symbolics()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
