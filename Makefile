@@ -1,5 +1,6 @@
 # make demo    stylise a photo that ships with the sources; the picture lies in demo-out/
 # make test    every test that needs no GPU
+# make support-table    runs the conformance matrix on the CPU and writes the README's table of it
 # make lint    ruff, mypy and clang-format; `make format` rewrites what can be rewritten
 # make cuda    the CUDA library with nvcc (no GPU needed), e.g. make cuda ARCHS="80;90a" WERROR=ON
 # make wheel   a wheel in dist/
@@ -22,12 +23,12 @@ JOBS ?= 2
 TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(shell find ops csrc cmake python -type f -not -path '*/__pycache__/*')
-CPP_SOURCES := $(shell find ops csrc cmake -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find ops csrc cmake include python -type f -not -path '*/__pycache__/*')
+CPP_SOURCES := $(shell find ops csrc cmake include examples tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export SKBUILD_BUILD_DIR := $(BUILD)/{wheel_tag}
 
-.PHONY: demo test lint format cuda wheel clean
+.PHONY: demo test support-table lint format cuda wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.package
@@ -37,6 +38,14 @@ demo: $(VENV)/.package
 # One thread a worker: the workers share the cores.
 test: $(VENV)/.package $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cuda" -n $(JOBS) $(PYTEST_ARGS)
+
+# On a machine with a GPU: PYTEST_ARGS="-m cuda" adds the CUDA entries.
+support-table: $(VENV)/.package $(VENV)/.test
+	rm -rf $(BUILD)/conformance
+	STYLEFORGE_CONFORMANCE=$(abspath $(BUILD))/conformance OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not cuda" \
+	  -n $(JOBS) --deselect tests/test_conformance.py::test_the_table_in_the_readme_is_the_outcome $(PYTEST_ARGS) \
+	  tests/test_conformance.py
+	$(BIN)/python tests/_conformance.py $(BUILD)/conformance
 
 lint: $(VENV)/.package $(VENV)/.lint
 	$(BIN)/ruff check .

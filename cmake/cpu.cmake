@@ -5,6 +5,14 @@ add_library(styleforge SHARED ${STYLEFORGE_CPU_SOURCES})
 target_link_libraries(styleforge PRIVATE styleforge_options ${STYLEFORGE_LIB_torch_cpu} ${STYLEFORGE_LIB_c10})
 install(TARGETS styleforge LIBRARY DESTINATION styleforge/lib)
 
+# For C++ programs: find_package(styleforge) and styleforge/load.h.
+include(CMakePackageConfigHelpers)
+write_basic_package_version_file(${PROJECT_BINARY_DIR}/styleforge-config-version.cmake VERSION ${STYLEFORGE_VERSION}
+                                 COMPATIBILITY SameMinorVersion)
+install(FILES ${PROJECT_SOURCE_DIR}/cmake/styleforge/styleforge-config.cmake
+              ${PROJECT_BINARY_DIR}/styleforge-config-version.cmake DESTINATION styleforge/lib/cmake/styleforge)
+install(FILES ${PROJECT_SOURCE_DIR}/include/styleforge/load.h DESTINATION styleforge/include/styleforge)
+
 # csrc/cpu/kernels is compiled once for every instruction set, each time in a namespace of that name, and
 # csrc/cpu/dispatch.cpp chooses at run time. Kernels see no torch header and rely on no errno or floating-point traps;
 # NaN and infinities keep their meaning (no -ffast-math). The two -Wno-...uninitialized quiet GCC 12's own intrinsics

@@ -183,6 +183,8 @@ def test_wheel() -> None:
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         requirements = re.findall(r"^Requires-Dist: (torch\b.*)$", archive.read(metadata).decode(), re.M)
     assert {"styleforge/lib/libstyleforge.so", "styleforge/py.typed", "styleforge/__main__.py"} <= names
+    cmake = "styleforge/lib/cmake/styleforge/styleforge-config"
+    assert {f"{cmake}.cmake", f"{cmake}-version.cmake", "styleforge/include/styleforge/load.h"} <= names
     assert {name for name in names if name.endswith(".so")} <= {
         "styleforge/lib/libstyleforge.so",
         "styleforge/lib/libstyleforge_cuda.so",

@@ -1,12 +1,12 @@
 """styleforge: fused PyTorch operators for real-time style transfer.
 
 ``styleforge.ops`` holds the operators as functions (``torch.ops.styleforge.*`` by schema), ``styleforge.nn``
-the modules, ``styleforge.models`` the networks.
+the modules, ``styleforge.models`` the networks, ``styleforge.onnx`` the export to ONNX.
 """
 
 from __future__ import annotations
 
-from styleforge import ops
+from styleforge import _library, onnx, ops
 from styleforge._library import StyleforgeCudaWarning, StyleforgeLibraryError, diagnostics, last_path
 from styleforge._version import __version__
 from styleforge.nn import (
@@ -26,7 +26,12 @@ __all__ = [
     "StyleforgeCudaWarning",
     "StyleforgeLibraryError",
     "__version__",
+    "cmake_prefix_path",
     "diagnostics",
     "last_path",
+    "onnx",
     "ops",
 ]
+
+cmake_prefix_path: str = _library.cmake_prefix_path()
+"""For ``CMAKE_PREFIX_PATH``: C++ programs then find the libraries with ``find_package(styleforge)``."""

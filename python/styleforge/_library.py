@@ -111,6 +111,18 @@ def folders() -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def cmake_prefix_path() -> str:
+    """The folder for ``CMAKE_PREFIX_PATH``: ``find_package(styleforge)`` then finds the libraries in use.
+
+    Next to them in an installation, in the sources for a checkout.
+    """
+    nearby = [library_path.parent] if library_path is not None else []
+    found = [folder / "cmake" for folder in [*nearby, *folders()]]
+    found.append(_PACKAGE.parents[1] / "cmake")
+    config = Path("styleforge", "styleforge-config.cmake")
+    return str(next((folder for folder in found if (folder / config).is_file()), found[0]))
+
+
 def last_path() -> str:
     """Which path the most recent operator call in this process took; "" before the first call."""
     return _c_string("styleforge_last_path")

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from styleforge.cli._errors import FAILURE, UsageError, WorkError, one_line, with_clear_errors
+from styleforge.cli._errors import FAILURE, UsageError, WorkError, with_clear_errors
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
     from styleforge.cli._engine import Stylizer
@@ -104,6 +103,7 @@ def stylize(
     """
     from styleforge.cli._console import note, status, stderr_console
     from styleforge.cli._memory import limited_to_available_memory
+    from styleforge.cli._network import load_network
     from styleforge.cli._plan import describe_skipped, make_plan
 
     if (style is None) == (checkpoint is None):
@@ -128,7 +128,7 @@ def stylize(
     where = choose_device(device)
     precision = choose_dtype(dtype, where)
     with status(console, "loading the network"):
-        network = _load_network(style, checkpoint, where, precision)
+        network = load_network(style, checkpoint, where, precision)
     if compile_network:
         import torch
 
@@ -137,32 +137,6 @@ def stylize(
     run = _run_video if plan.video else _run_pictures
     with limited_to_available_memory() if where.type == "cpu" else contextlib.nullcontext():
         run(plan, stylizer, console, size=size, batch=batch, quality=quality, force=force)
-
-
-def _load_network(
-    style: str | None, checkpoint: Path | None, device: torch.device, dtype: torch.dtype
-) -> torch.nn.Module:
-    """The network in evaluation mode, on ``device`` and in ``dtype``."""
-    from styleforge.models import available_styles, load_checkpoint, load_style
-
-    if checkpoint is not None:
-        try:
-            network: torch.nn.Module = load_checkpoint(checkpoint, map_location="cpu")
-        except Exception as error:  # whatever a broken or foreign file makes the unpickler raise
-            raise WorkError(f"cannot load the checkpoint {checkpoint}: {one_line(error)}") from error
-        network = network.to(device=device, dtype=dtype)
-    else:
-        assert style is not None  # checked with the options
-        names = [entry.name for entry in available_styles()]
-        if style not in names:
-            import difflib
-
-            close = difflib.get_close_matches(style, names, n=1)
-            meant = f"; did you mean '{close[0]}'?" if close else ""
-            known = f"the styles are {', '.join(names)}" if names else "no styles are installed"
-            raise UsageError(f"unknown style '{style}': {known}{meant}")
-        network = load_style(style, device=device, dtype=dtype)
-    return network.eval()
 
 
 def _run_pictures(
