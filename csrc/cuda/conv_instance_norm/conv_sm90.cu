@@ -72,9 +72,9 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool v
   const int bytes = valid ? 16 : 0;  // the rest of the 16 is zeros
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
-// The barrier's phase waits for this thread's copies so far, on top of the arrivals it counts.
-__device__ __forceinline__ void copy_async_await(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+// Arrives once this thread's copies so far are there.
+__device__ __forceinline__ void copy_async_arrive(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       mbarrier_init(&weight_empty[i], kWarps * kGroups);
     }
     for (int i = 0; i < s.input_stages; ++i) {
-      mbarrier_init(&input_full[i], boxes_only ? 1 : kLoaderWarps);
+      mbarrier_init(&input_full[i], boxes_only ? 1 : kLoaders);
       mbarrier_init(&input_empty[i], kWarps * kGroups);
     }
     mbarrier_init_fence();
@@ -312,8 +312,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       }
       __syncwarp();
     } else if (warp == kWarps * kGroups + 1 || !boxes_only) {
-      // Each of these warps arrives once a stage: the first brings the box, or all 96 threads move 12 pixels at a time,
-      // each its 16 bytes within the pixel.
+      // The first thread brings the box, or all 96 move 12 pixels at a time, each its 16 bytes within the pixel.
       const int loader = threadIdx.x - Traits::kConsumers - 32;
       const int piece = loader % 8;
       const int pixels = s.halo_height * s.halo_width;
@@ -340,13 +339,11 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
               copy_async(to + pixel * kChunk + ((piece ^ (pixel & 7)) << 4), from + (sy * p.width + sx) * p.in_channels,
                          valid);
             }
-            copy_async_await(&input_full[stage]);
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(&input_full[stage]);
+            copy_async_arrive(&input_full[stage]);
           } else if (loader == 0) {
             mbarrier_arrive_expect(&input_full[stage], pixels * kChunk);
             load_box(to, &input, chunk * kElements, left, top, n, &input_full[stage]);
-          } else if (lane == 0) {
+          } else if (!boxes_only) {
             mbarrier_arrive(&input_full[stage]);
           }
           if (++stage == s.input_stages) {

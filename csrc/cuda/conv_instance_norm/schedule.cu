@@ -13,6 +13,7 @@ constexpr int kChunk = 128;  // bytes of input channels of a stage
 constexpr int kMaxInputStages = 4;
 constexpr int kMaxWeightStages = 8;
 constexpr int kShared = 227 * 1024 - 2048;  // of a block, less what is declared statically
+constexpr int kAlignment = 1024 + 128;      // lost to the starts of the rings and of what lies behind them
 constexpr int kMaxTiles = 4;                // of a block of a resident grid
 constexpr int kMaxMerged = 32;              // moments that a thread loads where every block merges for itself
 
@@ -85,7 +86,9 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
     s.weight_stages = std::min({tiles * steps, kMaxWeightStages, tuned("weights", room < kShared ? 4 : split ? 8 : 6)});
     s.input_stages = std::min({tiles * chunks, kMaxInputStages, tuned("inputs", kMaxInputStages)});
     const auto rings = [&] { return s.weight_stages * weight_bytes + s.input_stages * s.halo_bytes; };
-    const auto bytes = [&] { return 1024 + std::max(rings(), stash_bytes + (several ? 0 : parts_bytes)) + behind; };
+    const auto bytes = [&] {
+      return kAlignment + std::max(rings(), stash_bytes + (several ? 0 : parts_bytes)) + behind;
+    };
     while (bytes() > room && s.input_stages > std::min(tiles * chunks, 2)) --s.input_stages;
     while (bytes() > room && s.weight_stages > std::min(steps, 3)) --s.weight_stages;
     while (bytes() > room && s.input_stages > 1) --s.input_stages;
@@ -94,8 +97,8 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
     s.tiles = tiles;
     s.stash_offset = (std::max(rings(), stash_bytes) + 127) / 128 * 128;
     s.parts_offset = several ? s.stash_offset + (tiles - 1) * stash_bytes : stash_bytes;
-    s.shared_bytes = static_cast<size_t>(bytes() + 128);
-    return bytes() + 128 <= kShared;
+    s.shared_bytes = static_cast<size_t>(bytes());
+    return bytes() <= kShared;
   };
   const int64_t capacity = int64_t{facts.multiprocessors} * (pairs ? 2 : 1);
   const auto tiles = tuned("tiles", static_cast<int>(std::min<int64_t>(ceil_div(all, capacity), kMaxTiles + 1)));
