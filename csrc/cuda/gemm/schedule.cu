@@ -1,0 +1,63 @@
+// Which products the kernels take, and how they are cut: a function of the shape and the device.
+#include <algorithm>
+
+#include "../common/launch.h"
+#include "../common/overrides.h"
+#include "kernels.h"
+
+namespace styleforge::cuda {
+namespace {
+
+// STYLEFORGE_GEMM_TUNE="small=1,columns=32,cluster=4,stages=3,band=16,lead=2" (small: 1 never, 2 always)
+constexpr const char* kTuneVariable = "STYLEFORGE_GEMM_TUNE";
+
+}  // namespace
+
+cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported) {
+  supported = false;
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const Overrides overrides(kTuneVariable);
+  const bool wanted = !overrides.forced() || overrides.forced("sm90");
+  if (!wanted || facts.major != 9 || !facts.has_cluster()) return cudaSuccess;
+  if (p.m < 1 || p.n < 1 || p.k < 4) return cudaSuccess;
+  // What the copy engine takes: rows of a that begin at multiples of 16 bytes.
+  if (p.k % 4 != 0 || p.a_stride % 4 != 0 || !aligned16(p.a)) return cudaSuccess;
+  const bool b_as_it_is = p.b_stride[1] == 1 && p.b_stride[0] % 4 == 0 && p.b_stride[0] >= p.k && aligned16(p.b);
+
+  const auto tuned = [&](const char* key, int64_t chosen) { return static_cast<int>(overrides.tuned(key, chosen)); };
+  const int chunks = static_cast<int>(ceil_div(p.k, 32));
+  const int64_t large = ceil_div(p.m, 128) * ceil_div(p.n, 128);
+  s = {};
+  s.vectors = p.n % 4 == 0 && p.residual_stride % 4 == 0 && aligned16(p.bias) && aligned16(p.residual) &&
+              aligned16(p.output) && aligned16(p.product);
+  const int wish = tuned("small", 0);
+  s.small = b_as_it_is && (wish != 0 ? wish == 2 : large * 2 <= facts.multiprocessors);
+  if (s.small) {
+    const auto tiles = [&] { return ceil_div(p.m, 64) * ceil_div(p.n, s.columns); };
+    s.columns = 64;
+    if (tiles() * 2 <= facts.multiprocessors || p.n <= 32) s.columns = 32;
+    s.columns = tuned("columns", s.columns);
+    s.cluster = 1;
+    while (s.cluster < 8 && tiles() * s.cluster * 2 <= facts.multiprocessors && s.cluster * 2 <= chunks) s.cluster *= 2;
+    s.cluster = tuned("cluster", s.cluster);
+    s.stages = tuned("stages", std::min<int64_t>(4, ceil_div(chunks, s.cluster)));
+    s.blocks = static_cast<int>(tiles()) * s.cluster;
+    supported = tiles() * s.cluster <= INT32_MAX;
+    return cudaSuccess;
+  }
+  s.columns = 128;
+  s.stages = tuned("stages", p.precision == GemmPrecision::kIeee ? 4 : 6);
+  s.band = tuned("band", 16);
+  s.lead = std::min(chunks, tuned("lead", 2));
+  if (large > INT32_MAX) return cudaSuccess;
+  s.blocks = static_cast<int>(std::min<int64_t>(large, facts.multiprocessors));
+  supported = true;
+  return cudaSuccess;
+}
+
+cudaError_t launch_gemm(const GemmParams& params, const GemmSchedule& schedule, cudaStream_t stream) {
+  return schedule.small ? launch_small_gemm_sm90(params, schedule, stream) : launch_gemm_sm90(params, schedule, stream);
+}
+
+}  // namespace styleforge::cuda

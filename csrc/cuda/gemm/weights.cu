@@ -1,0 +1,73 @@
+// Weights to nearest TF32 numbers, for float32 accuracy with what that leaves out in a second one.
+#include <algorithm>
+
+#include "../common/cluster.cuh"
+#include "../common/launch.h"
+#include "../common/tf32.cuh"
+#include "../common/types.cuh"
+#include "launch.h"
+
+namespace styleforge::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+__global__ void __launch_bounds__(kThreads) gemm_weights_kernel(const __grid_constant__ GemmWeightsParams p) {
+  wait_for_predecessor();
+  release_successor();
+  const GemmWeightsParams::Matrix& w = p.matrix[blockIdx.y];
+  const int vectors = (w.k + 3) / 4;
+  const bool whole =
+      w.stride[1] == 1 && w.stride[0] % 4 == 0 && w.k % 4 == 0 && reinterpret_cast<uintptr_t>(w.weight) % 16 == 0;
+  // A warp has 128 numbers of a row at a time.
+  const int pieces = (vectors + 31) / 32;
+  const int warps = gridDim.x * (kThreads / 32);
+  int row = (blockIdx.x * kThreads + threadIdx.x) / 32 / pieces;
+  int piece = (blockIdx.x * kThreads + threadIdx.x) / 32 - row * pieces;
+  const int row_step = warps / pieces, piece_step = warps - row_step * pieces;
+#pragma unroll 4
+  for (; row < w.rows;) {
+    const int vector = piece * 32 + threadIdx.x % 32;
+    const int64_t i = static_cast<int64_t>(row) * vectors + vector;
+    const int k = vector * 4;
+    const float* from = w.weight + row * w.stride[0] + k * w.stride[1];
+    row += row_step;
+    piece += piece_step;
+    if (piece >= pieces) {
+      piece -= pieces;
+      ++row;
+    }
+    if (vector >= vectors) continue;
+    Vec<float, 4> v{}, hi, lo;
+    if (whole) {
+      v = load_const<Vec<float, 4>>(from, 0);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (k + j < w.k) v.data[j] = from[j * w.stride[1]];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) split_tf32(v.data[j], hi.data[j], lo.data[j]);
+    store(w.hi, i, hi);
+    if (w.lo != nullptr) store(w.lo, i, lo);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_gemm_weights(const GemmWeightsParams& params, cudaStream_t stream) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const auto vectors = [&](int i) {
+    return int64_t{params.matrix[i].rows} * ceil_div(params.matrix[i].k, 4);
+  };
+  const bool two = vectors(1) > 0;
+  const int64_t most = std::max(vectors(0), vectors(1));
+  const int64_t fill = int64_t{facts.multiprocessors} * 8;  // blocks at a time
+  const auto grid = dim3(static_cast<unsigned>(std::max<int64_t>(1, std::min(ceil_div(most, kThreads), fill))),
+                         two ? 2 : 1);
+  return launch(gemm_weights_kernel, grid, dim3(kThreads), 0, 1, facts, stream, params);
+}
+
+}  // namespace styleforge::cuda
