@@ -21,34 +21,8 @@ void check_bias(const char* name, const OptionalTensor& bias, const Tensor& inpu
   check_like(kOp, name, *bias, input, &expected);
 }
 
-// [rows, width] with dense rows, without a copy where the strides allow it.
-Tensor as_rows(const Tensor& tensor, int64_t rows) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  const int64_t width = sizes.back();
-  bool collapses = strides.back() == 1 || width <= 1;
-  int64_t inner = width, row_stride = width;  // of the leading dimensions looked at so far
-  bool first = true;
-  for (size_t d = sizes.size() - 1; collapses && d-- > 0;) {
-    if (sizes[d] == 1) continue;
-    collapses = first ? strides[d] >= width : strides[d] == inner;
-    if (first) row_stride = strides[d];
-    first = false;
-    inner = strides[d] * sizes[d];
-  }
-  if (collapses) return strided_view(tensor, {rows, width}, {row_stride, 1});
-  return strided_view(to_contiguous(tensor, false), {rows, width}, {width, 1});
-}
-
 Tensor transposed(const Tensor& matrix) {
   return strided_view(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
-}
-
-// A dense bias, kept alive by `holder`.
-const void* bias_data(const OptionalTensor& bias, OptionalTensor& holder) {
-  if (!bias) return nullptr;
-  holder = bias->is_contiguous() ? *bias : to_contiguous(*bias, false);
-  return holder->const_data_ptr();
 }
 
 Tensor fresh_matrix(const FfnBackend& backend, const Tensor& like, int64_t rows, int64_t columns) {
@@ -83,13 +57,37 @@ void second_product(const FfnBackend& backend, const FfnArgs& args, const FfnPla
 
 }  // namespace
 
+Tensor as_rows(const Tensor& tensor, int64_t rows) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const int64_t width = sizes.back();
+  bool collapses = strides.back() == 1 || width <= 1;
+  int64_t inner = width, row_stride = width;  // of the leading dimensions looked at so far
+  bool first = true;
+  for (size_t d = sizes.size() - 1; collapses && d-- > 0;) {
+    if (sizes[d] == 1) continue;
+    collapses = first ? strides[d] >= width : strides[d] == inner;
+    if (first) row_stride = strides[d];
+    first = false;
+    inner = strides[d] * sizes[d];
+  }
+  if (collapses) return strided_view(tensor, {rows, width}, {row_stride, 1});
+  return strided_view(to_contiguous(tensor, false), {rows, width}, {width, 1});
+}
+
+const void* bias_data(const OptionalTensor& bias, OptionalTensor& holder) {
+  if (!bias) return nullptr;
+  holder = bias->is_contiguous() ? *bias : to_contiguous(*bias, false);
+  return holder->const_data_ptr();
+}
+
 FfnPlan plan_ffn(const FfnArgs& args) {
   FfnPlan plan;
   const Tensor& input = args.input;
   if (input.dim() == 0) fail(kOp, "input must have shape [..., embed_dim], got ", shape_text(input));
   kernel_dtype(kOp, "input", input.scalar_type());
   plan.activation = parse_ffn_activation(kOp, args.activation.value);
-  parse_tf32(kOp, args.precision.value);
+  plan.tf32 = parse_tf32(kOp, args.precision.value);
   const auto sizes = input.sizes();
   plan.embed = sizes.back();
   if (args.fc1_weight.dim() != 2 || args.fc1_weight.size(1) != plan.embed) {

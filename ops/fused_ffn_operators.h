@@ -9,6 +9,9 @@ template <const FfnBackend& kBackend>
 struct FfnOperators {
   static FfnResult run(const FfnArgs& args, bool keep_hidden) {
     const FfnPlan plan = plan_ffn(args);
+    if (kBackend.whole != nullptr) {
+      if (auto result = kBackend.whole(args, plan, keep_hidden)) return *result;
+    }
     record_path(kBackend.path);
     return run_ffn(kBackend, args, plan, keep_hidden);
   }

@@ -22,6 +22,7 @@ const FfnBackend kBackend{
     [](const Tensor& tensor) {
       cpu::advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
     },
+    nullptr,
 };
 
 using Operators = FfnOperators<kBackend>;

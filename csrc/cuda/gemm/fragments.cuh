@@ -8,7 +8,7 @@
 
 namespace styleforge::cuda {
 
-constexpr int kChunk = 32;        // numbers of k in a stage, a row of 128 bytes
+constexpr int kChunk = 32;  // numbers of k in a stage, a row of 128 bytes
 constexpr int kChunkBytes = 128;
 
 // [rows, k] in boxes of `box_rows` x kChunk.
@@ -51,25 +51,15 @@ __device__ __forceinline__ void load_fragments(Fragments& f, uint32_t row, int i
   }
 }
 
-// One chunk: lo * hi and hi * lo, then hi * hi, so that the small terms are added first. The descriptors are of b's
-// stages. Committed, not waited for. Where not kSplit, one product; `accumulate` on top of what is in d.
-template <int kColumns, bool kSplit>
-__device__ __forceinline__ void multiply_chunk(float (&d)[kColumns / 2], const Fragments& f, uint64_t b, uint64_t b_lo,
-                                               bool accumulate) {
+// lo * hi and hi * lo of a chunk, without what is in d. The descriptors are of b's stages.
+template <int kColumns>
+__device__ __forceinline__ void multiply_small_terms(float (&d)[kColumns / 2], const Fragments& f, uint64_t b,
+                                                     uint64_t b_lo) {
   using Mma = Wgmma<MmaKind::kTF32, kColumns>;
-  wgmma_fence();
-  if constexpr (kSplit) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) Mma::run(d, f.rest[k], b + 2 * k, accumulate || k > 0);
+  for (int k = 0; k < 4; ++k) Mma::run(d, f.rest[k], b + 2 * k, k > 0);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) Mma::run(d, f.hi[k], b_lo + 2 * k, true);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) Mma::run(d, f.hi[k], b + 2 * k, true);
-  } else {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) Mma::run(d, f.hi[k], b + 2 * k, accumulate || k > 0);
-  }
-  wgmma_commit();
+  for (int k = 0; k < 4; ++k) Mma::run(d, f.hi[k], b_lo + 2 * k, true);
 }
 
 #endif  // STYLEFORGE_HAS_WGMMA

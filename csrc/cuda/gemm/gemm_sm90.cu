@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int row_in_tile = warp * 16 + lane % 16;
     const uint32_t full_at = shared_address(full), empty_at = shared_address(empty);
     float* own = reinterpret_cast<float*>(base + s.stages * T::kStageBytes) + warp * 16 * kStorePitch;
+    using Mma = Wgmma<MmaKind::kTF32, kColumns>;
     float d[kColumns / 2], total[kColumns / 2];
     Fragments fragments[2];
     int stage = 0;  // of the chunk whose fragments are loaded next
@@ -131,8 +132,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     };
     // Multiplies the chunk whose fragments are in `set`.
     const auto multiply = [&](int set, bool more, bool first) {
+      const Fragments& f = fragments[set];
       const uint64_t b = wgmma_descriptor(ring + stage * T::kStageBytes + T::kABytes);
-      multiply_chunk<kColumns, kSplit>(d, fragments[set], b, b + (T::kBBytes >> 4), !kSplit && !first);
+      wgmma_fence();
+      if constexpr (kSplit) multiply_small_terms<kColumns>(d, f, b, b + (T::kBBytes >> 4));
+#pragma unroll
+      for (int k = 0; k < 4; ++k) Mma::run(d, f.hi[k], b + 2 * k, kSplit || !first || k > 0);
+      wgmma_commit();
       const int done = stage;
       if (++stage == s.stages) {
         stage = 0;
@@ -207,8 +213,8 @@ cudaError_t launch_tile(const GemmParams& p, const GemmSchedule& s, const Device
     if (const auto error = matrix_map(p.b_lo, p.n, p.k, padded, kColumns, b_lo)) return error;
   }
   const size_t shared = 1024 + s.stages * Traits<kColumns, kSplit>::kStageBytes + kStoreBytes;
-  return launch(gemm_kernel<kColumns, kSplit>, dim3(static_cast<unsigned>(s.blocks)), dim3(kThreads), shared,
-                1, facts, stream, p, s, a, b, b_lo);
+  return launch(gemm_kernel<kColumns, kSplit>, dim3(static_cast<unsigned>(s.blocks)), dim3(kThreads), shared, 1, facts,
+                stream, p, s, a, b, b_lo);
 }
 
 }  // namespace

@@ -41,36 +41,33 @@ struct GemmParams {
 
 // How the product is cut.
 struct GemmSchedule {
-  bool small = false;         // a tile a block, its k cut up in a cluster; else blocks that go from tile to tile
-  int columns = 128;          // of a tile; rows are 64 where small, else 128
-  int cluster = 1;            // blocks that share a tile, each with a part of k
-  int stages = 4;             // of the ring, each 32 numbers of k
-  int band = 16;              // tiles of rows that are done before the next ones: what the L2 cache is to hold of a
-  int lead = 1;               // chunks that the first half of a block runs ahead of the second
-  int blocks = 0;             // of the grid
-  bool vectors = false;       // rows of the results in 16 bytes
+  bool small = false;    // a tile a block, its k cut up in a cluster; else blocks that go from tile to tile
+  int columns = 128;     // of a tile; rows are 64 where small, else 128
+  int cluster = 1;       // blocks that share a tile, each with a part of k
+  int stages = 4;        // of the ring, each 32 numbers of k
+  int band = 16;         // tiles of rows that are done before the next ones: what the L2 cache is to hold of a
+  int lead = 1;          // chunks that the first half of a block runs ahead of the second
+  int blocks = 0;        // of the grid
+  bool vectors = false;  // rows of the results are whole vectors of 16 bytes
   bool prepare_b() const { return !small; }
 };
 
 // Numbers of k in a row of the prepared b: a multiple of 16 bytes.
 inline int64_t gemm_padded_k(int64_t k) { return (k + 3) / 4 * 4; }
 
-// Whether the kernels take this product on the current device; fills the schedule if so. Pointers must be set, but for
-// those of the prepared b.
+// Whether the kernels take this product on the current device, and faster than cuBLAS does; fills the schedule if so.
+// Pointers may still be null where they will be aligned to 16 bytes.
 cudaError_t schedule_gemm(const GemmParams& params, GemmSchedule& schedule, bool& supported);
 
 cudaError_t launch_gemm(const GemmParams& params, const GemmSchedule& schedule, cudaStream_t stream);
 
-// Up to two weights to nearest TF32 numbers, in one launch. `lo` may be null: hi alone.
+// Weights to nearest TF32 numbers; `lo` takes what that leaves out, where it is not null.
 struct GemmWeightsParams {
-  struct Matrix {
-    const float* weight = nullptr;
-    float* hi = nullptr;  // [rows, gemm_padded_k(k)]
-    float* lo = nullptr;
-    int64_t stride[2] = {0, 1};
-    int rows = 0, k = 0;
-  };
-  Matrix matrix[2];
+  const float* weight = nullptr;  // [rows, k], any strides
+  float* hi = nullptr;            // [rows, gemm_padded_k(k)], as is lo
+  float* lo = nullptr;
+  int64_t stride[2] = {0, 1};
+  int rows = 0, k = 0;
 };
 cudaError_t launch_gemm_weights(const GemmWeightsParams& params, cudaStream_t stream);
 

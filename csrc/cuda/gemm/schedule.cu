@@ -11,6 +11,16 @@ namespace {
 // STYLEFORGE_GEMM_TUNE="small=1,columns=32,cluster=4,stages=3,band=16,lead=2" (small: 1 never, 2 always)
 constexpr const char* kTuneVariable = "STYLEFORGE_GEMM_TUNE";
 
+// Where these kernels are faster than cuBLAS with its passes around it, and not less accurate: read off one H200. A few
+// rows alone are a matter of reading the weights once; below 64 numbers a sum of float32 is hard to beat in accuracy;
+// in TF32 only what launches and latencies bound is won.
+bool pays(const GemmParams& p) {
+  constexpr int kFewestRows = 32, kShortestSum = 64;
+  constexpr int64_t kTF32Most = int64_t{1} << 25;
+  if (p.m < kFewestRows || p.k < kShortestSum) return false;
+  return p.precision == GemmPrecision::kIeee || int64_t{p.m} * p.n * p.k < kTF32Most;
+}
+
 }  // namespace
 
 cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported) {
@@ -20,7 +30,7 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
   const Overrides overrides(kTuneVariable);
   const bool wanted = !overrides.forced() || overrides.forced("sm90");
   if (!wanted || facts.major != 9 || !facts.has_cluster()) return cudaSuccess;
-  if (p.m < 1 || p.n < 1 || p.k < 4) return cudaSuccess;
+  if (p.m < 1 || p.n < 1 || p.k < 4 || (!overrides.forced() && !pays(p))) return cudaSuccess;
   // What the copy engine takes: rows of a that begin at multiples of 16 bytes.
   if (p.k % 4 != 0 || p.a_stride % 4 != 0 || !aligned16(p.a)) return cudaSuccess;
   const bool b_as_it_is = p.b_stride[1] == 1 && p.b_stride[0] % 4 == 0 && p.b_stride[0] >= p.k && aligned16(p.b);
@@ -32,16 +42,22 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
   s.vectors = p.n % 4 == 0 && p.residual_stride % 4 == 0 && aligned16(p.bias) && aligned16(p.residual) &&
               aligned16(p.output) && aligned16(p.product);
   const int wish = tuned("small", 0);
-  s.small = b_as_it_is && (wish != 0 ? wish == 2 : large * 2 <= facts.multiprocessors);
+  s.small = b_as_it_is && (wish != 0 ? wish == 2 : large * 3 <= facts.multiprocessors);
   if (s.small) {
     const auto tiles = [&] { return ceil_div(p.m, 64) * ceil_div(p.n, s.columns); };
+    const auto parts = [&] {
+      int c = 1;
+      while (c < 8 && tiles() * c * 2 <= facts.multiprocessors && c * 2 <= chunks) c *= 2;
+      return c;
+    };
     s.columns = 64;
-    if (tiles() * 2 <= facts.multiprocessors || p.n <= 32) s.columns = 32;
+    if (tiles() * parts() * 2 <= facts.multiprocessors || p.n <= 32) s.columns = 32;
     s.columns = tuned("columns", s.columns);
-    s.cluster = 1;
-    while (s.cluster < 8 && tiles() * s.cluster * 2 <= facts.multiprocessors && s.cluster * 2 <= chunks) s.cluster *= 2;
-    s.cluster = tuned("cluster", s.cluster);
-    s.stages = tuned("stages", std::min<int64_t>(4, ceil_div(chunks, s.cluster)));
+    s.cluster = tuned("cluster", parts());
+    // At least two where there is a second chunk; at most so many that two blocks of 64 columns, three of 32, find room
+    // on a multiprocessor.
+    const int longest = static_cast<int>(ceil_div(chunks, s.cluster));
+    s.stages = std::min(longest, std::max(2, tuned("stages", s.columns == 64 ? 3 : 4)));
     s.blocks = static_cast<int>(tiles()) * s.cluster;
     supported = tiles() * s.cluster <= INT32_MAX;
     return cudaSuccess;

@@ -12,10 +12,9 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kThreads) gemm_weights_kernel(const __grid_constant__ GemmWeightsParams p) {
+__global__ void __launch_bounds__(kThreads) gemm_weights_kernel(const __grid_constant__ GemmWeightsParams w) {
   wait_for_predecessor();
   release_successor();
-  const GemmWeightsParams::Matrix& w = p.matrix[blockIdx.y];
   const int vectors = (w.k + 3) / 4;
   const bool whole =
       w.stride[1] == 1 && w.stride[0] % 4 == 0 && w.k % 4 == 0 && reinterpret_cast<uintptr_t>(w.weight) % 16 == 0;
@@ -25,7 +24,6 @@ __global__ void __launch_bounds__(kThreads) gemm_weights_kernel(const __grid_con
   int row = (blockIdx.x * kThreads + threadIdx.x) / 32 / pieces;
   int piece = (blockIdx.x * kThreads + threadIdx.x) / 32 - row * pieces;
   const int row_step = warps / pieces, piece_step = warps - row_step * pieces;
-#pragma unroll 4
   for (; row < w.rows;) {
     const int vector = piece * 32 + threadIdx.x % 32;
     const int64_t i = static_cast<int64_t>(row) * vectors + vector;
@@ -59,14 +57,9 @@ __global__ void __launch_bounds__(kThreads) gemm_weights_kernel(const __grid_con
 cudaError_t launch_gemm_weights(const GemmWeightsParams& params, cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  const auto vectors = [&](int i) {
-    return int64_t{params.matrix[i].rows} * ceil_div(params.matrix[i].k, 4);
-  };
-  const bool two = vectors(1) > 0;
-  const int64_t most = std::max(vectors(0), vectors(1));
-  const int64_t fill = int64_t{facts.multiprocessors} * 8;  // blocks at a time
-  const auto grid = dim3(static_cast<unsigned>(std::max<int64_t>(1, std::min(ceil_div(most, kThreads), fill))),
-                         two ? 2 : 1);
+  const int64_t pieces = int64_t{params.rows} * ceil_div(params.k, 128);  // one a warp
+  const int64_t fill = int64_t{facts.multiprocessors} * 8;                // blocks at a time
+  const auto grid = dim3(static_cast<unsigned>(std::min(ceil_div(pieces, kThreads / 32), fill)));
   return launch(gemm_weights_kernel, grid, dim3(kThreads), 0, 1, facts, stream, params);
 }
 
