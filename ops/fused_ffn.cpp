@@ -153,13 +153,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_ffn_backward(const FfnBac
   expected.back() = hidden;
   check_like(kBackwardOp, "hidden", args.hidden, input, &expected);
 
+  const bool tf32 = parse_tf32(kBackwardOp, args.precision.value);
+  const auto mm = [&](const Tensor& result, const Tensor& a, const Tensor& b) {
+    if (backend.own_mm == nullptr || !backend.own_mm(result, a, b, tf32)) backend.mm(result, a, b);
+  };
   const Tensor grad_output = as_rows(args.grad_output, rows);
   const Tensor kept = args.hidden.is_contiguous() ? args.hidden : to_contiguous(args.hidden, false);
   const bool needs_grad_hidden = args.needs_input || args.needs_fc1_weight || args.needs_fc1_bias;
   OptionalTensor grad_hidden, activated, held;
   if (needs_grad_hidden) {  // first the gradient of the activation's result, then, in its place, that of its argument
     grad_hidden = fresh_matrix(backend, input, rows, hidden);
-    backend.mm(*grad_hidden, grad_output, args.fc2_weight);
+    mm(*grad_hidden, grad_output, args.fc2_weight);
   }
   if (args.needs_fc2_weight) activated = fresh_matrix(backend, input, rows, hidden);
   if ((grad_hidden || activated) && rows * hidden > 0) {
@@ -178,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_ffn_backward(const FfnBac
   const auto none = [&] { return empty_dense(input, {0}, false, input.scalar_type()); };
   const auto product = [&](const Tensor& a, const Tensor& b) {
     const Tensor result = fresh_matrix(backend, input, a.size(0), b.size(1));
-    backend.mm(result, a, b);
+    mm(result, a, b);
     return result;
   };
   const auto sum_of_rows = [&](const Tensor& matrix) {
@@ -189,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_ffn_backward(const FfnBac
   if (args.needs_input) {
     grad_input = empty_dense(input, std::vector<int64_t>(sizes.begin(), sizes.end()), false, input.scalar_type());
     backend.fresh(grad_input);
-    backend.mm(strided_view(grad_input, {rows, embed}, {embed, 1}), *grad_hidden, args.fc1_weight);
+    mm(strided_view(grad_input, {rows, embed}, {embed, 1}), *grad_hidden, args.fc1_weight);
   }
   return {grad_input, args.needs_fc1_weight ? product(transposed(*grad_hidden), as_rows(input, rows)) : none(),
           args.needs_fc1_bias ? sum_of_rows(*grad_hidden) : none(),

@@ -55,6 +55,9 @@ struct FfnBackend {
   void (*fresh)(const Tensor& tensor);  // told of each tensor just allocated
   // Kernels for both ends of both products, or null. Records its path; nothing where it does not take the call.
   std::optional<FfnResult> (*whole)(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden);
+  // For the backward: a product of its own in the place of mm, or null. Records its path; false where it does not take
+  // it.
+  bool (*own_mm)(const Tensor& out, const Tensor& a, const Tensor& b, bool tf32);
 };
 
 FfnResult run_ffn(const FfnBackend& backend, const FfnArgs& args, const FfnPlan& plan, bool keep_hidden);
@@ -72,6 +75,7 @@ struct FfnBackwardArgs {
   const OptionalTensor& fc1_bias;
   const Tensor& fc2_weight;
   const Text& activation;
+  const Text& precision;
   bool needs_input, needs_fc1_weight, needs_fc1_bias, needs_fc2_weight, needs_fc2_bias;
 };
 

@@ -23,6 +23,7 @@ const FfnBackend kBackend{
       cpu::advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
     },
     nullptr,
+    nullptr,
 };
 
 using Operators = FfnOperators<kBackend>;

@@ -1,5 +1,6 @@
-// fused_ffn on CUDA. Where the matrix products are not our own (fused_ffn_gemm.h), and in the backward, they are
-// cuBLAS's through ATen, and what lies around them is ours.
+// fused_ffn on CUDA. Where the matrix products are not our own (fused_ffn_gemm.h) they are cuBLAS's through ATen, and
+// what lies around them is ours. In the backward so are always those that sum over the rows: no operand of theirs has
+// neighbouring k in memory.
 #include "../fused_ffn_operators.h"
 
 #include "../../csrc/cuda/ffn/launch.h"
@@ -28,6 +29,7 @@ const FfnBackend kBackend{
     launch_on_current_stream<cuda::launch_bias_residual>,
     [](const Tensor&) {},
     run_ffn_gemm,
+    run_gemm,
 };
 
 using Operators = FfnOperators<kBackend>;

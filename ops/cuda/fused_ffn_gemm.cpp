@@ -10,21 +10,20 @@ namespace {
 
 constexpr const char* kOp = "fused_ffn";
 
-bool narrow(int64_t value) { return value > 0 && value <= std::numeric_limits<int>::max(); }
+// Fits, rounded up to whole tiles as well.
+bool narrow(int64_t value) { return value > 0 && value <= std::numeric_limits<int>::max() - 1024; }
 
-// One of the two products: what is known before anything is allocated.
-cuda::GemmParams product_params(const FfnPlan& plan, int64_t columns, int64_t k, const Tensor& weight,
-                                const void* bias) {
+// a [rows, k] * b^T, b [n, k] as it lies: what is known before anything is allocated.
+cuda::GemmParams product_params(int64_t rows, const Tensor& b, bool tf32) {
   cuda::GemmParams params;
-  params.b = weight.const_data_ptr();
-  params.bias = bias;
-  params.b_stride[0] = weight.stride(0);
-  params.b_stride[1] = weight.stride(1);
-  params.a_stride = k;
-  params.m = static_cast<int>(plan.rows);
-  params.n = static_cast<int>(columns);
-  params.k = static_cast<int>(k);
-  params.precision = plan.tf32 ? cuda::GemmPrecision::kTF32 : cuda::GemmPrecision::kIeee;
+  params.b = b.const_data_ptr();
+  params.b_stride[0] = b.stride(0);
+  params.b_stride[1] = b.stride(1);
+  params.m = static_cast<int>(rows);
+  params.n = static_cast<int>(b.size(0));
+  params.k = static_cast<int>(b.size(1));
+  params.a_stride = params.k;
+  params.precision = tf32 ? cuda::GemmPrecision::kTF32 : cuda::GemmPrecision::kIeee;
   return params;
 }
 
@@ -69,14 +68,16 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
   OptionalTensor held_fc1_bias, held_fc2_bias, residual;
   const Tensor input = as_rows(args.input, plan.rows);
 
-  auto first = product_params(plan, plan.hidden, plan.embed, args.fc1_weight, bias_data(args.fc1_bias, held_fc1_bias));
+  auto first = product_params(plan.rows, args.fc1_weight, plan.tf32);
+  first.bias = bias_data(args.fc1_bias, held_fc1_bias);
   first.a = input.const_data_ptr();
   first.a_stride = input.stride(0);
   first.activate = true;
   first.activation = plan.activation;
   const auto first_schedule = schedule(first);
   if (!first_schedule) return {};
-  auto second = product_params(plan, plan.out, plan.hidden, args.fc2_weight, bias_data(args.fc2_bias, held_fc2_bias));
+  auto second = product_params(plan.rows, args.fc2_weight, plan.tf32);
+  second.bias = bias_data(args.fc2_bias, held_fc2_bias);
   if (args.residual) {
     residual = as_rows(*args.residual, plan.rows);
     second.residual = residual->const_data_ptr();
@@ -99,6 +100,22 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
   run(second, *second_schedule, args.input, scope);
   record_path(plan.tf32 ? "ffn:cuda:sm90:tf32" : "ffn:cuda:sm90:3xtf32");
   return result;
+}
+
+bool run_gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool tf32) {
+  const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
+  if (a.scalar_type() != ScalarType::Float || !narrow(m) || !narrow(n) || !narrow(k)) return false;
+  if (a.stride(1) != 1 || a.stride(0) < k) return false;
+  const CudaScope scope(a);
+  auto params = product_params(m, strided_view(b, {n, k}, {b.stride(1), b.stride(0)}), tf32);
+  params.a = a.const_data_ptr();
+  params.a_stride = a.stride(0);
+  params.output = out.mutable_data_ptr();
+  const auto found = schedule(params);
+  if (!found) return false;
+  run(params, *found, a, scope);
+  record_path(tf32 ? "ffn_backward:cuda:sm90:tf32" : "ffn_backward:cuda:sm90:3xtf32", "aten_matmul");
+  return true;
 }
 
 }  // namespace styleforge

@@ -85,10 +85,6 @@ __device__ __forceinline__ void bulk_load_once(void* to, const void* from, uint3
 __device__ __forceinline__ void named_barrier(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
-// The part of those that only let the others go on; they count among the `threads`.
-__device__ __forceinline__ void named_barrier_arrive(int name, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
 
 #endif  // STYLEFORGE_HAS_BULK_COPY
 

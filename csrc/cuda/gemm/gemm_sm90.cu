@@ -8,8 +8,7 @@
 //
 // kSplit, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo, both split to nearest; lo * hi, hi * lo,
 // then hi * hi. The units truncate when they add, so the sum of every 32 numbers moves on to float32 registers. One
-// warpgroup runs a chunk or more ahead of the other, so that one multiplies while the other adds, and so that one still
-// multiplies while the other activates and stores.
+// warpgroup multiplies while the other adds.
 #include <algorithm>
 
 #include "../common/cluster.cuh"
@@ -24,14 +23,13 @@ constexpr int kGroups = 2;  // consumer warpgroups
 constexpr int kRows = 64 * kGroups;
 constexpr int kConsumers = 128 * kGroups;
 constexpr int kThreads = kConsumers + 128;
-constexpr int kMaxStages = 8;
-constexpr int kLeadBarrier = 1;
 // A warp's 16 rows on their way out, 32 columns at a time, padded: writes of fragments fall into different banks.
 constexpr int kStorePitch = 32 + 8;
 constexpr int kStoreBytes = kConsumers / 32 * 16 * kStorePitch * static_cast<int>(sizeof(float));
 
 template <int kColumns, bool kSplit>
 struct Traits {
+  static constexpr int kMaxStages = 8;
   static constexpr int kABytes = kRows * kChunkBytes;
   static constexpr int kBBytes = kColumns * kChunkBytes;
   static constexpr int kStageBytes = kABytes + kBBytes * (kSplit ? 2 : 1);
@@ -63,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Swizzled tiles start at multiples of 1024 bytes.
   unsigned char* base = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
   const uint32_t ring = shared_address(base);
-  __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
+  __shared__ uint64_t full[T::kMaxStages], empty[T::kMaxStages];
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -115,7 +113,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     release_successor();
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(232));
-    const int group = warp / 4;
     const int row_in_tile = warp * 16 + lane % 16;
     const uint32_t full_at = shared_address(full), empty_at = shared_address(empty);
     float* own = reinterpret_cast<float*>(base + s.stages * T::kStageBytes) + warp * 16 * kStorePitch;
@@ -124,7 +121,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     Fragments fragments[2];
     int stage = 0;  // of the chunk whose fragments are loaded next
     uint32_t parity = 0;
-    int lead = group == 0 ? s.lead : 0;  // chunks until the other group may begin
 
     const auto load_next = [&](Fragments& f) {
       mbarrier_wait(full_at + 8 * stage, parity);
@@ -145,7 +141,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         parity ^= 1;
       }
       if (more) load_next(fragments[set ^ 1]);
-      if (lead > 0 && --lead == 0) named_barrier_arrive(kLeadBarrier, kConsumers);
       wgmma_wait<0>();
       if (lane == 0) mbarrier_arrive(empty_at + 8 * done);
       if constexpr (kSplit) {
@@ -154,7 +149,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     };
 
-    if (group == 1 && s.lead > 0) named_barrier(kLeadBarrier, kConsumers);
     for (int t = blockIdx.x; t < tiles; t += gridDim.x) {
       const Tile tile = tile_at<kColumns>(t, tiles_m, tiles_n, s.band);
       if constexpr (kSplit) {

@@ -46,7 +46,6 @@ struct GemmSchedule {
   int cluster = 1;       // blocks that share a tile, each with a part of k
   int stages = 4;        // of the ring, each 32 numbers of k
   int band = 16;         // tiles of rows that are done before the next ones: what the L2 cache is to hold of a
-  int lead = 1;          // chunks that the first half of a block runs ahead of the second
   int blocks = 0;        // of the grid
   bool vectors = false;  // rows of the results are whole vectors of 16 bytes
   bool prepare_b() const { return !small; }

@@ -8,7 +8,7 @@
 namespace styleforge::cuda {
 namespace {
 
-// STYLEFORGE_GEMM_TUNE="small=1,columns=32,cluster=4,stages=3,band=16,lead=2" (small: 1 never, 2 always)
+// STYLEFORGE_GEMM_TUNE="small=1,columns=32,cluster=4,stages=3,band=16" (small: 1 never, 2 always)
 constexpr const char* kTuneVariable = "STYLEFORGE_GEMM_TUNE";
 
 // Where these kernels are faster than cuBLAS with its passes around it, and not less accurate: read off one H200. A few
@@ -42,7 +42,9 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
   s.vectors = p.n % 4 == 0 && p.residual_stride % 4 == 0 && aligned16(p.bias) && aligned16(p.residual) &&
               aligned16(p.output) && aligned16(p.product);
   const int wish = tuned("small", 0);
-  s.small = b_as_it_is && (wish != 0 ? wish == 2 : large * 3 <= facts.multiprocessors);
+  const bool few = large * 3 <= facts.multiprocessors;
+  s.small = b_as_it_is && (wish != 0 ? wish == 2 : few);
+  if (few && !s.small && !overrides.forced()) return cudaSuccess;
   if (s.small) {
     const auto tiles = [&] { return ceil_div(p.m, 64) * ceil_div(p.n, s.columns); };
     const auto parts = [&] {
@@ -65,7 +67,6 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
   s.columns = 128;
   s.stages = tuned("stages", p.precision == GemmPrecision::kIeee ? 4 : 6);
   s.band = tuned("band", 16);
-  s.lead = std::min(chunks, tuned("lead", 2));
   if (large > INT32_MAX) return cudaSuccess;
   s.blocks = static_cast<int>(std::min<int64_t>(large, facts.multiprocessors));
   supported = true;

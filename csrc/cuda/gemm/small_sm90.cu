@@ -20,11 +20,11 @@ namespace {
 
 constexpr int kRows = 64;
 constexpr int kThreads = 128;
-constexpr int kMaxStages = 8;
-constexpr int kMaxParts = 8;  // of k, the blocks of a cluster
 
 template <int kColumns>
 struct Traits {
+  static constexpr int kMaxStages = 8;
+  static constexpr int kMaxParts = 8;  // of k, the blocks of a cluster
   static constexpr int kABytes = kRows * kChunkBytes;
   static constexpr int kBBytes = kColumns * kChunkBytes;
   static constexpr int kStageBytes = kABytes + 2 * kBBytes;  // b's second half is for what the first one leaves out
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 2 : 3)
   extern __shared__ unsigned char dynamic[];
   unsigned char* base = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
   const uint32_t ring = shared_address(base);
-  __shared__ uint64_t full_a[kMaxStages], full_b[kMaxStages];
+  __shared__ uint64_t full_a[T::kMaxStages], full_b[T::kMaxStages];
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -149,18 +149,25 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 2 : 3)
       parity ^= 1;
     }
     if (chunk + 1 < chunks) load_next(next, chunk + 1);
+    float sum[kColumns / 2];
+    const auto add = [&](const float (&part)[kColumns / 2], bool first) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) sum[i] = first ? part[i] : sum[i] + part[i];
+    };
 #pragma unroll
     for (int k = 1; k < 4; ++k) {
       wgmma_wait<1>();
-      if (kSplit || k > 1) add(d[k % 2]);
+      if (kSplit || k > 1) add(d[k % 2], k == (kSplit ? 1 : 2));
       wgmma_fence();
       Mma::run(d[k % 2], f.hi[k], b + 2 * k, false);
       wgmma_commit();
     }
     wgmma_wait<1>();
-    add(d[0]);
+    add(d[0], false);
     wgmma_wait<0>();
-    add(d[1]);
+    add(d[1], false);
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) total[i] += sum[i];
   };
   if (chunks > 0) load_next(fragments[0], 0);
   for (int i = 0; i < chunks; i += 2) {
@@ -189,14 +196,14 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 2 : 3)
     const int r = rank * share + i / kVectors;
     const int c = i % kVectors * 4;
     Four v[1] = {};
-    float4 other[kMaxParts];
+    float4 other[T::kMaxParts];
 #pragma unroll
-    for (int part = 0; part < kMaxParts; ++part) {  // all on their way before the first one is added
+    for (int part = 0; part < T::kMaxParts; ++part) {  // all on their way before the first one is added
       if (part < parts)
         other[part] = load_remote(sums_at + (r * T::kPitch + c) * static_cast<int>(sizeof(float)), part);
     }
 #pragma unroll
-    for (int part = 0; part < kMaxParts; ++part) {
+    for (int part = 0; part < T::kMaxParts; ++part) {
       if (part >= parts) continue;
       v[0].data[0] += other[part].x;
       v[0].data[1] += other[part].y;

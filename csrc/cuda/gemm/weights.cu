@@ -52,15 +52,49 @@ __global__ void __launch_bounds__(kThreads) gemm_weights_kernel(const __grid_con
   }
 }
 
+// The same of a transposed matrix, whose rows are neighbours in memory: a lane a row, eight numbers of k at a time, so
+// that loads are whole lines and stores whole sectors.
+constexpr int kTransposedK = 8;
+__global__ void __launch_bounds__(kThreads) gemm_transposed_kernel(const __grid_constant__ GemmWeightsParams w) {
+  wait_for_predecessor();
+  release_successor();
+  const int blocks_k = (w.k + kTransposedK - 1) / kTransposedK;
+  const int64_t pieces = static_cast<int64_t>((w.rows + 31) / 32) * blocks_k;
+  const int vectors = (w.k + 3) / 4;
+  for (int64_t piece = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32; piece < pieces;
+       piece += static_cast<int64_t>(gridDim.x) * (kThreads / 32)) {
+    const int row = static_cast<int>(piece / blocks_k) * 32 + threadIdx.x % 32;
+    const int k = static_cast<int>(piece % blocks_k) * kTransposedK;
+    if (row >= w.rows) continue;
+    const float* from = w.weight + row * w.stride[0] + k * w.stride[1];
+    float v[kTransposedK];
+#pragma unroll
+    for (int j = 0; j < kTransposedK; ++j) v[j] = k + j < w.k ? from[j * w.stride[1]] : 0.0f;
+#pragma unroll
+    for (int h = 0; h < kTransposedK / 4; ++h) {
+      if (k / 4 + h >= vectors) continue;
+      Vec<float, 4> hi, lo;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) split_tf32(v[4 * h + j], hi.data[j], lo.data[j]);
+      const int64_t i = static_cast<int64_t>(row) * vectors + k / 4 + h;
+      store(w.hi, i, hi);
+      if (w.lo != nullptr) store(w.lo, i, lo);
+    }
+  }
+}
+
 }  // namespace
 
 cudaError_t launch_gemm_weights(const GemmWeightsParams& params, cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  const int64_t pieces = int64_t{params.rows} * ceil_div(params.k, 128);  // one a warp
-  const int64_t fill = int64_t{facts.multiprocessors} * 8;                // blocks at a time
+  const bool transposed = params.stride[0] == 1 && params.stride[1] != 1;
+  const int64_t pieces = transposed ? ceil_div(params.rows, 32) * ceil_div(params.k, kTransposedK)
+                                    : params.rows * ceil_div(params.k, 128);  // one a warp
+  const int64_t fill = int64_t{facts.multiprocessors} * 8;                    // blocks at a time
   const auto grid = dim3(static_cast<unsigned>(std::min(ceil_div(pieces, kThreads / 32), fill)));
-  return launch(gemm_weights_kernel, grid, dim3(kThreads), 0, 1, facts, stream, params);
+  return launch(transposed ? gemm_transposed_kernel : gemm_weights_kernel, grid, dim3(kThreads), 0, 1, facts, stream,
+                params);
 }
 
 }  // namespace styleforge::cuda
