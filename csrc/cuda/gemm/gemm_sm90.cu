@@ -29,7 +29,6 @@ constexpr int kStoreBytes = kConsumers / 32 * 16 * kStorePitch * static_cast<int
 
 template <int kColumns, bool kSplit>
 struct Traits {
-  static constexpr int kMaxStages = 8;
   static constexpr int kABytes = kRows * kChunkBytes;
   static constexpr int kBBytes = kColumns * kChunkBytes;
   static constexpr int kStageBytes = kABytes + kBBytes * (kSplit ? 2 : 1);
@@ -61,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Swizzled tiles start at multiples of 1024 bytes.
   unsigned char* base = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
   const uint32_t ring = shared_address(base);
-  __shared__ uint64_t full[T::kMaxStages], empty[T::kMaxStages];
+  __shared__ uint64_t full[kMaxGemmStages], empty[kMaxGemmStages];
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;

@@ -49,17 +49,17 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
     const auto tiles = [&] { return ceil_div(p.m, 64) * ceil_div(p.n, s.columns); };
     const auto parts = [&] {
       int c = 1;
-      while (c < 8 && tiles() * c * 2 <= facts.multiprocessors && c * 2 <= chunks) c *= 2;
+      while (c < kMaxGemmParts && tiles() * c * 2 <= facts.multiprocessors && c * 2 <= chunks) c *= 2;
       return c;
     };
     s.columns = 64;
     if (tiles() * parts() * 2 <= facts.multiprocessors || p.n <= 32) s.columns = 32;
     s.columns = tuned("columns", s.columns);
-    s.cluster = tuned("cluster", parts());
+    s.cluster = std::min(kMaxGemmParts, tuned("cluster", parts()));
     // At least two where there is a second chunk; at most so many that two blocks of 64 columns, three of 32, find room
     // on a multiprocessor.
     const int longest = static_cast<int>(ceil_div(chunks, s.cluster));
-    s.stages = std::min(longest, std::max(2, tuned("stages", s.columns == 64 ? 3 : 4)));
+    s.stages = std::min({longest, kMaxGemmStages, std::max(2, tuned("stages", s.columns == 64 ? 3 : 4))});
     s.blocks = static_cast<int>(tiles()) * s.cluster;
     supported = tiles() * s.cluster <= INT32_MAX;
     return cudaSuccess;

@@ -23,8 +23,6 @@ constexpr int kThreads = 128;
 
 template <int kColumns>
 struct Traits {
-  static constexpr int kMaxStages = 8;
-  static constexpr int kMaxParts = 8;  // of k, the blocks of a cluster
   static constexpr int kABytes = kRows * kChunkBytes;
   static constexpr int kBBytes = kColumns * kChunkBytes;
   static constexpr int kStageBytes = kABytes + 2 * kBBytes;  // b's second half is for what the first one leaves out
@@ -42,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 2 : 3)
   extern __shared__ unsigned char dynamic[];
   unsigned char* base = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
   const uint32_t ring = shared_address(base);
-  __shared__ uint64_t full_a[T::kMaxStages], full_b[T::kMaxStages];
+  __shared__ uint64_t full_a[kMaxGemmStages], full_b[kMaxGemmStages];
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -196,14 +194,14 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 2 : 3)
     const int r = rank * share + i / kVectors;
     const int c = i % kVectors * 4;
     Four v[1] = {};
-    float4 other[T::kMaxParts];
+    float4 other[kMaxGemmParts];
 #pragma unroll
-    for (int part = 0; part < T::kMaxParts; ++part) {  // all on their way before the first one is added
+    for (int part = 0; part < kMaxGemmParts; ++part) {  // all on their way before the first one is added
       if (part < parts)
         other[part] = load_remote(sums_at + (r * T::kPitch + c) * static_cast<int>(sizeof(float)), part);
     }
 #pragma unroll
-    for (int part = 0; part < T::kMaxParts; ++part) {
+    for (int part = 0; part < kMaxGemmParts; ++part) {
       if (part >= parts) continue;
       v[0].data[0] += other[part].x;
       v[0].data[1] += other[part].y;
