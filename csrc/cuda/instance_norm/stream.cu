@@ -10,7 +10,7 @@
 //
 //   warp 0        producer  gets tiles in order, waits until a stage is free, starts its load
 //   warps 1-3     mergers   take tiles in turn, wait for all parts of the tile's plane, merge them in their order
-//   warps 4-7     stats     (mean, M2) of a tile from shared memory; they take turns to merge their four and publish
+//   warps 4-7     stats     (mean, M2) of a tile from shared memory; the last of the four publishes it
 //   warps 8-15    apply     stage -> registers (the stage is free again), normalise, residual, activate, store
 //
 // A block's first tiles are its own by number, so that their loads start before the workspace is zeroed; the others are
@@ -191,7 +191,6 @@ struct Stream {
   // Stats warp `w`.
   __device__ __forceinline__ void take_moments(int w) const {
     bool waited = cut.alone;
-    int others = w;  // tiles until the next whose parts it merges
     for (Turn turn;; turn.next(cut.stages)) {
       const int s = turn.stage;
       const int tile = arrived(turn);
@@ -201,10 +200,8 @@ struct Stream {
       const auto own = warp_moments<V, Acc>(w, count, [&](int i) { return held[i]; });
       if (threadIdx.x % kWarp == 0) {
         ring.warp_part[s][w] = {own.mean, own.m2};
-        mbarrier_arrive(&ring.counted[s]);
-        if (others-- == 0) {
-          others = kStatsWarps - 1;
-          mbarrier_wait(&ring.counted[s], turn.parity);
+        if (mbarrier_arrive_is_last(&ring.counted[s])) {
+          mbarrier_wait(&ring.counted[s], turn.parity);  // returns at once, and orders what comes after
           Moments<Acc> of[kStatsWarps];
 #pragma unroll
           for (int v = 0; v < kStatsWarps; ++v) {
