@@ -53,7 +53,9 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
       return c;
     };
     s.columns = 64;
-    if (tiles() * parts() * 2 <= facts.multiprocessors || p.n <= 32) s.columns = 32;
+    // More blocks rather than fewer chunks a block: where there are blocks to spare, and where there are few chunks.
+    constexpr int kFewChunks = 8;
+    if (tiles() * parts() * 2 <= facts.multiprocessors || chunks <= kFewChunks || p.n <= 32) s.columns = 32;
     s.columns = tuned("columns", s.columns);
     s.cluster = std::min(kMaxGemmParts, tuned("cluster", parts()));
     // At least two where there is a second chunk; at most so many that two blocks of 64 columns, three of 32, find room

@@ -270,6 +270,11 @@ def bench_host() -> None:
     norm = styleforge.FusedInstanceNorm2d(4).cuda()
     block = styleforge.FusedConvInstanceNormReLU(4, 4).cuda()
     plain_norm = torch.nn.InstanceNorm2d(4, affine=True).cuda()
+    plain_ffn = torch.nn.Sequential(
+        torch.nn.Linear(128, 512), torch.nn.GELU(), torch.nn.Linear(512, 128)
+    ).cuda()
+    ffn = styleforge.FusedFFN.from_torch(plain_ffn).eval()
+    tokens = torch.randn(1, 256, 128, device="cuda")
     calls: dict[str, Callable[[], Any]] = {
         "relu": lambda: torch.relu(x),
         "fused_instance_norm (input)": lambda: torch.ops.styleforge.fused_instance_norm(x),
@@ -286,6 +291,8 @@ def bench_host() -> None:
         "FusedInstanceNorm2d": lambda: norm(x),
         "nn.InstanceNorm2d": lambda: plain_norm(x),
         "FusedConvInstanceNormReLU": lambda: block(x),
+        "FusedFFN": lambda: ffn(tokens),
+        "nn.Sequential of Linear, GELU, Linear": lambda: plain_ffn(tokens),
     }
     w, b, k, kb, kw, ks = norm.weight, norm.bias, block.weight, block.bias, block.norm_weight, block.norm_bias
     operators: dict[str, Callable[[], Any]] = {
