@@ -6,6 +6,7 @@ The product alone is what ``_fused_ffn_forward`` keeps for the backward: the fir
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 
 import pytest
@@ -180,6 +181,33 @@ def test_sizes_and_epilogues(
             assert styleforge.last_path() == OWN[precision]
             # A small matrix may be cuBLAS's in float32 although TF32 is allowed: then what roundings give.
             assert_as_accurate(result, yardstick, reference, ulps=4.0 if precision == "ieee" else 8192.0)
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_random_shapes_and_cuts(part: int, force: Callable[[str, str], None]) -> None:
+    """Rows, widths and schedules at random; also outputs that are not whole vectors."""
+    draw = random.Random(part)
+    for _ in range(25):
+        rows, out = draw.randint(1, 700), draw.randint(1, 300)
+        embed, hidden = 4 * draw.randint(1, 200), 4 * draw.randint(1, 300)
+        cluster, stages = draw.choice((1, 2, 4, 8)), draw.randint(1, 4)
+        kernel = draw.choice(("small=1", "small=2,columns=32", "small=2,columns=64"))
+        force("sm90", f"{kernel},cluster={cluster},stages={stages},band={draw.randint(1, 20)}")
+        x, r = _random(rows, embed), _random(rows, out)
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = _parameters(embed, hidden, out)
+        args = (
+            x,
+            fc1_weight,
+            draw.choice((None, fc1_bias)),
+            fc2_weight,
+            draw.choice((None, fc2_bias)),
+            draw.choice(FFN_ACTIVATIONS),
+            draw.choice((None, r)),
+        )
+        poison(rows * max(out, hidden), x.dtype, "cuda")
+        result = OP(*args)
+        assert styleforge.last_path() == OWN["ieee"]
+        assert_as_accurate(result, torch_ffn(*args), ffn(*args), ulps=4.0)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -67,7 +67,8 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
     return cudaSuccess;
   }
   s.columns = 128;
-  s.stages = tuned("stages", p.precision == GemmPrecision::kIeee ? 4 : 6);
+  // A chunk's fragments are loaded before the stage of the one before it is free: two at least.
+  s.stages = std::clamp(tuned("stages", p.precision == GemmPrecision::kIeee ? 4 : 6), 2, kMaxGemmStages);
   s.band = tuned("band", 16);
   if (large > INT32_MAX) return cudaSuccess;
   s.blocks = static_cast<int>(std::min<int64_t>(large, facts.multiprocessors));
