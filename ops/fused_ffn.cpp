@@ -189,15 +189,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_ffn_backward(const FfnBac
     const int64_t dim = 0;
     return torch::stable::sum(matrix, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1));
   };
+  // Products of the parameters first, each letting go of what it was the last to need: cuBLAS cuts up those long sums
+  // in memory of its own.
+  const Tensor grad_fc2_weight = args.needs_fc2_weight ? product(transposed(grad_output), *activated) : none();
+  activated.reset();
+  const Tensor grad_fc1_weight =
+      args.needs_fc1_weight ? product(transposed(*grad_hidden), as_rows(input, rows)) : none();
   Tensor grad_input = none();
   if (args.needs_input) {
     grad_input = empty_dense(input, std::vector<int64_t>(sizes.begin(), sizes.end()), false, input.scalar_type());
     backend.fresh(grad_input);
     mm(strided_view(grad_input, {rows, embed}, {embed, 1}), *grad_hidden, args.fc1_weight);
   }
-  return {grad_input, args.needs_fc1_weight ? product(transposed(*grad_hidden), as_rows(input, rows)) : none(),
-          args.needs_fc1_bias ? sum_of_rows(*grad_hidden) : none(),
-          args.needs_fc2_weight ? product(transposed(grad_output), *activated) : none(),
+  return {grad_input, grad_fc1_weight, args.needs_fc1_bias ? sum_of_rows(*grad_hidden) : none(), grad_fc2_weight,
           args.needs_fc2_bias ? sum_of_rows(grad_output) : none()};
 }
 
