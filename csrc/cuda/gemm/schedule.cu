@@ -58,6 +58,7 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
     if (tiles() * parts() * 2 <= facts.multiprocessors || chunks <= kFewChunks || p.n <= 32) s.columns = 32;
     s.columns = tuned("columns", s.columns);
     s.cluster = std::min(kMaxGemmParts, tuned("cluster", parts()));
+    while (64 % s.cluster != 0) --s.cluster;  // each block ends with a share of the tile's rows
     // At least two where there is a second chunk; at most so many that two blocks of 64 columns, three of 32, find room
     // on a multiprocessor.
     const int longest = static_cast<int>(ceil_div(chunks, s.cluster));
