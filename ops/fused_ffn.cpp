@@ -23,11 +23,8 @@ void check_bias(const char* name, const OptionalTensor& bias, const Tensor& inpu
   check_like(kOp, name, *bias, input, &expected);
 }
 
-// A dense bias, kept alive by `holder`.
-const void* bias_data(const OptionalTensor& bias, OptionalTensor& holder) {
-  if (!bias) return nullptr;
-  holder = bias->is_contiguous() ? *bias : to_contiguous(*bias, false);
-  return holder->const_data_ptr();
+bool bias_in_product(const FfnBackend& backend, const Tensor& input) {
+  return backend.bias_in_16_bit_products && input.element_size() == 2;
 }
 
 Tensor fresh_matrix(const FfnBackend& backend, const Tensor& like, int64_t rows, int64_t columns) {
@@ -62,13 +59,19 @@ void second_product(const FfnBackend& backend, const FfnArgs& args, const FfnPla
 
 }  // namespace
 
+const void* bias_data(const OptionalTensor& bias, OptionalTensor& holder) {
+  if (!bias) return nullptr;
+  holder = bias->is_contiguous() ? *bias : to_contiguous(*bias, false);
+  return holder->const_data_ptr();
+}
+
 FfnPlan plan_ffn(const FfnArgs& args) {
   FfnPlan plan;
   const Tensor& input = args.input;
   if (input.dim() == 0) fail(kOp, "input must have shape [..., embed_dim], got ", shape_text(input));
   kernel_dtype(kOp, "input", input.scalar_type());
   plan.activation = parse_ffn_activation(kOp, args.activation.value);
-  parse_tf32(kOp, args.precision.value);
+  plan.tf32 = parse_tf32(kOp, args.precision.value);
   const auto sizes = input.sizes();
   plan.embed = sizes.back();
   if (args.fc1_weight.dim() != 2 || args.fc1_weight.size(1) != plan.embed) {
@@ -102,13 +105,18 @@ FfnResult run_ffn(const FfnBackend& backend, const FfnArgs& args, const FfnPlan&
 
   backend.fresh(hidden);
   const Tensor product = strided_view(hidden, {plan.rows, plan.hidden}, {plan.hidden, 1});
-  backend.mm(product, as_rows(args.input, plan.rows), transposed(args.fc1_weight));
+  const bool biased = args.fc1_bias && bias_in_product(backend, args.input);
+  if (biased) {
+    backend.addmm(product, *args.fc1_bias, as_rows(args.input, plan.rows), transposed(args.fc1_weight));
+  } else {
+    backend.mm(product, as_rows(args.input, plan.rows), transposed(args.fc1_weight));
+  }
   const Tensor activated = keep_hidden ? fresh_matrix(backend, args.input, plan.rows, plan.hidden) : product;
 
   OptionalTensor held;
   BiasActivationParams params;
   params.hidden = product.const_data_ptr();
-  params.bias = bias_data(args.fc1_bias, held);
+  if (!biased) params.bias = bias_data(args.fc1_bias, held);
   params.output = activated.mutable_data_ptr();
   params.rows = plan.rows;
   params.columns = plan.hidden;
@@ -134,19 +142,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_ffn_backward(const FfnBac
   expected.back() = hidden;
   check_like(kBackwardOp, "hidden", args.hidden, input, &expected);
 
+  const bool tf32 = parse_tf32(kBackwardOp, args.precision.value);
+  const auto mm = [&](const Tensor& result, const Tensor& a, const Tensor& b) {
+    if (backend.own_mm == nullptr || !backend.own_mm(result, a, b, tf32)) backend.mm(result, a, b);
+  };
   const Tensor grad_output = as_rows(args.grad_output, rows);
   const Tensor kept = args.hidden.is_contiguous() ? args.hidden : to_contiguous(args.hidden, false);
   const bool needs_grad_hidden = args.needs_input || args.needs_fc1_weight || args.needs_fc1_bias;
   OptionalTensor grad_hidden, activated, held;
   if (needs_grad_hidden) {  // first the gradient of the activation's result, then, in its place, that of its argument
     grad_hidden = fresh_matrix(backend, input, rows, hidden);
-    backend.mm(*grad_hidden, grad_output, args.fc2_weight);
+    mm(*grad_hidden, grad_output, args.fc2_weight);
   }
   if (args.needs_fc2_weight) activated = fresh_matrix(backend, input, rows, hidden);
   if ((grad_hidden || activated) && rows * hidden > 0) {
     BiasActivationBackwardParams params;
     params.hidden = kept.const_data_ptr();
-    params.bias = bias_data(args.fc1_bias, held);
+    if (!bias_in_product(backend, input)) params.bias = bias_data(args.fc1_bias, held);
     params.rows = rows;
     params.columns = hidden;
     params.dtype = kernel_dtype(kBackwardOp, "input", input.scalar_type());
@@ -159,18 +171,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_ffn_backward(const FfnBac
   const auto none = [&] { return empty_dense(input, {0}, false, input.scalar_type()); };
   const auto product = [&](const Tensor& a, const Tensor& b) {
     const Tensor result = fresh_matrix(backend, input, a.size(0), b.size(1));
-    backend.mm(result, a, b);
+    mm(result, a, b);
     return result;
   };
+  // Products of the parameters first, each letting go of what it was the last to need: cuBLAS cuts up those long sums
+  // in memory of its own.
+  const Tensor grad_fc2_weight = args.needs_fc2_weight ? product(transposed(grad_output), *activated) : none();
+  activated.reset();
+  const Tensor grad_fc1_weight =
+      args.needs_fc1_weight ? product(transposed(*grad_hidden), as_rows(input, rows)) : none();
   Tensor grad_input = none();
   if (args.needs_input) {
     grad_input = empty_dense(input, std::vector<int64_t>(sizes.begin(), sizes.end()), false, input.scalar_type());
     backend.fresh(grad_input);
-    backend.mm(strided_view(grad_input, {rows, embed}, {embed, 1}), *grad_hidden, args.fc1_weight);
+    mm(strided_view(grad_input, {rows, embed}, {embed, 1}), *grad_hidden, args.fc1_weight);
   }
-  return {grad_input, args.needs_fc1_weight ? product(transposed(*grad_hidden), as_rows(input, rows)) : none(),
-          args.needs_fc1_bias ? sum_of_rows(*grad_hidden) : none(),
-          args.needs_fc2_weight ? product(transposed(grad_output), *activated) : none(),
+  return {grad_input, grad_fc1_weight, args.needs_fc1_bias ? sum_of_rows(*grad_hidden) : none(), grad_fc2_weight,
           args.needs_fc2_bias ? sum_of_rows(grad_output) : none()};
 }
 

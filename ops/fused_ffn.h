@@ -2,10 +2,10 @@
 //
 //   matrix product -> bias + activation, in place -> matrix product added to bias + residual
 //
-// The products are ATen's; a device's own kernels for both ends of one product take its place as a whole (see the
-// device's fused_ffn). Where a gradient is needed, the first product is kept as it is (`hidden`): the backward adds the
-// bias and activates it again, in the pass that it needs for the derivative anyway, so that one tensor of the hidden
-// width is held from forward to backward where PyTorch's layers hold two.
+// The products are ATen's, unless the device has kernels for the whole. Where a gradient is needed, the first product
+// is kept as it is (`hidden`): the backward adds the bias and activates it again, in the pass that it needs for the
+// derivative anyway, so that one tensor of the hidden width is held from forward to backward where PyTorch's layers
+// hold two.
 #pragma once
 
 #include "../csrc/ffn_params.h"
@@ -30,11 +30,18 @@ struct FfnPlan {
   int64_t rows = 1;  // all leading dimensions
   int64_t embed = 0, hidden = 0, out = 0;
   FfnActivation activation = FfnActivation::kGelu;
+  bool tf32 = false;
   std::vector<int64_t> output_sizes, hidden_sizes;  // the input's with another last dimension
 };
 
 // Throws on anything the operator does not accept.
 FfnPlan plan_ffn(const FfnArgs& args);
+
+// The result, and the first product where it was to be kept (with the bias where the backend adds it there).
+struct FfnResult {
+  Tensor output;
+  OptionalTensor hidden;
+};
 
 // What a device has to offer. `out` and `self` may be the same tensor in addmm (out = self + a b).
 struct FfnBackend {
@@ -46,14 +53,20 @@ struct FfnBackend {
   void (*bias_activation_backward)(const BiasActivationBackwardParams& params, const Tensor& like);
   void (*bias_residual)(const BiasResidualParams& params, const Tensor& like);
   void (*fresh)(const Tensor& tensor);  // told of each tensor just allocated
+  // 16-bit products are rounded after the bias is added, as PyTorch's linear layers do it: where the two cancel, a
+  // product rounded before would leave its rounding behind.
+  bool bias_in_16_bit_products;
+  // Kernels for both ends of both products, or null. Records its path; nothing where it does not take the call.
+  std::optional<FfnResult> (*whole)(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden);
+  // For the backward: a product of its own in the place of mm, or null. Records its path; false where it does not take
+  // it.
+  bool (*own_mm)(const Tensor& out, const Tensor& a, const Tensor& b, bool tf32);
 };
 
-// The result, and the first product where `keep_hidden`.
-struct FfnResult {
-  Tensor output;
-  OptionalTensor hidden;
-};
 FfnResult run_ffn(const FfnBackend& backend, const FfnArgs& args, const FfnPlan& plan, bool keep_hidden);
+
+// A dense bias, kept alive by `holder`, or null.
+const void* bias_data(const OptionalTensor& bias, OptionalTensor& holder);
 
 struct FfnBackwardArgs {
   const Tensor& grad_output;
@@ -63,6 +76,7 @@ struct FfnBackwardArgs {
   const OptionalTensor& fc1_bias;
   const Tensor& fc2_weight;
   const Text& activation;
+  const Text& precision;
   bool needs_input, needs_fc1_weight, needs_fc1_bias, needs_fc2_weight, needs_fc2_bias;
 };
 

@@ -86,6 +86,23 @@ def _attention(paths: set[str]) -> None:
     os.environ["STYLEFORGE_PATH"] = ""
 
 
+def _matrix_products(paths: set[str]) -> None:
+    """Our own matrix products, where the GPU has them: both kernels, whole tiles and ragged ones."""
+    os.environ["STYLEFORGE_PATH"] = "sm90"
+    for tune in ("small=1", "small=2,columns=64", "small=2,columns=32,cluster=4"):
+        os.environ["STYLEFORGE_GEMM_TUNE"] = tune
+        for precision in ("ieee", "tf32"):
+            for rows, embed, hidden, out in ((130, 64, 128, 64), (197, 100, 332, 77), (40, 516, 36, 3)):
+                sizes = ((rows, embed), (hidden, embed), (hidden,), (out, hidden), (out,), (rows, out))
+                x, *parameters, r = (torch.randn(s, device="cuda") for s in sizes)
+                fused_ffn(x, *parameters, residual=r, precision=precision)
+                if "sm90" not in styleforge.last_path():
+                    continue
+                paths.add(styleforge.last_path())
+                torch.ops.styleforge._fused_ffn_forward(x, *parameters, "silu", None, precision)
+    os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_GEMM_TUNE"] = ""
+
+
 def main() -> None:
     paths: set[str] = set()
     device = torch.device("cuda")
@@ -104,6 +121,8 @@ def main() -> None:
                 paths.add(styleforge.last_path())
                 y.backward(torch.randn(shape).to(device, dtype))
                 paths.add(styleforge.last_path())
+    with torch.inference_mode():
+        _matrix_products(paths)
     if "--no-conv" not in sys.argv:
         _feed_forward_networks(paths)
         _attention(paths)

@@ -153,7 +153,7 @@ def test_random_configurations_are_as_accurate_as_pytorch(part: int, dtype: torc
 
     check()
     if len(errors) >= 20:
-        # On the GPU PyTorch takes plain products where its float32 kernel does not fit; ours takes the kernel.
+        # On the GPU PyTorch takes plain products where its kernel does not fit; ours takes the kernel.
         assert_as_accurate_together(errors, dtype, factor=1.2 if device == "cpu" else 1.5)
 
 

@@ -22,6 +22,9 @@ const FfnBackend kBackend{
     [](const Tensor& tensor) {
       cpu::advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
     },
+    false,
+    nullptr,
+    nullptr,
 };
 
 using Operators = FfnOperators<kBackend>;

@@ -1,8 +1,10 @@
-// fused_ffn on CUDA: the matrix products are cuBLAS's through ATen, what lies around them is ours. A path with products
-// of our own (bias + activation and bias + residual in their epilogues) takes the call before this one.
+// fused_ffn on CUDA. Where the matrix products are not our own (fused_ffn_gemm.h) they are cuBLAS's through ATen, and
+// what lies around them is ours. In the backward so are always those that sum over the rows: no operand of theirs has
+// neighbouring k in memory.
 #include "../fused_ffn_operators.h"
 
 #include "../../csrc/cuda/ffn/launch.h"
+#include "fused_ffn_gemm.h"
 #include "launch.h"
 #include "matmul.h"
 
@@ -26,6 +28,9 @@ const FfnBackend kBackend{
     launch_on_current_stream<cuda::launch_bias_activation_backward>,
     launch_on_current_stream<cuda::launch_bias_residual>,
     [](const Tensor&) {},
+    true,
+    run_ffn_gemm,
+    run_gemm,
 };
 
 using Operators = FfnOperators<kBackend>;

@@ -42,13 +42,21 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
+#ifdef STYLEFORGE_HAS_CLUSTER
+// The same shared address in block `rank` of the cluster.
+__device__ __forceinline__ uint32_t map_shared(uint32_t address, uint32_t rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+}
+#endif
+
 // The value at the address of `local` in the shared memory of block `rank` of the cluster.
 __device__ __forceinline__ float load_remote(const float* local, uint32_t rank) {
 #ifdef STYLEFORGE_HAS_CLUSTER
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-  uint32_t remote;
+  const uint32_t remote = map_shared(address, rank);
   float v;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(remote) : "memory");
   return v;
 #else
@@ -58,15 +66,26 @@ __device__ __forceinline__ float load_remote(const float* local, uint32_t rank) 
 __device__ __forceinline__ double load_remote(const double* local, uint32_t rank) {
 #ifdef STYLEFORGE_HAS_CLUSTER
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-  uint32_t remote;
+  const uint32_t remote = map_shared(address, rank);
   double v;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(v) : "r"(remote) : "memory");
   return v;
 #else
   return *local;
 #endif
 }
+
+#ifdef STYLEFORGE_HAS_CLUSTER
+// Four at once, from a shared address aligned to 16 bytes.
+__device__ __forceinline__ float4 load_remote(uint32_t local, uint32_t rank) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(map_shared(local, rank))
+               : "memory");
+  return v;
+}
+#endif
 
 // Programmatic dependent launch: a kernel may start while its predecessor drains; nothing it reads or writes before
 // this call may depend on the predecessor.

@@ -23,12 +23,13 @@
 // kIeee, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo, both split to nearest; lo * hi, hi * lo,
 // then hi * hi. The units truncate when they add, so the sum of every 32 numbers moves on to float32 registers.
 #include <cooperative_groups.h>
-#include <cuda.h>
 
 #include <algorithm>
 
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
+#include "../common/tensor_map.h"
+#include "../common/tf32.cuh"
 #include "../common/types.cuh"
 #include "../common/wgmma.cuh"
 #include "kernels.h"
@@ -76,9 +77,6 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool v
 __device__ __forceinline__ void copy_async_arrive(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, int channel, int x, int y, int n,
                                          uint64_t* barrier) {
   asm volatile(
@@ -94,12 +92,6 @@ __device__ __forceinline__ void load_weights(uint32_t to, const CUtensorMap* map
           "r"(to),
       "l"(map), "r"(channel), "r"(tap), "r"(row), "r"(shared_address(barrier))
       : "memory");
-}
-
-__device__ __forceinline__ uint32_t round_tf32(float v) {
-  uint32_t r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
-  return r;
 }
 
 // Moments of kColumns / 4 columns over the rows of a warp: every step halves the columns a lane keeps and merges its
@@ -662,35 +654,6 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
 #endif
 }
 
-// A tensor in boxes with the 128-byte swizzle; what lies beyond its ends is zeros. Strides are in bytes.
-template <int kDims>
-cudaError_t tensor_map(const ConvParams& p, const void* data, const cuuint64_t (&sizes)[kDims],
-                       const cuuint64_t (&strides)[kDims - 1], const cuuint32_t (&box)[kDims], CUtensorMap& map) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    const auto error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-#else
-    const auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-    if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) function = nullptr;
-    return reinterpret_cast<Encode>(function);
-  }();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const auto type = p.dtype == DType::kFloat16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                    : p.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-  cuuint32_t steps[kDims];
-  for (auto& step : steps) step = 1;
-  const auto result =
-      encode(&map, type, kDims, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 cuuint64_t extent(int value) { return static_cast<cuuint64_t>(value); }
 cuuint32_t chunk_elements(const ConvParams& p) { return static_cast<cuuint32_t>(kChunk / size_of(p.dtype)); }
 
@@ -701,7 +664,7 @@ cudaError_t weight_map(const ConvParams& p, const void* weight, int rows, CUtens
   const cuuint64_t tap = sizes[0] * size_of(p.dtype);
   const cuuint64_t strides[2] = {tap, tap * sizes[1]};
   const cuuint32_t box[3] = {chunk_elements(p), 1, static_cast<cuuint32_t>(rows)};
-  return tensor_map(p, weight, sizes, strides, box, map);
+  return tensor_map(p.dtype, weight, sizes, strides, box, map);
 }
 
 // [batch, height, width, channels], a tile with its halo a box.
@@ -713,7 +676,7 @@ cudaError_t input_map(const ConvParams& p, const ConvSchedule& s, CUtensorMap& m
   const cuuint64_t strides[3] = {pixel * element, row * element, row * element * sizes[2]};
   const cuuint32_t box[4] = {chunk_elements(p), static_cast<cuuint32_t>(s.halo_width),
                              static_cast<cuuint32_t>(s.halo_height), 1};
-  return tensor_map(p, p.input, sizes, strides, box, map);
+  return tensor_map(p.dtype, p.input, sizes, strides, box, map);
 }
 
 template <typename T, int kColumns, int kGroups, bool kSplit>

@@ -31,10 +31,7 @@ __global__ void __launch_bounds__(kThreads) conv_weights_kernel(const __grid_con
   }
   if constexpr (sizeof(T) == 4) {
     if (p.output_lo != nullptr) {
-      const float hi = __uint_as_float(round_bits_to_tf32(__float_as_uint(value)));
-      const uint32_t lo = round_bits_to_tf32(__float_as_uint(value - hi));
-      static_cast<float*>(p.output)[index] = hi;
-      static_cast<float*>(p.output_lo)[index] = isfinite(value) ? __uint_as_float(lo) : 0.0f;
+      split_tf32(value, static_cast<float*>(p.output)[index], static_cast<float*>(p.output_lo)[index]);
       return;
     }
   }

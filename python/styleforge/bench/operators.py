@@ -1,6 +1,6 @@
 """The cases of the performance tables.
 
-    python -m styleforge.bench.operators [norm conv net host backward cpu] [--no-compile]
+    python -m styleforge.bench.operators [norm conv ffn net host backward cpu] [--no-compile]
 
 Prints one line a case: microseconds of GPU time for eager PyTorch, ``torch.compile`` and styleforge, and the
 ratios. Every styleforge result is compared with eager before it is timed.
@@ -32,6 +32,15 @@ CONV_CASES = [
     (1, 256, 256, 64, 1, 1),
     (1, 64, 128, 128, 3, 2),
     (8, 128, 128, 64, 3, 1),
+]
+
+# batch, length, embed, hidden
+FFN_CASES = [
+    (8, 1024, 512, 2048),
+    (4, 2048, 768, 3072),
+    (2, 4096, 1024, 4096),
+    (1, 2048, 4096, 11008),
+    (1, 256, 128, 512),
 ]
 
 Baselines = dict[str, float]
@@ -163,6 +172,68 @@ def bench_conv(compile: bool, precisions: Sequence[str] = ("fp16", "tf32", "ieee
     torch.backends.cudnn.allow_tf32 = True
 
 
+def _peak(call: Callable[[], Any]) -> float:
+    """MB that a call holds at most, beyond what was there and what cuBLAS keeps from its first call."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return peak / 2**20
+
+
+def bench_ffn(
+    compile: bool,
+    cases: Sequence[tuple[int, int, int, int]] = FFN_CASES,
+    precisions: Sequence[str] = ("ieee", "tf32", "bf16", "fp16"),
+) -> None:
+    """Linear, erf-GELU, linear: inference, and a training step of the cases but the two last ones."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    before = torch.backends.cuda.matmul.allow_tf32
+    for batch, length, embed, hidden in cases:
+        for precision in precisions:
+            dtype = dtypes.get(precision, torch.float32)
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+            linear = partial(torch.nn.Linear, device="cuda", dtype=dtype)
+            plain = torch.nn.Sequential(linear(embed, hidden), torch.nn.GELU(), linear(hidden, embed)).eval()
+            ours = styleforge.FusedFFN.from_torch(plain)
+            x = torch.randn(batch, length, embed, device="cuda", dtype=dtype)
+            name = f"ffn {batch}x{length}x{embed}->{hidden} {precision}"
+            calls = 20 if batch * length * embed * hidden < 2**36 else 4
+            with torch.no_grad():
+                weights = [p.double() for p in plain.parameters()]
+                exact = F.linear(F.gelu(F.linear(x.double(), *weights[:2])), *weights[2:])
+                _check(ours(x), exact, {"bf16": 1e-2, "fp16": 2e-3, "tf32": 2e-3, "ieee": 2e-6}[precision])
+                path = styleforge.last_path()
+                peaks = [_peak(partial(function, x)) for function in (ours, plain)]
+                times = {"eager": graph_time([partial(plain, x)], calls_per_graph=calls)}
+                if compile:
+                    times["compile"] = graph_time([partial(_compiled(plain), x)], calls_per_graph=calls)
+                time = graph_time([partial(ours, x)], calls_per_graph=calls)
+            _line(name, time, times, f"{path}, peak {peaks[0]:.0f} MB against {peaks[1]:.0f}")
+            if (batch, length, embed, hidden) in FFN_CASES[-2:] or precision == "tf32":
+                continue
+            leaf = x.clone().requires_grad_()
+            grad = torch.randn_like(x)
+            parameters = list(plain.parameters())
+
+            def step(
+                function: Callable[..., Tensor], x: Tensor = leaf, g: Tensor = grad, p: Any = parameters
+            ) -> Any:
+                return torch.autograd.grad(function(x), (x, *p), g)
+
+            peaks = [_peak(partial(step, function)) for function in (ours, plain)]
+            times = {"eager": graph_time([partial(step, plain)], calls_per_graph=4)}
+            if compile:
+                times["compile"] = graph_time([partial(step, _compiled(plain))], calls_per_graph=4)
+            time = graph_time([partial(step, ours)], calls_per_graph=4)
+            _line(name + " fwd+bwd", time, times, f"peak {peaks[0]:.0f} MB against {peaks[1]:.0f}")
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def bench_net(compile: bool, cases: Sequence[tuple[int, int, int]] = ((1, 512, 512),)) -> None:
     """TransformerNet in half precision and float32 (TF32)."""
     from styleforge.models import TransformerNet
@@ -199,6 +270,11 @@ def bench_host() -> None:
     norm = styleforge.FusedInstanceNorm2d(4).cuda()
     block = styleforge.FusedConvInstanceNormReLU(4, 4).cuda()
     plain_norm = torch.nn.InstanceNorm2d(4, affine=True).cuda()
+    plain_ffn = torch.nn.Sequential(
+        torch.nn.Linear(128, 512), torch.nn.GELU(), torch.nn.Linear(512, 128)
+    ).cuda()
+    ffn = styleforge.FusedFFN.from_torch(plain_ffn).eval()
+    tokens = torch.randn(1, 256, 128, device="cuda")
     calls: dict[str, Callable[[], Any]] = {
         "relu": lambda: torch.relu(x),
         "fused_instance_norm (input)": lambda: torch.ops.styleforge.fused_instance_norm(x),
@@ -215,6 +291,8 @@ def bench_host() -> None:
         "FusedInstanceNorm2d": lambda: norm(x),
         "nn.InstanceNorm2d": lambda: plain_norm(x),
         "FusedConvInstanceNormReLU": lambda: block(x),
+        "FusedFFN": lambda: ffn(tokens),
+        "nn.Sequential of Linear, GELU, Linear": lambda: plain_ffn(tokens),
     }
     w, b, k, kb, kw, ks = norm.weight, norm.bias, block.weight, block.bias, block.norm_weight, block.norm_bias
     operators: dict[str, Callable[[], Any]] = {
@@ -294,10 +372,10 @@ def bench_cpu() -> None:
 
 def main() -> None:
     """Runs the groups named on the command line, all GPU groups by default."""
-    groups = ("norm", "conv", "net", "host", "backward", "cpu")
+    groups = ("norm", "conv", "ffn", "net", "host", "backward", "cpu")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "groups", nargs="*", choices=groups, default=["norm", "conv", "net", "host", "backward"]
+        "groups", nargs="*", choices=groups, default=["norm", "conv", "ffn", "net", "host", "backward"]
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     arguments = parser.parse_args()
@@ -309,6 +387,8 @@ def main() -> None:
             bench_norm(compile)
         if "conv" in arguments.groups:
             bench_conv(compile)
+    if "ffn" in arguments.groups:
+        bench_ffn(compile)
     if "net" in arguments.groups:
         bench_net(compile)
     if "host" in arguments.groups:

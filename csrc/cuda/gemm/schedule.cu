@@ -1,0 +1,84 @@
+// Which products the kernels take, and how they are cut: a function of the shape and the device.
+#include <algorithm>
+
+#include "../common/launch.h"
+#include "../common/overrides.h"
+#include "kernels.h"
+
+namespace styleforge::cuda {
+namespace {
+
+// STYLEFORGE_GEMM_TUNE="small=1,columns=32,cluster=4,stages=3,band=16" (small: 1 never, 2 always)
+constexpr const char* kTuneVariable = "STYLEFORGE_GEMM_TUNE";
+
+// Where these kernels are faster than cuBLAS with its passes around it, and not less accurate: read off one H200. A few
+// rows alone are a matter of reading the weights once; below 64 numbers a sum of float32 is hard to beat in accuracy;
+// in TF32 only what launches and latencies bound is won.
+bool pays(const GemmParams& p) {
+  constexpr int kFewestRows = 32, kShortestSum = 64;
+  constexpr int64_t kTF32Most = int64_t{1} << 25;
+  if (p.m < kFewestRows || p.k < kShortestSum) return false;
+  return p.precision == GemmPrecision::kIeee || int64_t{p.m} * p.n * p.k < kTF32Most;
+}
+
+}  // namespace
+
+cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported) {
+  supported = false;
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const Overrides overrides(kTuneVariable);
+  const bool wanted = !overrides.forced() || overrides.forced("sm90");
+  if (!wanted || facts.major != 9 || !facts.has_cluster()) return cudaSuccess;
+  if (p.m < 1 || p.n < 1 || p.k < 4 || (!overrides.forced() && !pays(p))) return cudaSuccess;
+  // What the copy engine takes: rows of a that begin at multiples of 16 bytes.
+  if (p.k % 4 != 0 || p.a_stride % 4 != 0 || !aligned16(p.a)) return cudaSuccess;
+  const bool b_as_it_is = p.b_stride[1] == 1 && p.b_stride[0] % 4 == 0 && p.b_stride[0] >= p.k && aligned16(p.b);
+
+  const auto tuned = [&](const char* key, int64_t chosen) { return static_cast<int>(overrides.tuned(key, chosen)); };
+  const int chunks = static_cast<int>(ceil_div(p.k, 32));
+  const int64_t large = ceil_div(p.m, 128) * ceil_div(p.n, 128);
+  s = {};
+  s.vectors = p.n % 4 == 0 && p.residual_stride % 4 == 0 && aligned16(p.bias) && aligned16(p.residual) &&
+              aligned16(p.output) && aligned16(p.product);
+  const int wish = tuned("small", 0);
+  const bool few = large * 3 <= facts.multiprocessors;
+  s.small = b_as_it_is && (wish != 0 ? wish == 2 : few);
+  if (few && !s.small && !overrides.forced()) return cudaSuccess;
+  if (s.small) {
+    const auto tiles = [&] { return ceil_div(p.m, 64) * ceil_div(p.n, s.columns); };
+    const auto parts = [&] {
+      int c = 1;
+      while (c < kMaxGemmParts && tiles() * c * 2 <= facts.multiprocessors && c * 2 <= chunks) c *= 2;
+      return c;
+    };
+    s.columns = 64;
+    // More blocks rather than fewer chunks a block: where there are blocks to spare, and where there are few chunks.
+    constexpr int kFewChunks = 8;
+    if (tiles() * parts() * 2 <= facts.multiprocessors || chunks <= kFewChunks || p.n <= 32) s.columns = 32;
+    s.columns = tuned("columns", s.columns);
+    s.cluster = std::min(kMaxGemmParts, tuned("cluster", parts()));
+    while (64 % s.cluster != 0) --s.cluster;  // each block ends with a share of the tile's rows
+    // At least two where there is a second chunk; at most so many that two blocks of 64 columns, three of 32, find room
+    // on a multiprocessor.
+    const int longest = static_cast<int>(ceil_div(chunks, s.cluster));
+    s.stages = std::min({longest, kMaxGemmStages, std::max(2, tuned("stages", s.columns == 64 ? 3 : 4))});
+    s.blocks = static_cast<int>(tiles()) * s.cluster;
+    supported = tiles() * s.cluster <= INT32_MAX;
+    return cudaSuccess;
+  }
+  s.columns = 128;
+  // A chunk's fragments are loaded before the stage of the one before it is free: two at least.
+  s.stages = std::clamp(tuned("stages", p.precision == GemmPrecision::kIeee ? 4 : 6), 2, kMaxGemmStages);
+  s.band = tuned("band", 16);
+  if (large > INT32_MAX) return cudaSuccess;
+  s.blocks = static_cast<int>(std::min<int64_t>(large, facts.multiprocessors));
+  supported = true;
+  return cudaSuccess;
+}
+
+cudaError_t launch_gemm(const GemmParams& params, const GemmSchedule& schedule, cudaStream_t stream) {
+  return schedule.small ? launch_small_gemm_sm90(params, schedule, stream) : launch_gemm_sm90(params, schedule, stream);
+}
+
+}  // namespace styleforge::cuda

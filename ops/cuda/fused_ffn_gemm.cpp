@@ -1,0 +1,122 @@
+#include "fused_ffn_gemm.h"
+
+#include "../../csrc/cuda/gemm/launch.h"
+#include "../matrix.h"
+#include "launch.h"
+
+#include <limits>
+
+namespace styleforge {
+namespace {
+
+constexpr const char* kOp = "fused_ffn";
+
+// Fits, rounded up to whole tiles as well.
+bool narrow(int64_t value) { return value > 0 && value <= std::numeric_limits<int>::max() - 1024; }
+
+// a [rows, k] * b^T, b [n, k] as it lies: what is known before anything is allocated.
+cuda::GemmParams product_params(int64_t rows, const Tensor& b, bool tf32) {
+  cuda::GemmParams params;
+  params.b = b.const_data_ptr();
+  params.b_stride[0] = b.stride(0);
+  params.b_stride[1] = b.stride(1);
+  params.m = static_cast<int>(rows);
+  params.n = static_cast<int>(b.size(0));
+  params.k = static_cast<int>(b.size(1));
+  params.a_stride = params.k;
+  params.precision = tf32 ? cuda::GemmPrecision::kTF32 : cuda::GemmPrecision::kIeee;
+  return params;
+}
+
+std::optional<cuda::GemmSchedule> schedule(const cuda::GemmParams& params) {
+  cuda::GemmSchedule found;
+  bool supported = false;
+  check_cuda(kOp, cuda::schedule_gemm(params, found, supported));
+  return supported ? std::optional<cuda::GemmSchedule>(found) : std::nullopt;
+}
+
+// The weights of one product as its kernel reads them, in memory that is free again once the product is launched.
+void prepare_weights(cuda::GemmParams& params, const Tensor& like, const CudaScope& scope,
+                     std::optional<Tensor>& holder) {
+  cuda::GemmWeightsParams prepare;
+  prepare.weight = static_cast<const float*>(params.b);
+  prepare.stride[0] = params.b_stride[0];
+  prepare.stride[1] = params.b_stride[1];
+  prepare.rows = params.n;
+  prepare.k = params.k;
+  const bool split = params.precision == cuda::GemmPrecision::kIeee;
+  const size_t count = static_cast<size_t>(params.n) * static_cast<size_t>(cuda::gemm_padded_k(params.k));
+  auto* memory = static_cast<float*>(workspace(like, count * sizeof(float) * (split ? 2 : 1), holder));
+  params.b_hi = prepare.hi = memory;
+  params.b_lo = prepare.lo = split ? memory + count : nullptr;
+  check_cuda(kOp, cuda::launch_gemm_weights(prepare, scope.stream()));
+}
+
+void run(cuda::GemmParams& params, const cuda::GemmSchedule& schedule, const Tensor& like, const CudaScope& scope) {
+  std::optional<Tensor> holder;
+  if (schedule.prepare_b()) prepare_weights(params, like, scope, holder);
+  check_cuda(kOp, cuda::launch_gemm(params, schedule, scope.stream()));
+}
+
+}  // namespace
+
+std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden) {
+  if (args.input.scalar_type() != ScalarType::Float || !narrow(plan.rows) || !narrow(plan.embed) ||
+      !narrow(plan.hidden) || !narrow(plan.out) || plan.embed % 4 != 0 || plan.hidden % 4 != 0) {
+    return {};
+  }
+  const CudaScope scope(args.input);
+  OptionalTensor held_fc1_bias, held_fc2_bias, residual;
+  const Tensor input = as_rows(args.input, plan.rows);
+
+  auto first = product_params(plan.rows, args.fc1_weight, plan.tf32);
+  first.bias = bias_data(args.fc1_bias, held_fc1_bias);
+  first.a = input.const_data_ptr();
+  first.a_stride = input.stride(0);
+  first.activate = true;
+  first.activation = plan.activation;
+  const auto first_schedule = schedule(first);
+  if (!first_schedule) return {};
+  auto second = product_params(plan.rows, args.fc2_weight, plan.tf32);
+  second.bias = bias_data(args.fc2_bias, held_fc2_bias);
+  if (args.residual) {
+    residual = as_rows(*args.residual, plan.rows);
+    second.residual = residual->const_data_ptr();
+    second.residual_stride = residual->stride(0);
+  }
+  const auto second_schedule = schedule(second);
+  if (!second_schedule) return {};
+
+  FfnResult result{empty_dense(args.input, plan.output_sizes, false, ScalarType::Float), {}};
+  if (keep_hidden) {
+    result.hidden = empty_dense(args.input, plan.hidden_sizes, false, ScalarType::Float);
+    first.product = result.hidden->mutable_data_ptr();
+  }
+  const Tensor activated = empty_dense(args.input, {plan.rows, plan.hidden}, false, ScalarType::Float);
+  first.output = activated.mutable_data_ptr();
+  second.a = activated.const_data_ptr();
+  second.output = result.output.mutable_data_ptr();
+  run(first, *first_schedule, args.input, scope);
+  second.b_is_ready = !second_schedule->prepare_b();
+  run(second, *second_schedule, args.input, scope);
+  record_path(plan.tf32 ? "ffn:cuda:sm90:tf32" : "ffn:cuda:sm90:3xtf32");
+  return result;
+}
+
+bool run_gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool tf32) {
+  const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
+  if (a.scalar_type() != ScalarType::Float || !narrow(m) || !narrow(n) || !narrow(k)) return false;
+  if (a.stride(1) != 1 || a.stride(0) < k) return false;
+  const CudaScope scope(a);
+  auto params = product_params(m, strided_view(b, {n, k}, {b.stride(1), b.stride(0)}), tf32);
+  params.a = a.const_data_ptr();
+  params.a_stride = a.stride(0);
+  params.output = out.mutable_data_ptr();
+  const auto found = schedule(params);
+  if (!found) return false;
+  run(params, *found, a, scope);
+  record_path(tf32 ? "ffn_backward:cuda:sm90:tf32" : "ffn_backward:cuda:sm90:3xtf32", "aten_matmul");
+  return true;
+}
+
+}  // namespace styleforge

@@ -1,0 +1,15 @@
+// The feed-forward network on matrix products of our own (csrc/cuda/gemm), with everything else in their epilogues.
+#pragma once
+
+#include "../fused_ffn.h"
+
+namespace styleforge {
+
+// Nothing where the kernels do not take both products: dtype, shape, device, or cuBLAS is faster.
+std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden);
+
+// out = a b, a [m, k] with neighbouring k in memory, b [k, n] of any strides, out [m, n] dense; for the backward. Does
+// nothing and says false where the kernels do not take it.
+bool run_gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool tf32);
+
+}  // namespace styleforge
