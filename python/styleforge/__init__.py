@@ -9,6 +9,7 @@ from __future__ import annotations
 from styleforge import ops
 from styleforge._library import StyleforgeCudaWarning, StyleforgeLibraryError, diagnostics, last_path
 from styleforge._version import __version__
+from styleforge.fuse import fuse, unfuse
 from styleforge.nn import FusedConvInstanceNormReLU, FusedFFN, FusedInstanceNorm2d, ResidualBlock
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "StyleforgeLibraryError",
     "__version__",
     "diagnostics",
+    "fuse",
     "last_path",
     "ops",
+    "unfuse",
 ]
