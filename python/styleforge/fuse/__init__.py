@@ -11,7 +11,10 @@ finds the sites, ``_graph`` rewrites fx graphs with ``_calls`` and ``_attention`
 
 from __future__ import annotations
 
+from styleforge.fuse import backend
 from styleforge.fuse._fuse import fuse, unfuse
 from styleforge.fuse._report import Fused, FusionReport, NotFused
 
 __all__ = ["Fused", "FusionReport", "NotFused", "fuse", "unfuse"]
+
+backend.register()
