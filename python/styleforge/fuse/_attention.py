@@ -85,9 +85,13 @@ def encoder_layer(
     """``torch._transformer_encoder_layer_fwd``, argument for argument: a transformer layer in inference."""
 
     def attention(x: Tensor) -> Tensor:
-        return self_attention(
-            x, num_heads, qkv_weight, qkv_bias, out_weight, out_bias, key_padding_mask
-        )
+        weights = (qkv_weight, qkv_bias, out_weight, out_bias)
+        if available():
+            return self_attention(x, num_heads, *weights, key_padding_mask)
+        output: Tensor = torch._native_multi_head_attention(
+            x, x, x, embed_dim, num_heads, *weights, key_padding_mask, False, True, mask_type
+        )[0]
+        return output
 
     def feed_forward(x: Tensor, residual: Tensor) -> Tensor:
         activation = "gelu" if use_gelu else "relu"

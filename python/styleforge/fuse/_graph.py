@@ -84,8 +84,8 @@ def _step(node: fx.Node, users: list[Any], root: nn.Module) -> Step:
         if node.target in _functions.NEEDS_CONSTANTS:
             args, kwargs = fx.map_arg((args, kwargs), _constant)  # type: ignore[assignment]
         operation = _functions.describe(node.target, args, kwargs)  # type: ignore[arg-type]
-        if isinstance(operation, ops.Attention) and not all(_takes_output(user) for user in users):
-            operation = replace(operation, problem="its attention weights are used")
+        if isinstance(operation, (ops.Attention, ops.EncoderLayer)):
+            operation = _checked(operation, users)
         step = Step(node, _call_name(node), operation, users)
         if _in_place(node):
             step.writes = values if "out" in node.kwargs else values[:1]
@@ -93,6 +93,22 @@ def _step(node: fx.Node, users: list[Any], root: nn.Module) -> Step:
     if not isinstance(operation, _NEW) or step.writes:
         step.aliases = values
     return step
+
+
+def _checked(
+    operation: ops.Attention | ops.EncoderLayer, users: list[Any]
+) -> ops.Attention | ops.EncoderLayer:
+    """The attention, refused where its weights are read or its mask is added instead of taken as yes and no."""
+    if isinstance(operation, ops.Attention):
+        mask = operation.key_padding_mask
+        if not all(_takes_output(user) for user in users):
+            return replace(operation, problem="its attention weights are used")
+    else:
+        mask = operation.arguments[18]
+    value = mask.meta.get("example_value") if isinstance(mask, fx.Node) else None
+    if mask is not None and (value is None or value.dtype != torch.bool):
+        return replace(operation, problem="its padding mask is not boolean")
+    return operation
 
 
 def _constant(node: fx.Node) -> Any:

@@ -83,7 +83,9 @@ class AttentionSite:
     input: Ref
     operation: ops.Attention | ops.EncoderLayer
 
-    operator = "fused_attention"
+    operator = property(
+        lambda self: "fused_attention" if isinstance(self.operation, ops.Attention) else "fused_ffn"
+    )
 
 
 Site = NormSite | FFNSite | AttentionSite
@@ -311,7 +313,7 @@ class Finder:
         kind = "attention" if isinstance(operation, ops.Attention) else "TransformerEncoderLayer"
         if operation.problem is not None:
             self._leave(step, kind, operation.problem)
-        elif not self.attention:
+        elif not self.attention and isinstance(operation, ops.Attention):
             self._leave(step, kind, "this styleforge has no fused_attention")
         else:
             self._take(AttentionSite([step], operation.input, operation))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As ``nn.MultiheadAttention``."""
         masked = attn_mask is not None and not is_causal
-        mask_fits = key_padding_mask is None or key_padding_mask.dtype.is_floating_point is False
+        mask_fits = key_padding_mask is None or key_padding_mask.dtype == torch.bool
         own = query is key and key is value and query.dim() == 3 and not query.is_nested
         drops = self.training and self.dropout > 0
         if need_weights or masked or not mask_fits or not own or drops:
