@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from styleforge.fuse import _in_place
 from styleforge.fuse import _operations as ops
 from styleforge.fuse._operations import Operation
 
@@ -35,7 +36,7 @@ _SILUS = {F.silu, torch._C._nn.silu}
 _SIGMOIDS = {F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"}
 _TANHS = {F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"}
 _ADDS = {operator.add, torch.add, "add", "__add__"}
-_ADDS_IN_PLACE = {operator.iadd, "add_", "__iadd__"}
+_ADDS_IN_PLACE = {operator.iadd, _in_place.iadd, "add_", "__iadd__"}
 _CONVS = {F.conv2d, torch.conv2d}
 _LINEARS = {F.linear, torch._C._nn.linear}
 _GELUS = {F.gelu, torch._C._nn.gelu}

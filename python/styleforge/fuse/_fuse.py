@@ -80,6 +80,8 @@ def _copy(module: Any, memo: dict[int, nn.Module]) -> Any:
 
     As ``torch.nn.parallel.replicate`` makes its replicas.
     """
+    if isinstance(module, torch.jit.ScriptModule):  # its state is not in Python
+        return module
     if id(module) in memo:
         return memo[id(module)]
     new = module.__new__(type(module))

@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
+from styleforge.fuse import _in_place as _in_place_functions
 from styleforge.fuse import _attention, _calls, _functions, _layers
 from styleforge.fuse import _operations as ops
 from styleforge.fuse._operations import Attribute, Ref
@@ -135,6 +136,8 @@ def _in_place(node: fx.Node) -> bool:
     if node.op == "call_method" and (name == "__setitem__" or name.startswith("__i")):
         return True
     module = getattr(node.target, "__module__", None)
+    if module == _in_place_functions.__name__:
+        return True
     if module in ("operator", "_operator"):
         return name in ("setitem", "delitem") or (name.startswith("i") and name not in _NOT_IN_PLACE)
     if (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("out") is not None:

@@ -22,7 +22,7 @@ import torch.fx as fx
 import torch.nn as nn
 from torch import Tensor
 
-from styleforge.fuse import _layers
+from styleforge.fuse import _in_place, _layers
 
 _CONSTANTS = (type(None), bool, int, float, str)
 _MOST_SIGNATURES = 8
@@ -121,7 +121,8 @@ def trace(module: nn.Module, signature: Signature, leaf: Callable[[str, nn.Modul
     with _no_traces_left(module):
         try:
             graph = tracer.trace(module)
-        except NotTraceable:
+        except NotTraceable as error:
+            error.where = error.where or tracer.inside[-1]
             raise
         except Exception as error:
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -129,7 +130,32 @@ def trace(module: nn.Module, signature: Signature, leaf: Callable[[str, nn.Modul
     return Trace(graph, tracer.scopes, tracer.entered, tracer.asked_for_pair)
 
 
-class _Argument(fx.Proxy):
+class _Value(fx.Proxy):
+    """Stands for a result; ``+=`` is written down as what it is."""
+
+    def _apply(self, function: Callable[[Any, Any], Any], other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:  # type: ignore[misc]
+        return self._apply(_in_place.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:  # type: ignore[misc]
+        return self._apply(_in_place.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:  # type: ignore[misc]
+        return self._apply(_in_place.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:  # type: ignore[misc]
+        return self._apply(_in_place.itruediv, other)
+
+    def _unknown(self, other: Any) -> fx.Proxy:
+        raise NotTraceable("its forward has an assignment that is not followed (**=, //=, %=, &=, |=, ^=, ...)")
+
+    __ipow__ = __ifloordiv__ = __imod__ = __iand__ = __ior__ = __ixor__ = __imatmul__ = _unknown
+    __ilshift__ = __irshift__ = _unknown
+
+
+class _Argument(_Value):
     """Stands for an argument that is a tensor for sure."""
 
 
@@ -171,6 +197,9 @@ class _Tracer(fx.Tracer):
             result = super().call_module(m, forward, args, kwargs)
         self.inside.pop()  # not where it raises: the last one entered is the one to blame
         return result
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
