@@ -116,7 +116,7 @@ def _subclass(cls: type, source: str, names: dict[str, Any], note: str) -> type:
 
 def _new_subclass(cls: type, source: str, names: dict[str, Any], note: str) -> type:
     filename = f"<styleforge.fuse {cls.__qualname__} {next(_counter)}>"
-    scope: dict[str, Any] = {**names, "__name__": __name__}
+    scope: dict[str, Any] = dict(names)  # without __name__: Dynamo would look for the names in that module
     functions: dict[str, Any] = {}
     exec(compile(source, filename, "exec"), scope, functions)
     # Tracebacks, debuggers and TorchScript read the source from here.

@@ -10,6 +10,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import Any
 
@@ -86,8 +87,10 @@ def register() -> None:
 
 
 def _register_in(registry: ModuleType) -> None:
-    if NAME not in registry._COMPILER_FNS:
-        registry.register_backend(styleforge, name=NAME)
+    # As the entry point of an installed package would be, which may come before this or later: registering the
+    # function itself twice, once by either way, is an error in PyTorch.
+    value = f"{__name__}:{styleforge.__name__}"
+    registry._BACKENDS.setdefault(NAME, EntryPoint(NAME, value, "torch_dynamo_backends"))
 
 
 class _WhenDynamoComes(importlib.abc.MetaPathFinder):
