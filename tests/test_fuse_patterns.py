@@ -281,7 +281,7 @@ def _written_to_between_sum_and_activation(m: Any, x: Tensor) -> Tensor:
 
 def _pad_used_twice(m: Any, x: Tensor) -> Tensor:
     y = F.pad(x, (1, 1, 1, 1), mode="reflect")
-    return m.n(m.c(y)) + y[:, :, :-0 or None, :].mean()
+    return m.n(m.c(y)) + y[:, :, : -0 or None, :].mean()
 
 
 GRAPHS: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {

@@ -6,7 +6,7 @@ the modules, ``styleforge.models`` the networks.
 
 from __future__ import annotations
 
-from styleforge import ops
+from styleforge import jit, ops
 from styleforge._library import StyleforgeCudaWarning, StyleforgeLibraryError, diagnostics, last_path
 from styleforge._version import __version__
 from styleforge.fuse import fuse, unfuse
@@ -22,6 +22,7 @@ __all__ = [
     "__version__",
     "diagnostics",
     "fuse",
+    "jit",
     "last_path",
     "ops",
     "unfuse",

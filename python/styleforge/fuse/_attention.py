@@ -96,9 +96,7 @@ def encoder_layer(
     def feed_forward(x: Tensor, residual: Tensor) -> Tensor:
         activation = "gelu" if use_gelu else "relu"
         weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        return _calls.ffn(
-            x, *weights, residual, activation, 0.0, False, 0.0, False, matmul_precision()
-        )
+        return _calls.ffn(x, *weights, residual, activation, 0.0, False, 0.0, False, matmul_precision())
 
     def norm1(x: Tensor) -> Tensor:
         return F.layer_norm(x, (embed_dim,), norm1_weight, norm1_bias, eps)

@@ -54,7 +54,9 @@ class Signature:
             elif defaults[name] is None or isinstance(defaults[name], bool):
                 terms.append(f"{name} is {defaults[name]}")
             else:
-                terms.append(f"type({name}) is {type(defaults[name]).__name__} and {name} == {defaults[name]!r}")
+                terms.append(
+                    f"type({name}) is {type(defaults[name]).__name__} and {name} == {defaults[name]!r}"
+                )
         return " and ".join(terms) or "True"
 
 
@@ -149,7 +151,9 @@ class _Value(fx.Proxy):
         return self._apply(_in_place.itruediv, other)
 
     def _unknown(self, other: Any) -> fx.Proxy:
-        raise NotTraceable("its forward has an assignment that is not followed (**=, //=, %=, &=, |=, ^=, ...)")
+        raise NotTraceable(
+            "its forward has an assignment that is not followed (**=, //=, %=, &=, |=, ^=, ...)"
+        )
 
     __ipow__ = __ifloordiv__ = __imod__ = __iand__ = __ior__ = __ixor__ = __imatmul__ = _unknown
     __ilshift__ = __irshift__ = _unknown
@@ -160,9 +164,7 @@ class _Argument(_Value):
 
 
 class _Tracer(fx.Tracer):
-    def __init__(
-        self, root: nn.Module, signature: Signature, leaf: Callable[[str, nn.Module], bool]
-    ) -> None:
+    def __init__(self, root: nn.Module, signature: Signature, leaf: Callable[[str, nn.Module], bool]) -> None:
         super().__init__()
         self.signature = signature
         self.leaf = leaf

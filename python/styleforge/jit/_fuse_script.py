@@ -61,6 +61,7 @@ def fuse_script(
 
 
 def _rewrite(graph: Any, report: FusionReport) -> None:
+    _hoist_parameters(graph)
     blocks = [graph.block()]
     while blocks:
         block = blocks.pop()
@@ -69,6 +70,18 @@ def _rewrite(graph: Any, report: FusionReport) -> None:
             blocks += list(node.blocks())
     torch._C._jit_pass_dce(graph)
     torch._C._jit_pass_lint(graph)
+
+
+def _hoist_parameters(graph: Any) -> None:
+    """Parameters are read in front of branches, and once: freezing leaves them to each branch of a norm layer."""
+    if graph.findNode("prim::SetAttr") is not None:
+        return
+    for node in graph.nodes():
+        owners = {value.debugName() for inner in _nodes.inside(node) for value in inner.outputs()}
+        for inner in list(_nodes.inside(node)):
+            if inner.kind() == "prim::GetAttr" and inner.inputsAt(0).debugName() not in owners:
+                inner.moveBefore(node)
+    torch._C._jit_pass_cse(graph)
 
 
 def _rewrite_block(graph: Any, block: Any, report: FusionReport) -> None:

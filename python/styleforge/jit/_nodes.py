@@ -20,7 +20,19 @@ Block = Any
 _ACTIVATIONS = ("relu", "silu", "sigmoid", "tanh")
 _PADS = {"aten::reflection_pad2d": "reflect", "aten::replication_pad2d": "replicate"}
 # What a size goes through on its way to an error message.
-_INTEGERS = ("size", "dim", "len", "eq", "ne", "mul", "sub", "format", "__getitem__", "__contains__", "__not__")
+_INTEGERS = (
+    "size",
+    "dim",
+    "len",
+    "eq",
+    "ne",
+    "mul",
+    "sub",
+    "format",
+    "__getitem__",
+    "__contains__",
+    "__not__",
+)
 _INTEGERS += ("__range_length", "__derive_index")
 _MESSAGES = ("aten::format", "aten::warn", "prim::RaiseException", "prim::Constant")
 
@@ -229,10 +241,14 @@ def describe(node: Node) -> Operation | None:
         return ops.Linear(x, values[1], values[2])
     if name in ("dropout", "feature_dropout"):
         return ops.Identity(x) if values[2].toIValue() is False else None
+    if name.startswith("conv_transpose"):
+        return ops.Other(x, "ConvTranspose")
     if name == "_transformer_encoder_layer_fwd":
         return ops.Other(x, "TransformerEncoderLayer in inference")
     if name == "add" and len(values) == 3 and str(values[1].type()) == "Tensor":
-        return ops.Add(x, Name(values[1].debugName()), kind.endswith("_")) if values[2].toIValue() == 1 else None
+        return (
+            ops.Add(x, Name(values[1].debugName()), kind.endswith("_")) if values[2].toIValue() == 1 else None
+        )
     return None
 
 
@@ -262,4 +278,6 @@ def _instance_norm(x: str, values: list[Value]) -> Operation:
 
 
 def _is_none(value: Value) -> bool:
-    return str(value.type()) == "NoneType" or (value.node().kind() == "prim::Constant" and value.node().mustBeNone())
+    return str(value.type()) == "NoneType" or (
+        value.node().kind() == "prim::Constant" and value.node().mustBeNone()
+    )
