@@ -115,7 +115,7 @@ class FlowEncoder(nn.Module):
         self.conv2 = nn.Conv2d(2 * w, out_channels, kernel_size=1)
 
     def forward(self, x):  # type: ignore[no-untyped-def]
-        is_list = isinstance(x, tuple) or isinstance(x, list)
+        is_list = isinstance(x, tuple) or isinstance(x, list)  # noqa: SIM101
         if is_list:
             batch_dim = x[0].shape[0]
             x = torch.cat(x, dim=0)

@@ -1,4 +1,4 @@
-"""``styleforge.fuse`` on whole networks: equal, complete, and nothing about the model changes but its speed."""
+"""``styleforge.fuse`` on whole networks: equal, complete, and of the model nothing changes but its speed."""
 
 from __future__ import annotations
 

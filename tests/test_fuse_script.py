@@ -22,8 +22,8 @@ from test_fuse import OPERATORS, Calls, converted, exact_floats
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 CONV, NORM, FFN = OPERATORS[:3]
 
-# Not scripted: two_streams (a list and a tensor under one name), functional (integer scale factor). Of transformer
-# layers, only what is not PyTorch's own call for the whole layer is fused.
+# Not scripted: two_streams (a list and a tensor under one name), functional (integer scale factor).
+# PyTorch's own transformer layers are one call in inference, which stays.
 SCRIPTED = ["transformer_net", "cyclegan_reflect", "cyclegan_zeros", "unet_stage", "vit"]
 TRACED = [
     "transformer_net",
@@ -65,7 +65,6 @@ def test_equal_complete_and_saved_again(how: str, name: str, device: str, dtype:
     original = scripted(how, model, inputs)
     fused = styleforge.jit.fuse_script(original)
     report = fused.styleforge_report
-    # TorchScript computes the two equal upsamplings of `functional` once, so that is not taken into one of them.
     found = {op: report.count(op) for op in (CONV, NORM, FFN)}
     assert found == {CONV: case.conv, NORM: case.norm, FFN: case.ffn}, report
     assert [n for n, _ in fused.named_parameters()] == [n for n, _ in model.named_parameters()]

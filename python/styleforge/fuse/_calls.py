@@ -1,13 +1,13 @@
 """What rewritten networks call: the operators, for whatever the layers that they replace accept.
 
-A network that is rewritten without running it says nothing of ranks, dtypes and sizes. What depends on them is
-decided here at each call: pictures without a batch, additions that broadcast or promote, dropout in training.
-The functions also compile as TorchScript, with the ``precision`` that held when the network was rewritten;
-elsewhere PyTorch's flags are asked at each call.
+A network that is rewritten without running it says nothing of ranks, dtypes and sizes. What depends on them
+is decided here at each call: pictures without a batch, additions that broadcast or promote, dropout in
+training. The functions also compile as TorchScript, with the ``precision`` that held when the network was
+rewritten; elsewhere PyTorch's flags are asked at each call.
 """
 
 # No `from __future__ import annotations`: TorchScript reads the annotations.
-from typing import List, Optional  # noqa: UP035
+from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ def conv_instance_norm(
             negative_slope,
             unbatched,
         )
-    if not torch.jit.is_scripting():
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         precision = conv_precision()
     sizes = [
         input.size(0),
@@ -72,7 +72,7 @@ def conv_instance_norm(
         (input.size(3) * upsample + 2 * padding[1] - weight.size(3)) // stride[1] + 1,
     ]
     fits = _fits(residual, input, sizes)
-    output = torch.ops.styleforge.fused_conv_instance_norm_relu(
+    output: Tensor = torch.ops.styleforge.fused_conv_instance_norm_relu(
         input,
         weight,
         bias,
@@ -110,12 +110,12 @@ def instance_norm(
     if picture:
         input = input.unsqueeze(0)
     if input.dim() != 4:  # F.instance_norm is there for signals and volumes too
-        output = F.instance_norm(input, None, None, weight, bias, True, 0.1, eps)
+        normed = F.instance_norm(input, None, None, weight, bias, True, 0.1, eps)
         if residual is not None:
-            output = output + residual
-        return activate(output, activation, negative_slope)
+            normed = normed + residual
+        return activate(normed, activation, negative_slope)
     fits = _fits(residual, input, [input.size(0), input.size(1), input.size(2), input.size(3)])
-    output = torch.ops.styleforge.fused_instance_norm(
+    output: Tensor = torch.ops.styleforge.fused_instance_norm(
         input,
         weight,
         bias,
@@ -162,7 +162,7 @@ def ffn(
         output = F.linear(F.dropout(hidden, hidden_dropout), fc2_weight, fc2_bias)
         fits = False
     else:
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             precision = matmul_precision()
         fits = not (output_training and output_dropout > 0.0)
         if fits:
@@ -190,8 +190,8 @@ def _fits(residual: Optional[Tensor], like: Tensor, sizes: List[int]) -> bool:
     """Whether the operator can add it: no broadcasting, no type promotion, no other device."""
     if residual is None:
         return True
-    if not torch.jit.is_scripting() and not isinstance(residual, Tensor):
-        return False  # a number
+    if not torch.jit.is_scripting() and not isinstance(residual, Tensor):  # type: ignore[attr-defined]
+        return False  # type: ignore[unreachable]  # a number
     if residual.dtype != like.dtype or residual.dim() != len(sizes) or residual.device != like.device:
         return False
     fits = True

@@ -150,4 +150,5 @@ def _rebuild(cls: type[nn.Module], source: str, names: dict[str, Any], note: str
     """A module of the rewritten class without its state, for copies and pickles."""
     found = {n: importlib.import_module(v) if kind == "module" else v for n, (kind, v) in names.items()}
     fused = _subclass(cls, source, found, note)
-    return fused.__new__(fused)  # type: ignore[no-any-return]
+    new: nn.Module = fused.__new__(fused)  # type: ignore[call-overload]
+    return new

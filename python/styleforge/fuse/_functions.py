@@ -49,7 +49,7 @@ NEEDS_CONSTANTS = {F.instance_norm, F.interpolate, F.multi_head_attention_forwar
 def describe(
     target: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Operation | None:
-    """What a call of ``target`` (a function, or a method's name) computes; None where it is not known here."""
+    """What a call of ``target`` (a function, or a method's name) computes; None where that is not known."""
     if target in _CONVS:
         given = _bind(_CONV2D, args, kwargs)
         if given is None:
@@ -68,17 +68,18 @@ def describe(
         return ops.Activation(args[0], "silu")
     if target in _LEAKY:
         given = _bind(("input", "negative_slope", "inplace"), args, {"inplace": False, **kwargs})
-        slope = given and given["negative_slope"]
-        return ops.Activation(given["input"], "leaky_relu", slope) if given and _real(slope) else None
+        if given is None or not _real(given["negative_slope"]):
+            return None
+        return ops.Activation(given["input"], "leaky_relu", float(given["negative_slope"]))
     if target in _GELUS:
         given = _bind(("input", "approximate"), args, kwargs)
         return ops.gelu(given["input"], given["approximate"]) if given else None
     if target in _PADS:
         given = _bind(_PAD, args, kwargs)
-        return given and ops.pad(*(given[name] for name in _PAD))
+        return ops.pad(*(given[name] for name in _PAD)) if given else None
     if target is F.interpolate:
         given = bound(F.interpolate, args, kwargs)
-        return given and ops.upsample(*given.values())
+        return ops.upsample(*given.values()) if given else None
     if target in _LINEARS:
         given = _bind(("input", "weight", "bias"), args, kwargs)
         return ops.Linear(given["input"], given["weight"], given["bias"]) if given else None
@@ -118,7 +119,7 @@ def _transformer(
 ) -> Operation | None:
     if target is F.multi_head_attention_forward:
         given = bound(F.multi_head_attention_forward, args, kwargs)
-        return given and _attention_function(given)
+        return _attention_function(given) if given else None
     if target is torch._native_multi_head_attention:
         return _native_attention(args, kwargs)
     if target is torch._transformer_encoder_layer_fwd and not kwargs and len(args) == 20:
@@ -158,8 +159,8 @@ def _attention_function(given: dict[str, Any]) -> Operation:
 
 
 def _native_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operation | None:
-    names = ("query", "key", "value", "embed_dim", "num_head", "qkv_weight", "qkv_bias", "proj_weight")
-    names += ("proj_bias", "mask", "need_weights", "average_attn_weights", "mask_type")
+    names = ["query", "key", "value", "embed_dim", "num_head", "qkv_weight", "qkv_bias", "proj_weight"]
+    names += ["proj_bias", "mask", "need_weights", "average_attn_weights", "mask_type"]
     defaults = {"mask": None, "need_weights": True, "average_attn_weights": True, "mask_type": None}
     if len(args) > len(names):
         return None
@@ -200,7 +201,7 @@ def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any])
 def bound(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The arguments of a Python function by name, with defaults; None where it has no signature or they do not fit."""
+    """The arguments of a Python function by name, with defaults; None where they do not fit."""
     try:
         found = inspect.signature(function).bind(*args, **kwargs)
     except (TypeError, ValueError):

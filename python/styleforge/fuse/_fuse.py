@@ -1,9 +1,9 @@
-"""``styleforge.fuse`` and ``styleforge.unfuse``: which modules get a rewritten forward, and which layers change."""
+"""``styleforge.fuse`` and ``styleforge.unfuse``: whose forward is rewritten, and which layers change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,17 +23,18 @@ _REPORT = "styleforge_report"
 def fuse(model: M, *, inplace: bool = False, verbose: bool = False) -> M:
     """Puts the fused operators into an existing model.
 
-    Fused are: padding (``ReflectionPad2d``, ``ReplicationPad2d``, ``ZeroPad2d``, ``padding_mode``, ``F.pad``)
-    and nearest upsampling by two, ``Conv2d``, ``InstanceNorm2d``, activation, with the addition of a shortcut
-    before the activation; ``InstanceNorm2d`` alone or with what follows it; Linear, GELU/ReLU/SiLU, (Dropout,)
-    Linear, with the addition after it; ``nn.MultiheadAttention`` and the feed-forward part of transformer
-    layers. Layers and their functional forms are alike. What cannot be proven equal stays as it is.
+    Fused are: padding (``ReflectionPad2d``, ``ReplicationPad2d``, ``ZeroPad2d``, ``padding_mode``,
+    ``F.pad``) and nearest upsampling by two, ``Conv2d``, ``InstanceNorm2d``, activation, with the addition
+    of a shortcut before the activation; ``InstanceNorm2d`` alone or with what follows it; Linear,
+    GELU/ReLU/SiLU, (Dropout,) Linear, with the addition after it; ``nn.MultiheadAttention`` and the
+    feed-forward part of transformer layers. Layers and their functional forms are alike. What cannot be
+    proven equal stays as it is.
 
     The result is of the same class (a subclass of it), with the same submodules, parameter names, hooks and
-    methods: state dicts fit either way, and parameters are shared with ``model``. Forwards are read once, by
-    ``torch.fx``: plain Python attributes that they read (a flag, a factor) are fixed from then on; a forward
-    that cannot be followed is left, and its submodules are treated one by one. Hooks that are added later to a
-    layer inside a fused place do not run; hooks that are there keep it from being fused.
+    methods; state dicts fit either way, and parameters are shared with ``model``. Forwards are read once, by
+    ``torch.fx``. Plain Python attributes that they read (a flag, a factor) are fixed from then on. A forward
+    that cannot be followed is left, and its submodules are treated one by one. Hooks on a layer keep it from
+    being fused; hooks that are added later to a layer inside of a fused place do not run.
 
     Args:
         model: any module, in either mode, on any device, in any dtype; not a ScriptModule
@@ -172,7 +173,6 @@ class _Fusion:
     def _follow(self, module: nn.Module) -> tuple[Finder, Trace]:
         """Traces with everything followed that can be; what cannot stays a call."""
         opaque: set[str] = set()
-        first: NotTraceable | None = None
         while True:
             error = None
             for signature in _all_signatures(module, opaque):
@@ -184,8 +184,7 @@ class _Fusion:
                 finder = Finder(_graph.steps_of(traced.graph, module), _graph.attention_available())
                 finder.find()
                 return finder, traced
-            first = first or error
-            if error is None or error.where == "" or error.where in opaque:
+                if error is None or error.where == "" or error.where in opaque:
                 raise error or NotTraceable("its forward cannot be traced")
             opaque.add(error.where)
 
@@ -251,10 +250,8 @@ def _all_signatures(
     parameters = parameters_of(module)
     pairs: set[str] = set()
     for signature in signatures(parameters):
-        try:
+        with suppress(NotTraceable):
             pairs |= trace(module, signature, _leaf(opaque, inside)).asked_for_pair
-        except NotTraceable:
-            pass
         yield signature
     for signature in signatures(parameters, pairs) if pairs else ():
         if any(kind == "pair" for _, kind in signature.kinds):
@@ -314,7 +311,7 @@ def _common(scopes: list[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def _close(reach: dict[str, set[str]]) -> None:
-    """A module that another's site reaches into is rewritten there, with everything that its own sites reach."""
+    """A module that another's site reaches into is rewritten there, with all that its own sites reach."""
     changed = True
     while changed:
         changed = False

@@ -10,8 +10,8 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
-from styleforge.fuse import _in_place as _in_place_functions
 from styleforge.fuse import _attention, _calls, _functions, _layers
+from styleforge.fuse import _in_place as _in_place_functions
 from styleforge.fuse import _operations as ops
 from styleforge.fuse._operations import Attribute, Ref
 from styleforge.fuse._patterns import AttentionSite, FFNSite, Finder, Left, NormSite, Site, Step
@@ -83,8 +83,8 @@ def _step(node: fx.Node, users: list[Any], root: nn.Module) -> Step:
     else:
         args, kwargs = node.args, dict(node.kwargs)
         if node.target in _functions.NEEDS_CONSTANTS:
-            args, kwargs = fx.map_arg((args, kwargs), _constant)  # type: ignore[assignment]
-        operation = _functions.describe(node.target, args, kwargs)  # type: ignore[arg-type]
+            args, kwargs = fx.map_arg((args, kwargs), _constant)
+        operation = _functions.describe(node.target, args, kwargs)
         if isinstance(operation, (ops.Attention, ops.EncoderLayer)):
             operation = _checked(operation, users)
         step = Step(node, _call_name(node), operation, users)
@@ -99,7 +99,7 @@ def _step(node: fx.Node, users: list[Any], root: nn.Module) -> Step:
 def _checked(
     operation: ops.Attention | ops.EncoderLayer, users: list[Any]
 ) -> ops.Attention | ops.EncoderLayer:
-    """The attention, refused where its weights are read or its mask is added instead of taken as yes and no."""
+    """The attention, refused where its weights are read or its padding mask is not boolean."""
     if isinstance(operation, ops.Attention):
         mask = operation.key_padding_mask
         if not all(_takes_output(user) for user in users):
@@ -238,7 +238,7 @@ def call_of(site: Site) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 
 def padding_of(site: NormSite) -> tuple[tuple[int, int], str]:
-    """Padding and its mode: of the layer before the convolution where there is one, else the convolution's."""
+    """Padding and its mode, of the layer before the convolution where there is one."""
     assert site.conv is not None
     if site.pad is not None:
         return site.pad.padding, site.pad.padding_mode
@@ -266,6 +266,6 @@ def _ignore_weights(graph: fx.Graph, root: nn.Module) -> None:
 
 
 def _takes_output(user: fx.Node) -> bool:
-    """Whether it takes the first item of a pair; ``a, b = pair`` takes the second too, even where b is unused."""
+    """Whether it takes the first item of a pair; the second one of ``a, _ = pair`` does not count."""
     is_item = user.op == "call_function" and _call_name(user) == "getitem"
-    return is_item and (user.args[1] == 0 or not user.users)
+    return is_item and bool(user.args[1] == 0 or not user.users)

@@ -108,7 +108,7 @@ class Linear(Operation):
 
 @dataclass(frozen=True)
 class Dropout(Operation):
-    """Dropout of single elements; probability and mode may be references to what the layer says at each call."""
+    """Dropout of single elements; probability and mode may be what the layer says at each call."""
 
     probability: Ref
     training: Ref

@@ -329,7 +329,7 @@ class Finder:
         if key not in self._roots:
             step = self._step(key)
             if step is None or step.outside:
-                found = frozenset([_OUTSIDE])
+                found: frozenset[Key] = frozenset([_OUTSIDE])
             else:
                 found = frozenset([key]).union(*(self.roots(alias) for alias in step.aliases))
             self._roots[key] = found

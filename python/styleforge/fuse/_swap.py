@@ -12,8 +12,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from styleforge.fuse import _attention, _calls, _layers
-from styleforge.ops import matmul_precision
 from styleforge.nn.fused_ffn import _activation_of
+from styleforge.ops import matmul_precision
 
 
 class FusedMultiheadAttention(nn.MultiheadAttention):

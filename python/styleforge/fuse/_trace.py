@@ -1,8 +1,8 @@
 """Traces one module's forward symbolically, and refuses where the trace would not be the forward.
 
-``torch.fx`` runs the forward once with stand-ins for tensors and writes down what is done to them. What Python
-decides on the way is decided for good, so whatever could decide otherwise on another call is either a
-condition of the trace (``Signature``: which arguments are tensors, which are left at their defaults) or a
+``torch.fx`` runs the forward once with stand-ins for tensors and writes down what is done to them. What
+Python decides on the way is decided for good, so whatever could decide otherwise on another call is either
+a condition of the trace (``Signature``: which arguments are tensors, which are left at their defaults) or a
 reason not to trust it: attributes that the forward sets, random numbers, tensors that it makes.
 """
 
@@ -138,16 +138,16 @@ class _Value(fx.Proxy):
     def _apply(self, function: Callable[[Any, Any], Any], other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 
-    def __iadd__(self, other: Any) -> fx.Proxy:  # type: ignore[misc]
+    def __iadd__(self, other: Any) -> fx.Proxy:
         return self._apply(_in_place.iadd, other)
 
-    def __isub__(self, other: Any) -> fx.Proxy:  # type: ignore[misc]
+    def __isub__(self, other: Any) -> fx.Proxy:
         return self._apply(_in_place.isub, other)
 
-    def __imul__(self, other: Any) -> fx.Proxy:  # type: ignore[misc]
+    def __imul__(self, other: Any) -> fx.Proxy:
         return self._apply(_in_place.imul, other)
 
-    def __itruediv__(self, other: Any) -> fx.Proxy:  # type: ignore[misc]
+    def __itruediv__(self, other: Any) -> fx.Proxy:
         return self._apply(_in_place.itruediv, other)
 
     def _unknown(self, other: Any) -> fx.Proxy:

@@ -1,4 +1,5 @@
-"""``torch.compile(model, backend="styleforge")``: fused operators in what Dynamo captured, Inductor for the rest.
+"""``torch.compile(model, backend="styleforge")``: fused operators in what Dynamo captured, Inductor for the
+rest.
 
 Installed, the backend is found by its entry point (group ``torch_dynamo_backends`` in pyproject.toml) without
 an import; ``import styleforge`` registers it too, for source trees that are not installed.
@@ -87,8 +88,8 @@ def register() -> None:
 
 
 def _register_in(registry: ModuleType) -> None:
-    # As the entry point of an installed package would be, which may come before this or later: registering the
-    # function itself twice, once by either way, is an error in PyTorch.
+    # As the entry point of an installed package would be, which may come before this or later: registering
+    # the function itself twice, once by either way, is an error in PyTorch.
     value = f"{__name__}:{styleforge.__name__}"
     registry._BACKENDS.setdefault(NAME, EntryPoint(NAME, value, "torch_dynamo_backends"))
 

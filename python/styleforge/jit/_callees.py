@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations`: TorchScript reads the annotations.
 from functools import cache
-from typing import Any, List, Optional  # noqa: UP035
+from typing import Any, List, Optional
 
 import torch
 from torch import Tensor

@@ -20,22 +20,22 @@ def fuse_script(
 ) -> torch.jit.ScriptModule:
     """Puts the fused operators into a scripted, traced or loaded TorchScript module.
 
-    The patterns are those of ``styleforge.fuse`` but attention. The module is inlined and its attributes become
-    constants, as ``torch.jit.freeze`` does, except for parameters, which stay parameters: ``to`` and
-    ``state_dict`` keep working, under the same names. The result saves and loads in programs that have loaded
-    styleforge's library, in Python (``import styleforge``) or C++. Checks whose only effect is an error message
-    about the size of a tensor between fused layers go with the layers. The precision of float32 on the GPU
-    (``torch.backends``) is that of now.
+    The patterns are those of ``styleforge.fuse`` but attention. The module is inlined and its attributes
+    become constants, as ``torch.jit.freeze`` does, except for parameters, which stay parameters: ``to`` and
+    ``state_dict`` keep working, under the same names. The result saves and loads in programs that have
+    loaded styleforge's library, in Python (``import styleforge``) or C++. Checks whose only effect is an
+    error message about the size of a tensor between fused layers go with the layers. The precision of
+    float32 on the GPU (``torch.backends``) is that of now.
 
     Args:
         module: in evaluation mode; not changed.
-        preserved_attrs: further methods and attributes to keep, as for ``torch.jit.freeze``; without them only
-            ``forward`` stays.
+        preserved_attrs: further methods and attributes to keep, as for ``torch.jit.freeze``; without them
+            only ``forward`` stays.
         verbose: print the report.
 
     Returns:
-        A new module that shares its parameters with ``module``. ``styleforge_report``, a ``FusionReport``, says
-        what was fused, what was not and why; it is not saved.
+        A new module that shares its parameters with ``module``. ``styleforge_report``, a ``FusionReport``,
+        says what was fused, what was not and why; it is not saved.
 
     Raises:
         TypeError: ``module`` is no ScriptModule.
@@ -48,7 +48,7 @@ def fuse_script(
         )
     if getattr(module, "training", False):
         raise ValueError("fuse_script: module is in training mode; call module.eval() first")
-    frozen = torch._C._freeze_module(module._c, list(preserved_attrs), True, True)
+    frozen: Any = torch._C._freeze_module(module._c, list(preserved_attrs), True, True)
     report = FusionReport()
     for name in ["forward", *preserved_attrs]:
         if frozen._has_method(name):
@@ -73,7 +73,7 @@ def _rewrite(graph: Any, report: FusionReport) -> None:
 
 
 def _hoist_parameters(graph: Any) -> None:
-    """Parameters are read in front of branches, and once: freezing leaves them to each branch of a norm layer."""
+    """Parameters are read in front of branches: freezing leaves that to each branch of a norm layer."""
     if graph.findNode("prim::SetAttr") is not None:
         return
     for node in graph.nodes():

@@ -11,7 +11,7 @@ from typing import Any
 
 from styleforge.fuse import _operations as ops
 from styleforge.fuse._operations import Operation
-from styleforge.fuse._patterns import Step
+from styleforge.fuse._patterns import Key, Step
 
 Node = Any  # torch._C.Node; its bindings have no types
 Value = Any
@@ -20,7 +20,7 @@ Block = Any
 _ACTIVATIONS = ("relu", "silu", "sigmoid", "tanh")
 _PADS = {"aten::reflection_pad2d": "reflect", "aten::replication_pad2d": "replicate"}
 # What a size goes through on its way to an error message.
-_INTEGERS = (
+_INTEGERS = {
     "size",
     "dim",
     "len",
@@ -32,8 +32,10 @@ _INTEGERS = (
     "__getitem__",
     "__contains__",
     "__not__",
-)
-_INTEGERS += ("__range_length", "__derive_index")
+} | {
+    "__range_length",
+    "__derive_index",
+}
 _MESSAGES = ("aten::format", "aten::warn", "prim::RaiseException", "prim::Constant")
 
 
@@ -92,9 +94,9 @@ def _step(key: str, node: Node, here: dict[str, Node]) -> Step:
     return step
 
 
-def _readers(node: Node, here: dict[str, Node]) -> list[str]:
+def _readers(node: Node, here: dict[str, Node]) -> list[Key]:
     """Names of the nodes that read a node's value for more than checks; a whole norm layer reads it once."""
-    found: list[str] = []
+    found: list[Key] = []
     for key in users_of(node.output(), here):
         user = here.get(key)
         layer = user is not None and norm_layer(user) is not None
@@ -107,7 +109,7 @@ _MAY_WRITE = ("prim::CallMethod", "prim::CallFunction", "prim::SetAttr", "prim::
 
 
 def users_of(value: Value, here: dict[str, Node]) -> list[str]:
-    """Names of the nodes of a block that read a value, themselves or inside of them; "<return>" for others."""
+    """Names of the nodes of a block that read a value, or have a node inside that does; "<return>" else."""
     names = {id(node): key for key, node in here.items()}  # the bindings give one object for one node
     found: list[str] = []
     for use in value.uses():
@@ -186,7 +188,7 @@ def _is_integer(node: Node) -> bool:
 
 
 def checks_of(value: Value, here: dict[str, Node]) -> Iterator[Node]:
-    """The nodes that check a value's size (``only_checks``), what reads before what is read, maybe repeatedly."""
+    """The nodes that check a value's size (``only_checks``), some of them more than once."""
     for key in users_of(value, here):
         node = here.get(key)
         if node is not None and only_checks(node, here):
@@ -265,7 +267,7 @@ def _convolution(name: str, x: str, values: list[Value]) -> Operation | None:
     return ops.conv(x, weight, bias, stride, padding, dilation, groups)
 
 
-def _instance_norm(x: str, values: list[Value]) -> Operation:
+def _instance_norm(x: str, values: list[Value]) -> ops.Norm:
     eps = values[7].toIValue()
     problem = None
     if not _is_none(values[3]) or not _is_none(values[4]):
