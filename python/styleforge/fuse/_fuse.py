@@ -184,7 +184,7 @@ class _Fusion:
                 finder = Finder(_graph.steps_of(traced.graph, module), _graph.attention_available())
                 finder.find()
                 return finder, traced
-                if error is None or error.where == "" or error.where in opaque:
+            if error is None or error.where == "" or error.where in opaque:
                 raise error or NotTraceable("its forward cannot be traced")
             opaque.add(error.where)
 
