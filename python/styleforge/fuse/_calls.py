@@ -187,11 +187,11 @@ def ffn(
 
 
 def _fits(residual: Optional[Tensor], like: Tensor, sizes: List[int]) -> bool:
-    """Whether the operator can add it: no broadcasting, no type promotion, no other device."""
+    """Whether the operator can add it: no number, no broadcasting, no type promotion, no other device."""
     if residual is None:
         return True
     if not torch.jit.is_scripting() and not isinstance(residual, Tensor):  # type: ignore[attr-defined]
-        return False  # type: ignore[unreachable]  # a number
+        return False  # type: ignore[unreachable]
     if residual.dtype != like.dtype or residual.dim() != len(sizes) or residual.device != like.device:
         return False
     fits = True
