@@ -5,7 +5,13 @@
   extern "C" void name() {}
 
 STUB(aoti_torch_get_current_cuda_stream)
+STUB(aoti_torch_cuda__efficient_attention_backward)
+STUB(aoti_torch_cuda__scaled_dot_product_cudnn_attention)
+STUB(aoti_torch_cuda__scaled_dot_product_efficient_attention)
+STUB(aoti_torch_cuda__scaled_dot_product_flash_attention)
+STUB(aoti_torch_cuda__scaled_dot_product_flash_attention_backward)
 STUB(aoti_torch_cuda_addmm_out)
+STUB(aoti_torch_cuda_baddbmm_out)
 STUB(aoti_torch_cuda_mm_out)
 STUB(aoti_torch_create_cuda_guard)
 STUB(aoti_torch_delete_cuda_guard)

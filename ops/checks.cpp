@@ -150,13 +150,13 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
+}  // namespace
+
 void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
   if (!same_device(tensor, input)) {
     fail(op, name, " must be on the device of input, ", device_text(input), ", got ", device_text(tensor));
   }
 }
-
-}  // namespace
 
 void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& input,
                 const std::vector<int64_t>* sizes) {

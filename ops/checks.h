@@ -52,6 +52,9 @@ Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes, bool c
 void check_norm_params(const char* op, const char* weight_name, const char* bias_name, const Tensor& input,
                        const OptionalTensor& weight, const OptionalTensor& bias, int64_t batch, int64_t channels);
 
+// A second tensor next to `input`: same device.
+void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& input);
+
 // A second tensor next to `input`: same device and dtype, and for `sizes` non-null exactly these sizes.
 void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& input,
                 const std::vector<int64_t>* sizes);

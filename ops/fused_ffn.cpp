@@ -1,5 +1,7 @@
 #include "fused_ffn.h"
 
+#include "matrix.h"
+
 namespace styleforge {
 
 namespace {
@@ -19,29 +21,6 @@ void check_bias(const char* name, const OptionalTensor& bias, const Tensor& inpu
   if (!bias) return;
   const std::vector<int64_t> expected{width};
   check_like(kOp, name, *bias, input, &expected);
-}
-
-// [rows, width] with dense rows, without a copy where the strides allow it.
-Tensor as_rows(const Tensor& tensor, int64_t rows) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  const int64_t width = sizes.back();
-  bool collapses = strides.back() == 1 || width <= 1;
-  int64_t inner = width, row_stride = width;  // of the leading dimensions looked at so far
-  bool first = true;
-  for (size_t d = sizes.size() - 1; collapses && d-- > 0;) {
-    if (sizes[d] == 1) continue;
-    collapses = first ? strides[d] >= width : strides[d] == inner;
-    if (first) row_stride = strides[d];
-    first = false;
-    inner = strides[d] * sizes[d];
-  }
-  if (collapses) return strided_view(tensor, {rows, width}, {row_stride, 1});
-  return strided_view(to_contiguous(tensor, false), {rows, width}, {width, 1});
-}
-
-Tensor transposed(const Tensor& matrix) {
-  return strided_view(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
 }
 
 // A dense bias, kept alive by `holder`.
@@ -182,10 +161,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_ffn_backward(const FfnBac
     const Tensor result = fresh_matrix(backend, input, a.size(0), b.size(1));
     backend.mm(result, a, b);
     return result;
-  };
-  const auto sum_of_rows = [&](const Tensor& matrix) {
-    const int64_t dim = 0;
-    return torch::stable::sum(matrix, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1));
   };
   Tensor grad_input = none();
   if (args.needs_input) {

@@ -15,6 +15,13 @@ STABLE_TORCH_LIBRARY(styleforge, m) {
       "fused_ffn(Tensor input, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
       "str activation=\"gelu\", Tensor? residual=None, str precision=\"ieee\") -> Tensor");
 
+  const char* attention =
+      "(Tensor input, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, Tensor? out_bias, int num_heads, "
+      "float? scale=None, bool is_causal=False, Tensor? key_padding_mask=None, str precision=\"ieee\") -> Tensor";
+  for (const char* name : {"fused_attention", "fused_attention_v1", "fused_attention_v2"}) {
+    m.def((std::string(name) + attention).c_str());
+  }
+
   // The differentiable pair under fused_instance_norm. mean and rstd are float32 (float64 for float64 input) [N, C].
   m.def(
       "_fused_instance_norm_forward(Tensor input, Tensor? weight, Tensor? bias, float eps, str activation, "
@@ -37,6 +44,21 @@ STABLE_TORCH_LIBRARY(styleforge, m) {
       "Tensor fc2_weight, str activation, str precision, bool needs_input, bool needs_fc1_weight, "
       "bool needs_fc1_bias, bool needs_fc2_weight, bool needs_fc2_bias) -> (Tensor grad_input, "
       "Tensor grad_fc1_weight, Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor grad_fc2_bias)");
+
+  // The differentiable pair under fused_attention, fused_attention_v1 and fused_attention_v2 (version 0, 1, 2). `qkv`
+  // [N, S, 3 E] is the first product, `attention` [N, S, E] what the second one takes, `logsumexp` [N, num_heads, S] in
+  // float32 (float64 for float64) that of the scaled and masked scores.
+  m.def(
+      "_fused_attention_forward(Tensor input, Tensor qkv_weight, Tensor? qkv_bias, Tensor out_weight, "
+      "Tensor? out_bias, int num_heads, float? scale, bool is_causal, Tensor? key_padding_mask, str precision, "
+      "int version) -> (Tensor output, Tensor qkv, Tensor attention, Tensor logsumexp)");
+  // What is not needed comes as [0].
+  m.def(
+      "_fused_attention_backward(Tensor grad_output, Tensor input, Tensor qkv, Tensor attention, Tensor logsumexp, "
+      "Tensor qkv_weight, Tensor out_weight, int num_heads, float? scale, bool is_causal, Tensor? key_padding_mask, "
+      "str precision, bool needs_input, bool needs_qkv_weight, bool needs_qkv_bias, bool needs_out_weight, "
+      "bool needs_out_bias) -> (Tensor grad_input, Tensor grad_qkv_weight, Tensor grad_qkv_bias, "
+      "Tensor grad_out_weight, Tensor grad_out_bias)");
 
   // pad(nearest upsampling) in the input's memory format, without a gradient: the input side of a convolution whose
   // other side is not one of ours.

@@ -25,23 +25,21 @@ Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, cons
 
 bool grad_mode_enabled() { return aoti_torch_grad_mode_is_enabled(); }
 
-Tensor strided_view(const Tensor& tensor, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+Tensor strided_view(const Tensor& tensor, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                    int64_t offset) {
   AtenTensorHandle handle = nullptr;
   check_shim(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                            strides.data(), 0, &handle),
+                                            strides.data(), offset, &handle),
              "_reinterpret_tensor");
   return Tensor(handle);
 }
 
 Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding) {
-  using torch::stable::detail::from;
   const std::vector<int64_t> dilation{1, 1};
   const std::vector<int64_t> output_padding{0, 0};
-  std::array<StableIValue, 9> stack{from(input),    from(weight), from(std::nullopt),   from(stride),    from(padding),
-                                    from(dilation), from(false),  from(output_padding), from(int64_t{1})};
-  check_shim(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION), "aten::convolution");
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call_aten("aten::convolution", "", input, weight, OptionalTensor(), stride, padding, dilation, false,
+                   output_padding, int64_t{1});
 }
 
 Tensor to_contiguous(const Tensor& input, bool channels_last) {

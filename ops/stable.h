@@ -34,8 +34,17 @@ Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, cons
 
 bool grad_mode_enabled();
 
-// The same memory seen with other sizes and strides, without a gradient.
-Tensor strided_view(const Tensor& tensor, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides);
+// The same memory seen with other sizes and strides, `offset` elements further on, without a gradient.
+Tensor strided_view(const Tensor& tensor, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                    int64_t offset = 0);
+
+// An ATen operator of one result through the dispatcher, all its arguments given. It knows no Scalar.
+template <typename... Args>
+Tensor call_aten(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  check_shim(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION), name);
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 // aten::convolution (no transposition, dilation 1, groups 1). Used where the convolution itself is ATen's.
 Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,

@@ -1,9 +1,9 @@
 """What the operators' results are held against.
 
-``instance_norm``, ``conv_instance_norm`` and ``ffn`` are the formulas in float64, written apart from the
-package: explicit sums over taps and pixels, no library convolution, norm or GELU. ``torch_*`` are PyTorch's
-own layers in the dtype of the input, the yardstick for how large an error may be. All run where the input is:
-float64 sums are as good on the GPU.
+``instance_norm``, ``conv_instance_norm``, ``ffn`` and ``attention`` are the formulas in float64, written
+apart from the package: explicit sums, no library convolution, norm, GELU or softmax. ``torch_*`` are
+PyTorch's own layers in the dtype of the input, the yardstick for how large an error may be. All run where
+the input is: float64 sums are as good on the GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")
 FFN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+MATRIX_LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset")
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded", "offset")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -72,6 +73,64 @@ def tensor(
     raise AssertionError(layout)
 
 
+def random_tensor(
+    *sizes: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    layout: str = "contiguous",
+    scale: float = 1.0,
+    offset: float = 0.0,
+) -> Tensor:
+    """Normally distributed values of any rank, laid out in memory as asked; rounded to ``dtype`` once."""
+
+    def random(*shape: int) -> Tensor:
+        return (torch.randn(shape, dtype=torch.float64, device=device) * scale + offset).to(dtype)
+
+    if layout == "contiguous" or not sizes:
+        return random(*sizes)
+    if layout == "transposed":  # the last dimension is the slowest in memory
+        return random(sizes[-1], *sizes[:-1]).movedim(0, -1)
+    if layout == "sliced":
+        return random(*(s + 1 for s in sizes[:-1]), 2 * sizes[-1] + 1)[
+            (*(slice(1, None) for _ in sizes[:-1]), slice(1, None, 2))
+        ]
+    if layout == "rows":  # rows further apart than they are long
+        return random(*sizes[:-1], sizes[-1] + 3)[..., : sizes[-1]]
+    if layout == "expanded":
+        return random(1, *sizes[1:]).expand(sizes) if len(sizes) > 1 else random(1).expand(sizes)
+    if layout == "offset":  # contiguous, but no address is a multiple of 16 bytes
+        return random(math.prod(sizes) + 1)[1:].view(sizes)
+    raise AssertionError(layout)
+
+
+def attention_parameters(
+    embed: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    biases: str = "both",
+    layout: str = "contiguous",
+) -> tuple[Any, Any, Any, Any]:
+    """qkv_weight, qkv_bias, out_weight, out_bias of the size that keeps the variance; biases: or None."""
+    given: dict[str, Any] = dict(dtype=dtype, device=device, layout=layout)
+    return (
+        random_tensor(3 * embed, embed, scale=embed**-0.5, **given),
+        random_tensor(3 * embed, scale=0.5, **given) if biases in ("first", "both") else None,
+        random_tensor(embed, embed, scale=embed**-0.5, **given),
+        random_tensor(embed, scale=0.5, **given) if biases in ("second", "both") else None,
+    )
+
+
+def random_mask(batch: int, length: int, kind: str = "some", device: str = "cpu") -> Tensor:
+    """[batch, length] of bool: some, at random; left, the first ones; dead, like some, and one sample all."""
+    if kind == "left":
+        counts = torch.randint(0, length + 1, (batch, 1), device=device)
+        return torch.arange(length, device=device) < counts
+    mask = torch.rand(batch, length, device=device) < 0.4
+    if kind == "dead":
+        mask[batch - 1] = True
+    return mask
+
+
 def poison(count: int, dtype: torch.dtype, device: str) -> None:
     """Leaves NaN where the allocator is likely to put ``count`` elements next: what is not written shows."""
     blocks = [torch.full((max(count, 1),), float("nan"), dtype=dtype, device=device) for _ in range(3)]
@@ -94,6 +153,17 @@ def tf32(allowed: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def matmul_tf32(allowed: bool) -> Iterator[None]:
+    """PyTorch's own cuBLAS products with or without TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 # --- the formulas, float64 ------------------------------------------------------------------------
@@ -239,6 +309,44 @@ def ffn(
     return y if wide is None else y + wide
 
 
+def attention(
+    input: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    num_heads: int,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """The result in float64; a query that sees no key gets zeros from its heads."""
+    x, w, b, ow, ob = (_wide(t) for t in (input, qkv_weight, qkv_bias, out_weight, out_bias))
+    assert x is not None and w is not None and ow is not None
+    batch, length, embed = x.shape
+    qkv = torch.einsum("nse,oe->nso", x, w)
+    if b is not None:
+        qkv = qkv + b
+    q, k, v = qkv.reshape(batch, length, 3, num_heads, embed // num_heads).unbind(2)
+    scores = torch.einsum("nqhd,nkhd->nhqk", q, k) * (
+        (embed // num_heads) ** -0.5 if scale is None else scale
+    )
+    hidden = torch.zeros(batch, 1, length, length, dtype=torch.bool, device=x.device)
+    if key_padding_mask is not None:
+        hidden = hidden | key_padding_mask[:, None, None, :]
+    if is_causal:
+        tokens = torch.arange(length, device=x.device)
+        hidden = hidden | (tokens[None, :] > tokens[:, None])
+    peak = scores.detach().masked_fill(hidden, -1e300).amax(-1, keepdim=True) if length else scores
+    powers = torch.exp((scores - peak).masked_fill(hidden, 0)).masked_fill(hidden, 0)
+    total = powers.sum(-1, keepdim=True)
+    weights = powers / torch.where(total > 0, total, torch.ones_like(total))
+    heads = torch.einsum("nhqk,nkhd->nqhd", weights, v).reshape(batch, length, embed)
+    y = torch.einsum("nse,oe->nso", heads, ow)
+    return y if ob is None else y + ob
+
+
 # --- PyTorch's own layers, in the input's dtype ---------------------------------------------------
 
 
@@ -331,6 +439,31 @@ def torch_ffn(
     hidden = torch_ffn_activate(F.linear(input, fc1_weight, fc1_bias), activation)
     y = F.linear(hidden, fc2_weight, fc2_bias)
     return y if residual is None else y + residual
+
+
+def torch_attention(
+    input: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    num_heads: int,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """``F.linear``, ``F.scaled_dot_product_attention``, ``F.linear``; TF32 as PyTorch's flags say."""
+    batch, length, embed = input.shape
+    qkv = F.linear(input, qkv_weight, qkv_bias).view(batch, length, 3, num_heads, embed // num_heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    seen = None
+    if key_padding_mask is not None:
+        seen = ~key_padding_mask[:, None, None, :]
+        if is_causal:
+            seen = seen & torch.ones(length, length, dtype=torch.bool, device=input.device).tril()
+    heads = F.scaled_dot_product_attention(q, k, v, seen, is_causal=is_causal and seen is None, scale=scale)
+    return F.linear(heads.transpose(1, 2).reshape(batch, length, embed), out_weight, out_bias)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -13,7 +13,13 @@ import sys
 import torch
 
 import styleforge
-from styleforge.ops import fused_conv_instance_norm_relu, fused_ffn, fused_instance_norm, pad_upsample
+from styleforge.ops import (
+    fused_attention,
+    fused_conv_instance_norm_relu,
+    fused_ffn,
+    fused_instance_norm,
+    pad_upsample,
+)
 
 # STYLEFORGE_PATH, shape
 CASES = [
@@ -64,6 +70,22 @@ def _feed_forward_networks(paths: set[str]) -> None:
             paths.add(styleforge.last_path())
 
 
+def _attention(paths: set[str]) -> None:
+    """Every path, forward and backward; head sizes that are padded and that are not, masks."""
+    for forced in ("", "flash", "efficient", "math"):
+        os.environ["STYLEFORGE_PATH"] = forced
+        for dtype in (torch.float32, torch.float16):
+            for length, embed, heads, is_causal in ((37, 32, 4, True), (70, 39, 3, False), (8, 16, 1, True)):
+                sizes = ((2, length, embed), (3 * embed, embed), (3 * embed,), (embed, embed), (embed,))
+                leaves = [torch.randn(s, device="cuda", dtype=dtype).requires_grad_() for s in sizes]
+                for mask in (None, torch.rand(2, length, device="cuda") < 0.5):
+                    y = fused_attention(*leaves, heads, is_causal=is_causal, key_padding_mask=mask)
+                    paths.add(styleforge.last_path())
+                    y.backward(torch.randn_like(y))
+                    paths.add(styleforge.last_path())
+    os.environ["STYLEFORGE_PATH"] = ""
+
+
 def main() -> None:
     paths: set[str] = set()
     device = torch.device("cuda")
@@ -84,6 +106,7 @@ def main() -> None:
                 paths.add(styleforge.last_path())
     if "--no-conv" not in sys.argv:
         _feed_forward_networks(paths)
+        _attention(paths)
     # The ticket kernel, which is for tensors larger than the cache: forced on a small one.
     os.environ["STYLEFORGE_PATH"] = "ticket"
     os.environ["STYLEFORGE_TUNE"] = "lead=3,tile=256"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import resource
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 import styleforge
+from _cuda import capture, no_synchronisation
 from _reference import conv_instance_norm, instance_norm, max_error, rms_error, tensor, tf32
 
 NORM = torch.ops.styleforge.fused_instance_norm
@@ -57,30 +57,7 @@ def _conv_arguments(
     )
 
 
-@contextmanager
-def _no_synchronisation() -> Iterator[None]:
-    """Any call that waits for the device raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 # --- CUDA graphs ----------------------------------------------------------------------------------
-
-
-def _capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-    return graph, result
 
 
 @cuda
@@ -92,7 +69,7 @@ def test_graph_capture_and_a_hundred_replays_of_the_norm(
     x, r = tensor(*sizes, device="cuda", layout=layout), tensor(*sizes, device="cuda", layout=layout)
     weight, bias = torch.rand(sizes[1], device="cuda"), torch.rand(sizes[1], device="cuda")
     with torch.no_grad():
-        graph, result = _capture(lambda: NORM(x, weight, bias, 1e-5, "relu", 0.01, r))
+        graph, result = capture(lambda: NORM(x, weight, bias, 1e-5, "relu", 0.01, r))
         for i in range(100):
             x.normal_(mean=float(i), std=1.0 + i)
             r.normal_()
@@ -108,7 +85,7 @@ def test_graph_capture_and_a_hundred_replays_of_the_convolution(upsample: int, l
     given = _conv_arguments("cuda", layout)
     x = given["input"]
     with torch.no_grad():
-        graph, result = _capture(lambda: CONV(**given, upsample=upsample))
+        graph, result = capture(lambda: CONV(**given, upsample=upsample))
         for i in range(100):
             x.normal_(std=1.0 + i)
             graph.replay()
@@ -135,7 +112,7 @@ def test_graph_capture_of_a_training_step(operator: str) -> None:
             loss = NORM(x, *parameters, 1e-5, "silu").square().sum()
         return torch.autograd.grad(loss, parameters)
 
-    graph, gradients = _capture(step)
+    graph, gradients = capture(step)
     for _ in range(5):
         x.normal_()
         graph.replay()
@@ -361,7 +338,7 @@ def test_no_call_waits_for_the_device(
     x = tensor(*sizes, device="cuda", layout=layout).requires_grad_()
     w = torch.rand(sizes[1], device="cuda", requires_grad=True)
     grad = tensor(*sizes, device="cuda", layout=layout)
-    with _no_synchronisation():
+    with no_synchronisation():
         torch.autograd.grad(NORM(x, w, None, 1e-5, "relu", 0.01, x), (x, w), grad)
         with torch.inference_mode():
             NORM(x, w, None, 1e-5, "relu", 0.01, x)
@@ -394,7 +371,7 @@ def test_the_convolution_does_not_wait_for_the_device() -> None:
     given = _conv_arguments("cuda")
     with torch.inference_mode():
         CONV(**given)
-        with _no_synchronisation():
+        with no_synchronisation():
             CONV(**given)
             CONV(**given, upsample=2)
 

@@ -18,6 +18,7 @@ from styleforge.ops import _common as common
 NORM = torch.ops.styleforge.fused_instance_norm
 CONV = torch.ops.styleforge.fused_conv_instance_norm_relu
 FFN = torch.ops.styleforge.fused_ffn
+ATTENTION = torch.ops.styleforge.fused_attention
 
 
 class Logging(TorchDispatchMode):
@@ -67,15 +68,24 @@ def _ffn(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
     return FFN(x, fc1, w, fc2, None, "silu", r)
 
 
+def _attention(x: Tensor, w: Tensor, r: Tensor) -> Tensor:
+    """w is the last bias, r the last weight."""
+    return ATTENTION(x, torch.ones(15, 5, device=x.device) / 4, None, r, w, 5, None, True)
+
+
 CALLS: dict[str, tuple[Callable[..., Tensor], Any]] = {
     "norm": (_norm, NORM.default),
     "conv": (_conv, CONV.default),
     "ffn": (_ffn, FFN.default),
+    "attention": (_attention, ATTENTION.default),
 }
 CASES = pytest.mark.parametrize("operator", CALLS)
 
 
-def _arguments() -> tuple[Tensor, Tensor, Tensor]:
+def _arguments(operator: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, a parameter, and a tensor that can be multiplied with the result."""
+    if operator == "attention":
+        return torch.randn(2, 5, 5), torch.rand(5), torch.randn(5, 5)
     return tensor(2, 3, 6, 5), torch.rand(3) + 0.5, tensor(2, 3, 6, 5)
 
 
@@ -84,7 +94,7 @@ def _arguments() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_a_dispatch_mode_sees_the_operator(operator: str, context: Any, requires_grad: bool) -> None:
     call, overload = CALLS[operator]
-    x, w, r = _arguments()
+    x, w, r = _arguments(operator)
     expected = call(x, w, r)
     x.requires_grad_(requires_grad)
     with context(), Logging() as mode:
@@ -98,7 +108,7 @@ def test_a_dispatch_mode_sees_the_operator(operator: str, context: Any, requires
 @pytest.mark.parametrize("pre_dispatch", [False, True])
 def test_tracing_records_the_operator(operator: str, tracing_mode: str, pre_dispatch: bool) -> None:
     call, overload = CALLS[operator]
-    arguments = _arguments()
+    arguments = _arguments(operator)
     with torch.no_grad():
         graph = make_fx(call, tracing_mode=tracing_mode, pre_dispatch=pre_dispatch)(*arguments)
         assert [n.target for n in graph.graph.nodes].count(overload) == 1
@@ -108,9 +118,9 @@ def test_tracing_records_the_operator(operator: str, tracing_mode: str, pre_disp
 @CASES
 @pytest.mark.parametrize("wrapped", range(3))
 def test_a_tensor_subclass_is_asked(operator: str, wrapped: int) -> None:
-    """Whichever argument is one: the input, a parameter or the residual."""
+    """Whichever argument is one: the input, a parameter or the residual (of attention: two parameters)."""
     call, overload = CALLS[operator]
-    arguments = list(_arguments())
+    arguments = list(_arguments(operator))
     expected = call(*arguments)
     arguments[wrapped] = Wrapper(arguments[wrapped])
     Wrapper.seen.clear()
@@ -123,7 +133,7 @@ def test_a_tensor_subclass_is_asked(operator: str, wrapped: int) -> None:
 @CASES
 def test_functionalization_and_functional_tensors(operator: str) -> None:
     call, overload = CALLS[operator]
-    arguments = _arguments()
+    arguments = _arguments(operator)
     expected = call(*arguments)
     with torch.no_grad():
         graph = make_fx(torch.func.functionalize(call))(*arguments)
@@ -143,18 +153,20 @@ def test_functionalization_and_functional_tensors(operator: str) -> None:
 def test_lazily_negated_tensors(operator: str) -> None:
     """The imaginary part of a lazy conjugate is a plain tensor whose values have to be negated first."""
     call, _ = CALLS[operator]
-    x, w, r = _arguments()
-    lazy = torch.complex(r, -x).conj().imag
-    assert lazy.is_neg() and type(lazy) is Tensor
-    with torch.no_grad():
-        assert torch.equal(call(lazy, w, r), call(lazy.resolve_neg(), w, r))
-        assert torch.equal(call(r, w, lazy), call(r, w, lazy.resolve_neg()))
+    x, w, r = _arguments(operator)
+    for position, plain in ((0, x), (2, r)):
+        lazy = torch.complex(plain, -plain).conj().imag
+        assert lazy.is_neg() and type(lazy) is Tensor
+        arguments, resolved = [x, w, r], [x, w, r]
+        arguments[position], resolved[position] = lazy, lazy.resolve_neg()
+        with torch.no_grad():
+            assert torch.equal(call(*arguments), call(*resolved))
 
 
 @CASES
 def test_meta_tensors(operator: str) -> None:
     call, _ = CALLS[operator]
-    arguments = _arguments()
+    arguments = _arguments(operator)
     with torch.no_grad():
         expected = call(*arguments)
         result = call(*(a.to("meta") for a in arguments))
@@ -164,7 +176,7 @@ def test_meta_tensors(operator: str) -> None:
 @CASES
 def test_transforms_with_no_grad_inside_and_outside(operator: str) -> None:
     call, _ = CALLS[operator]
-    x, w, r = _arguments()
+    x, w, r = _arguments(operator)
     stack = torch.stack([x, 2 * x + 1])
     with torch.no_grad():
         batched = torch.func.vmap(call, in_dims=(0, None, None))(stack, w, r)
@@ -191,7 +203,7 @@ def test_transforms_with_no_grad_inside_and_outside(operator: str) -> None:
 @CASES
 def test_torch_jit_trace_records_the_operator(operator: str) -> None:
     call, overload = CALLS[operator]
-    arguments = _arguments()
+    arguments = _arguments(operator)
     with torch.no_grad():
         traced = torch.jit.trace(call, arguments)
     assert str(traced.graph).count(overload.name().split(".")[0]) == 1

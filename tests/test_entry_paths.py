@@ -17,12 +17,23 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import styleforge
-from _reference import DEVICES, conv_instance_norm, dense_strides, ffn, instance_norm, max_error, tensor, tf32
+from _reference import (
+    DEVICES,
+    attention,
+    conv_instance_norm,
+    dense_strides,
+    ffn,
+    instance_norm,
+    max_error,
+    tensor,
+    tf32,
+)
 
 NORM = torch.ops.styleforge.fused_instance_norm
 CONV = torch.ops.styleforge.fused_conv_instance_norm_relu
 FFN = torch.ops.styleforge.fused_ffn
-OPERATORS = ["norm", "conv", "ffn"]
+ATTENTION = torch.ops.styleforge.fused_attention
+OPERATORS = ["norm", "conv", "ffn", "attention"]
 
 
 class Norm(nn.Module):
@@ -98,7 +109,44 @@ class Ffn(nn.Module):
         return ffn(rows, *given, "gelu", rows).permute(0, 3, 1, 2)
 
 
-MODULES: dict[str, type[nn.Module]] = {"norm": Norm, "conv": Conv, "ffn": Ffn}
+class Attention(nn.Module):
+    """The fourth operator with everything it takes, over the pixels of a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv_weight = nn.Parameter(torch.randn(12, 4) / 2)
+        self.qkv_bias = nn.Parameter(torch.randn(12))
+        self.out_weight = nn.Parameter(torch.randn(4, 4) / 2)
+        self.out_bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.flatten(2).transpose(1, 2)
+        hidden = pixels[:, :, 0] > 1
+        y = torch.ops.styleforge.fused_attention(
+            pixels,
+            self.qkv_weight,
+            self.qkv_bias,
+            self.out_weight,
+            self.out_bias,
+            2,
+            0.4,
+            True,
+            hidden,
+            "ieee",
+        )
+        y = y.transpose(1, 2).reshape(x.shape)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            return y.contiguous(memory_format=torch.channels_last)
+        return y.contiguous()
+
+    def reference(self, x: Tensor) -> Tensor:
+        pixels = x.flatten(2).transpose(1, 2)
+        given = (self.qkv_weight, self.qkv_bias, self.out_weight, self.out_bias)
+        y = attention(pixels, *given, 2, 0.4, True, pixels[:, :, 0] > 1)
+        return y.transpose(1, 2).reshape(x.shape)
+
+
+MODULES: dict[str, type[nn.Module]] = {"norm": Norm, "conv": Conv, "ffn": Ffn, "attention": Attention}
 
 
 def _module(operator: str, device: str = "cpu") -> Any:
@@ -310,6 +358,10 @@ def test_a_compiled_call_fails_with_the_operators_own_text(operator: str) -> Non
             lambda x, w: FFN(x, torch.ones(4, 3), w, torch.ones(3, 4), None),
             r"fc1_bias must have shape \[4\], got \[5\]",
         ),
+        "attention": (
+            lambda x, w: ATTENTION(x[0], torch.ones(9, 3), w, torch.ones(3, 3), None, 1),
+            r"qkv_bias must have shape \[9\], got \[5\]",
+        ),
     }[operator]
     function = torch.compile(lambda x, w: call(x, w), fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=message):
@@ -351,10 +403,10 @@ def test_aotinductor_package(tmp_path: Path) -> None:
     class All(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm, self.conv, self.ffn = Norm(), Conv(), Ffn()
+            self.norm, self.conv, self.ffn, self.attention = Norm(), Conv(), Ffn(), Attention()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.ffn(self.norm(self.conv(x) + 1))
+            return self.attention(self.ffn(self.norm(self.conv(x) + 1)))
 
     module = All().eval()
     with torch.no_grad():
@@ -487,6 +539,72 @@ def test_per_sample_gradients_of_the_ffn(wanted: tuple[int, ...], case: str, dev
             torch.testing.assert_close(result[i], leaves[k].grad, rtol=1e-4, atol=1e-4)
 
 
+VMAP_ATTENTION = {
+    "input": ((0, None, None, None, None, None), ((3, 2, 5, 6), (18, 6), (18,), (6, 6), (6,), (2, 5))),
+    "input, inner dimension": (
+        (2, None, None, None, None, None),
+        ((2, 5, 3, 6), (18, 6), (18,), (6, 6), (6,), (2, 5)),
+    ),
+    "mask": ((None, None, None, None, None, 1), ((2, 5, 6), (18, 6), (18,), (6, 6), (6,), (2, 3, 5))),
+    "input and mask": (
+        (1, None, None, None, None, 2),
+        ((2, 3, 5, 6), (18, 6), (18,), (6, 6), (6,), (2, 5, 3)),
+    ),
+    "first weights": ((None, 0, 1, None, None, None), ((2, 5, 6), (3, 18, 6), (18, 3), (6, 6), (6,), (2, 5))),
+    "second weights": (
+        (None, None, None, 1, 0, None),
+        ((2, 5, 6), (18, 6), (18,), (6, 3, 6), (3, 6), (2, 5)),
+    ),
+    "all of them": (
+        (0, 0, 0, 0, 0, 0),
+        ((3, 2, 5, 6), (3, 18, 6), (3, 18), (3, 6, 6), (3, 6), (3, 2, 5)),
+    ),
+}
+
+
+def _attention(x: Tensor, w: Tensor, b: Tensor, ow: Tensor, ob: Tensor, hidden: Tensor) -> Tensor:
+    return ATTENTION(x, w, b, ow, ob, 2, None, True, hidden)
+
+
+def _attention_arguments(sizes: tuple[Any, ...], device: str) -> tuple[Tensor, ...]:
+    args = [torch.randn(s, device=device) for s in sizes]
+    return (*args[:5], args[5] > 0.5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", VMAP_ATTENTION)
+def test_vmap_of_attention_is_a_loop(case: str, device: str) -> None:
+    in_dims, sizes = VMAP_ATTENTION[case]
+    args = _attention_arguments(sizes, device)
+    expected = _loop(_attention, in_dims, args)
+    torch.testing.assert_close(torch.vmap(_attention, in_dims)(*args), expected, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(torch.vmap(_attention, in_dims), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*args), expected, rtol=1e-4, atol=1e-4)
+    if in_dims[0] == 0 and in_dims[1] is None:  # also with every default left out
+        bare = torch.vmap(lambda x: ATTENTION(x, *args[1:5], 2))(args[0])
+        torch.testing.assert_close(bare[1], ATTENTION(args[0][1], *args[1:5], 2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", VMAP_ATTENTION)
+@pytest.mark.parametrize("wanted", [(0,), (0, 1, 2, 3, 4), (1, 4)], ids=str)
+def test_per_sample_gradients_of_attention(wanted: tuple[int, ...], case: str, device: str) -> None:
+    """vmap(grad) against a loop of autograd, whichever arguments are vmapped and differentiated."""
+    in_dims, sizes = VMAP_ATTENTION[case]
+    args = _attention_arguments(sizes, device)
+
+    def loss(*args: Tensor) -> Tensor:
+        return _attention(*args).square().sum()
+
+    results = torch.vmap(torch.func.grad(loss, argnums=wanted), in_dims)(*args)
+    for i in range(3):
+        leaves = [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+        leaves = [leaf.detach().clone().requires_grad_(k in wanted) for k, leaf in enumerate(leaves)]
+        loss(*leaves).backward()
+        for result, k in zip(results, wanted, strict=True):
+            torch.testing.assert_close(result[i], leaves[k].grad, rtol=1e-4, atol=1e-4)
+
+
 def test_vmap_of_vmap() -> None:
     x = torch.randn(2, 3, 1, 4, 5, 6)
     expected = torch.stack([torch.stack([NORM(b) for b in a]) for a in x])
@@ -584,9 +702,10 @@ def test_autocast_of_the_convolution(layout: str, device: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(("device", "dtype"), AUTOCAST)
-def test_autocast_of_the_ffn(device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("operator", ["ffn", "attention"])
+def test_autocast_of_matrix_products(operator: str, device: str, dtype: torch.dtype) -> None:
     """As the convolution's: computes in half precision, parameters and their gradients stay in float32."""
-    module = _module("ffn", device)
+    module = _module(operator, device)
     x = tensor(2, 4, 9, 8, device=device).requires_grad_()
     with torch.autocast(device, dtype):
         result = module(x)
@@ -652,6 +771,8 @@ def test_autocast_leaves_float64_alone(device: str) -> None:
         assert NORM(x).dtype == torch.float64
         assert CONV(x, w.to(device)).dtype == torch.float64
         assert FFN(x, x[0, 0], None, x[0, 1], None).dtype == torch.float64
+        attended = ATTENTION(x[0], x[0].reshape(18, 4)[:, :1].expand(18, 6), None, x[0, 0], None, 2)
+        assert attended.dtype == torch.float64
 
 
 # --- from C++'s and other threads' side -----------------------------------------------------------
@@ -670,7 +791,7 @@ def test_threads_call_at_the_same_time() -> None:
 
 def test_the_operators_need_only_the_library(tmp_path: Path) -> None:
     """``torch.ops.load_library`` alone, without the Python package, runs a scripted module."""
-    module = torch.jit.script(nn.Sequential(Conv(), Ffn()).eval().requires_grad_(False))
+    module = torch.jit.script(nn.Sequential(Conv(), Ffn(), Attention()).eval().requires_grad_(False))
     module.save(tmp_path / "module.pt")
     x = tensor(1, 4, 6, 6)
     torch.save({"x": x, "y": module(x)}, tmp_path / "data.pt")

@@ -6,8 +6,6 @@ Its activations alone, over their whole range: test_fused_ffn_activations.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,12 +20,15 @@ from _reference import (
     DEVICES,
     FFN_ACTIVATIONS,
     FLOATS,
+    MATRIX_LAYOUTS,
     assert_as_accurate,
     assert_as_accurate_together,
     ffn,
+    matmul_tf32,
     max_error,
     poison,
     random_configurations,
+    random_tensor,
     rms,
     rms_error,
     torch_ffn,
@@ -40,38 +41,7 @@ BACKWARD = torch.ops.styleforge._fused_ffn_backward
 # Random configurations, over all dtypes and parts (which pytest-xdist can spread).
 PARTS = 2
 EASY = random_configurations(PARTS * len(FLOATS))
-MATRIX_LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset")
 HALF = (torch.float16, torch.bfloat16)
-
-
-def _random(
-    *sizes: int,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    layout: str = "contiguous",
-    scale: float = 1.0,
-    offset: float = 0.0,
-) -> Tensor:
-    """Normally distributed values of any rank, laid out in memory as asked; rounded to ``dtype`` once."""
-
-    def random(*shape: int) -> Tensor:
-        return (torch.randn(shape, dtype=torch.float64, device=device) * scale + offset).to(dtype)
-
-    if layout == "contiguous" or not sizes:
-        return random(*sizes)
-    if layout == "transposed":  # the last dimension is the slowest in memory
-        return random(sizes[-1], *sizes[:-1]).movedim(0, -1)
-    if layout == "sliced":
-        return random(*(s + 1 for s in sizes[:-1]), 2 * sizes[-1] + 1)[
-            (*(slice(1, None) for _ in sizes[:-1]), slice(1, None, 2))
-        ]
-    if layout == "rows":  # rows further apart than they are long
-        return random(*sizes[:-1], sizes[-1] + 3)[..., : sizes[-1]]
-    if layout == "expanded":
-        return random(1, *sizes[1:]).expand(sizes) if len(sizes) > 1 else random(1).expand(sizes)
-    if layout == "offset":  # contiguous, but no address is a multiple of 16 bytes
-        return random(math.prod(sizes) + 1)[1:].view(sizes)
-    raise AssertionError(layout)
 
 
 def _parameters(
@@ -86,28 +56,18 @@ def _parameters(
     """fc1_weight, fc1_bias, fc2_weight, fc2_bias, of the size that keeps the variance."""
     given: dict[str, Any] = dict(dtype=dtype, device=device, layout=layout)
     return (
-        _random(hidden, embed, scale=max(embed, 1) ** -0.5, **given),
-        _random(hidden, scale=0.5, **given) if biases in ("first", "both") else None,
-        _random(out, hidden, scale=max(hidden, 1) ** -0.5, **given),
-        _random(out, scale=0.5, **given) if biases in ("second", "both") else None,
+        random_tensor(hidden, embed, scale=max(embed, 1) ** -0.5, **given),
+        random_tensor(hidden, scale=0.5, **given) if biases in ("first", "both") else None,
+        random_tensor(out, hidden, scale=max(hidden, 1) ** -0.5, **given),
+        random_tensor(out, scale=0.5, **given) if biases in ("second", "both") else None,
     )
-
-
-@contextmanager
-def _matmul_tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _compare(*args: Any, precision: str = "ieee", **limits: float) -> Tensor:
     """Runs the operator over poisoned memory and holds it against float64 and PyTorch. Returns its result."""
     input = args[0]
     reference = ffn(*args)
-    with _matmul_tf32(precision == "tf32"):
+    with matmul_tf32(precision == "tf32"):
         yardstick = torch_ffn(*args)
     for count in (reference.numel(), input[..., :1].numel() * args[1].shape[0]):
         poison(count, input.dtype, input.device.type)
@@ -159,9 +119,9 @@ def test_random_configurations_are_as_accurate_as_pytorch(part: int, dtype: torc
         data_seed: int,
     ) -> None:
         torch.manual_seed(data_seed)
-        x = _random(*leading, embed, dtype=dtype, device=device, layout=layout, scale=spread)
+        x = random_tensor(*leading, embed, dtype=dtype, device=device, layout=layout, scale=spread)
         parameters = _parameters(embed, hidden, out, dtype, device, biases, weight_layout)
-        r = _random(*leading, out, dtype=dtype, device=device, layout=residual) if residual else None
+        r = random_tensor(*leading, out, dtype=dtype, device=device, layout=residual) if residual else None
         args = (x, *parameters, activation, r)
         reference, yardstick = ffn(*args), torch_ffn(*args)
         # Terms that cancel leave their rounding behind: their size is what counts on a few elements.
@@ -211,9 +171,9 @@ def test_sizes(size: str, activation: str, dtype: torch.dtype, device: str) -> N
     few = 4.0 if rows * out < 100 else None  # too few elements for a ratio of errors
     for biases in ("none", "both"):
         for residual in (False, True):
-            x = _random(rows, embed, dtype=dtype, device=device)
+            x = random_tensor(rows, embed, dtype=dtype, device=device)
             parameters = _parameters(embed, hidden, out, dtype, device, biases)
-            r = _random(rows, out, dtype=dtype, device=device) if residual else None
+            r = random_tensor(rows, out, dtype=dtype, device=device) if residual else None
             limits = {"ulps": few if dtype not in HALF else 1.0} if few else {}
             _compare(x, *parameters, activation, r, **limits)
 
@@ -234,8 +194,8 @@ def test_sizes(size: str, activation: str, dtype: torch.dtype, device: str) -> N
 )
 def test_large_networks(sizes: tuple[int, int, int, int], precision: str, dtype: torch.dtype) -> None:
     batch, length, embed, hidden = sizes
-    x = _random(batch, length, embed, dtype=dtype, device="cuda")
-    r = _random(batch, length, embed, dtype=dtype, device="cuda")
+    x = random_tensor(batch, length, embed, dtype=dtype, device="cuda")
+    r = random_tensor(batch, length, embed, dtype=dtype, device="cuda")
     parameters = _parameters(embed, hidden, embed, dtype, "cuda")
     for residual in (None, r):
         _compare(x, *parameters, "gelu", residual, precision=precision)
@@ -251,7 +211,7 @@ def test_large_networks(sizes: tuple[int, int, int, int], precision: str, dtype:
 def test_any_leading_dimensions_and_strides(leading: tuple[int, ...], layout: str, device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         given: dict[str, Any] = dict(dtype=dtype, device=device, layout=layout)
-        x, r = _random(*leading, 12, **given), _random(*leading, 9, **given)
+        x, r = random_tensor(*leading, 12, **given), random_tensor(*leading, 9, **given)
         for residual in (None, r):
             for biases in ("none", "both"):
                 parameters = _parameters(12, 20, 9, dtype, device, biases, layout.replace("rows", "sliced"))
@@ -281,8 +241,8 @@ def test_empty_dimensions(
     leading: tuple[int, ...], embed: int, hidden: int, out: int, dtype: torch.dtype, device: str
 ) -> None:
     """No rows give no rows; no embedding and no hidden width leave the biases."""
-    x = _random(*leading, embed, dtype=dtype, device=device)
-    r = _random(*leading, out, dtype=dtype, device=device)
+    x = random_tensor(*leading, embed, dtype=dtype, device=device)
+    r = random_tensor(*leading, out, dtype=dtype, device=device)
     for biases in ("none", "first", "second", "both"):
         for residual in (None, r):
             parameters = _parameters(embed, hidden, out, dtype, device, biases)
@@ -305,9 +265,9 @@ def test_empty_dimensions(
 @pytest.mark.parametrize("device", DEVICES)
 def test_inputs_are_left_alone(device: str) -> None:
     given = [
-        _random(4, 8, device=device),
+        random_tensor(4, 8, device=device),
         *_parameters(8, 16, 8, device=device),
-        _random(4, 8, device=device),
+        random_tensor(4, 8, device=device),
     ]
     before = [t.clone() for t in given if t is not None]
     OP(*given[:5], "gelu", given[5])
@@ -318,7 +278,7 @@ def test_inputs_are_left_alone(device: str) -> None:
 
 
 def test_python_function_is_the_operator() -> None:
-    x, r, parameters = _random(3, 8), _random(3, 6), _parameters(8, 16, 6)
+    x, r, parameters = random_tensor(3, 8), random_tensor(3, 6), _parameters(8, 16, 6)
     expected = OP(x, *parameters, "silu", r)
     assert torch.equal(fused_ffn(x, *parameters, activation="silu", residual=r, precision="tf32"), expected)
     assert torch.equal(fused_ffn(x, *parameters), OP(x, *parameters))
@@ -329,7 +289,7 @@ def test_python_function_is_the_operator() -> None:
 
 
 def test_last_path() -> None:
-    x, parameters = _random(3, 8).requires_grad_(), _parameters(8, 16, 6)
+    x, parameters = random_tensor(3, 8).requires_grad_(), _parameters(8, 16, 6)
     y = OP(x, *parameters)
     assert styleforge.last_path() == "ffn:cpu:aten_matmul"
     y.sum().backward()
@@ -343,11 +303,11 @@ def test_last_path() -> None:
 @pytest.mark.parametrize("flag", [False, True])
 @pytest.mark.parametrize("way", ["no_grad", "grad", "function in inference mode"])
 def test_precision_counts_and_not_the_flag(way: str, flag: bool) -> None:
-    x = _random(512, 1024, device="cuda")
+    x = random_tensor(512, 1024, device="cuda")
     parameters = _parameters(1024, 2048, 1024, device="cuda")
     x.requires_grad_(way == "grad")
     errors = {}
-    with _matmul_tf32(flag):
+    with matmul_tf32(flag):
         for precision in ("ieee", "tf32"):
             if way == "function in inference mode":
                 with torch.inference_mode():
@@ -376,12 +336,12 @@ def test_precision_counts_and_not_the_flag(way: str, flag: bool) -> None:
 def test_gradcheck(with_residual: bool, biases: str, activation: str, device: str) -> None:
     for layout in ("contiguous", "transposed"):
         given: dict[str, Any] = dict(dtype=torch.float64, device=device, layout=layout)
-        x = _random(2, 3, 5, **given).requires_grad_()
+        x = random_tensor(2, 3, 5, **given).requires_grad_()
         parameters = [
             None if p is None else p.requires_grad_()
             for p in _parameters(5, 7, 4, torch.float64, device, biases, layout)
         ]
-        r = _random(2, 3, 4, **given).requires_grad_() if with_residual else None
+        r = random_tensor(2, 3, 4, **given).requires_grad_() if with_residual else None
 
         def function(x: Tensor, *rest: Any, activation: str = activation) -> Tensor:
             return OP(x, *rest[:4], activation, rest[4])
@@ -398,10 +358,10 @@ def _gradients(function: Any, inputs: list[Tensor], grad: Tensor) -> list[Tensor
 def _check_gradients(
     rows: tuple[int, ...], embed: int, hidden: int, activation: str, dtype: torch.dtype, device: str
 ) -> None:
-    x = _random(*rows, embed, dtype=dtype, device=device)
+    x = random_tensor(*rows, embed, dtype=dtype, device=device)
     parameters = _parameters(embed, hidden, embed, dtype, device)
-    r = _random(*rows, embed, dtype=dtype, device=device)
-    grad = _random(*rows, embed, dtype=dtype, device=device)
+    r = random_tensor(*rows, embed, dtype=dtype, device=device)
+    grad = random_tensor(*rows, embed, dtype=dtype, device=device)
     inputs = [x, *(p for p in parameters if p is not None), r]
 
     def call(function: Any) -> Any:
@@ -453,8 +413,8 @@ def test_gradients_of_relu(dtype: torch.dtype, device: str) -> None:
 def test_gradients_only_where_asked(device: str) -> None:
     """And none of the others' products is computed."""
     for wanted in range(6):
-        inputs = [_random(4, 8, device=device), *_parameters(8, 16, 6, device=device)]
-        inputs.append(_random(4, 6, device=device))
+        inputs = [random_tensor(4, 8, device=device), *_parameters(8, 16, 6, device=device)]
+        inputs.append(random_tensor(4, 6, device=device))
         given = [t for t in inputs if t is not None]
         given[wanted].requires_grad_()
         OP(*given[:5], "gelu", given[5]).square().sum().backward()
@@ -462,7 +422,7 @@ def test_gradients_only_where_asked(device: str) -> None:
         exact = [t.detach().double().requires_grad_(i == wanted) for i, t in enumerate(given)]
         ffn(*exact[:5], "gelu", exact[5]).square().sum().backward()
         torch.testing.assert_close(given[wanted].grad.double(), exact[wanted].grad, rtol=1e-4, atol=1e-5)
-    x = _random(4, 8, device=device)
+    x = random_tensor(4, 8, device=device)
     w1, b1, w2, _ = _parameters(8, 16, 6, device=device)
     _, hidden = FORWARD(x, w1, b1, w2, None, "gelu", None, "ieee")
     for mask in range(32):
@@ -476,10 +436,10 @@ def test_gradients_only_where_asked(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_expanded_and_non_contiguous_gradients(device: str) -> None:
-    x, parameters = _random(4, 3, 8, device=device), _parameters(8, 16, 6, device=device)
+    x, parameters = random_tensor(4, 3, 8, device=device), _parameters(8, 16, 6, device=device)
     for grad in (
         torch.ones((), device=device).expand(4, 3, 6),
-        *(_random(4, 3, 6, device=device, layout=layout) for layout in (*MATRIX_LAYOUTS, "rows")),
+        *(random_tensor(4, 3, 6, device=device, layout=layout) for layout in (*MATRIX_LAYOUTS, "rows")),
     ):
         inputs = [x, *(p for p in parameters if p is not None)]
         ours = _gradients(lambda *a: OP(*a), inputs, grad)
@@ -497,7 +457,7 @@ def test_what_is_kept_for_the_backward() -> None:
         return tensor
 
     x, parameters = (
-        _random(10, 8).requires_grad_(),
+        random_tensor(10, 8).requires_grad_(),
         [p.requires_grad_() for p in _parameters(8, 16, 6) if p is not None],
     )
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -506,7 +466,7 @@ def test_what_is_kept_for_the_backward() -> None:
 
 
 def test_a_parameter_changed_before_the_backward_is_noticed() -> None:
-    x, parameters = _random(4, 8).requires_grad_(), _parameters(8, 16, 6)
+    x, parameters = random_tensor(4, 8).requires_grad_(), _parameters(8, 16, 6)
     y = OP(x, *parameters)
     assert parameters[1] is not None
     parameters[1].add_(1)
@@ -517,7 +477,7 @@ def test_a_parameter_changed_before_the_backward_is_noticed() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_double_backward_says_that_it_is_not_supported(device: str) -> None:
     """Also where a part of the loss does not need it: a gradient penalty must not vanish without a word."""
-    x, parameters = _random(3, 8, device=device).requires_grad_(), _parameters(8, 16, 6, device=device)
+    x, parameters = random_tensor(3, 8, device=device).requires_grad_(), _parameters(8, 16, 6, device=device)
     (grad,) = torch.autograd.grad(OP(x, *parameters).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="fused_ffn: double backward is not supported"):
         grad.sum().backward()
@@ -528,7 +488,7 @@ def test_double_backward_says_that_it_is_not_supported(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_same_bits_on_every_call(device: str) -> None:
-    x, parameters = _random(300, 64, device=device), _parameters(64, 256, 64, device=device)
+    x, parameters = random_tensor(300, 64, device=device), _parameters(64, 256, 64, device=device)
     first = OP(x, *parameters, "gelu", x)
     kept, _ = FORWARD(x, *parameters, "gelu", x, "ieee")
     for _ in range(3):
@@ -549,10 +509,10 @@ def test_opcheck(layout: str, requires_grad: bool, device: str) -> None:
     def leaf(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.requires_grad_(requires_grad)
 
-    x, r = (leaf(_random(2, 3, n, device=device, layout=layout)) for n in (5, 4))
+    x, r = (leaf(random_tensor(2, 3, n, device=device, layout=layout)) for n in (5, 4))
     parameters = [leaf(p) for p in _parameters(5, 7, 4, device=device, layout=layout)]
     without = [leaf(p) for p in _parameters(5, 7, 4, device=device, biases="none")]
-    single = leaf(_random(5, device=device))
+    single = leaf(random_tensor(5, device=device))
     for args in ((x, *parameters, "gelu", r), (x, *without, "silu"), (single, *parameters)):
         for dynamic in (False, True):
             utils = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -565,7 +525,11 @@ def test_opcheck(layout: str, requires_grad: bool, device: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 def test_opcheck_of_the_pair_underneath(layout: str, dtype: torch.dtype, device: str) -> None:
     given: dict[str, Any] = dict(dtype=dtype, device=device, layout=layout)
-    x, r, grad = _random(2, 3, 5, **given), _random(2, 3, 4, **given), _random(2, 3, 4, **given)
+    x, r, grad = (
+        random_tensor(2, 3, 5, **given),
+        random_tensor(2, 3, 4, **given),
+        random_tensor(2, 3, 4, **given),
+    )
     for biases, residual in (("none", None), ("both", r)):
         w1, b1, w2, b2 = _parameters(5, 7, 4, dtype, device, biases)
         forward = (x, w1, b1, w2, b2, "gelu", residual, "ieee")
@@ -585,7 +549,7 @@ def test_the_composite_is_the_operator(leading: tuple[int, ...], biases: str, ac
     """Its kernels, called here with CPU tensors: results, what is kept, gradients and their shapes."""
     from styleforge.ops import _fallback
 
-    x, r = _random(*leading, 5, layout="sliced"), _random(*leading, 4)
+    x, r = random_tensor(*leading, 5, layout="sliced"), random_tensor(*leading, 4)
     w1, b1, w2, b2 = _parameters(5, 7, 4, biases=biases)
     forward = (x, w1, b1, w2, b2, activation, r, "ieee")
     close = dict(rtol=1e-5, atol=1e-5)
@@ -594,7 +558,7 @@ def test_the_composite_is_the_operator(leading: tuple[int, ...], biases: str, ac
     for ours, theirs in zip(_fallback._ffn_forward(*forward), (output, hidden), strict=True):
         torch.testing.assert_close(ours, theirs, **close)
         assert ours.stride() == theirs.stride()
-    grad = _random(*leading, 4, layout="rows") if leading else _random(4)
+    grad = random_tensor(*leading, 4, layout="rows") if leading else random_tensor(4)
     for needs in ((True,) * 5, (True, False, True, False, False), (False, True, False, True, True)):
         backward = (grad, x, hidden, w1, b1, w2, activation, "ieee", *needs)
         for ours, theirs in zip(_fallback._ffn_backward(*backward), BACKWARD(*backward), strict=True):
@@ -727,7 +691,7 @@ def test_tensors_on_two_devices_are_refused(way: str, argument: str) -> None:
 
 @pytest.mark.cuda
 def test_an_error_leaves_cuda_usable() -> None:
-    x, parameters = _random(3, 8, device="cuda"), _parameters(8, 16, 6, device="cuda")
+    x, parameters = random_tensor(3, 8, device="cuda"), _parameters(8, 16, 6, device="cuda")
     for _ in range(3):
         with pytest.raises(RuntimeError):
             OP(x[:, :5], *parameters)

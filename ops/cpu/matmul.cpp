@@ -12,4 +12,8 @@ void cpu_addmm(const Tensor& out, const Tensor& self, const Tensor& a, const Ten
   check_shim(aoti_torch_cpu_addmm_out(out.get(), self.get(), a.get(), b.get(), 1.0, 1.0), "aten::addmm");
 }
 
+void cpu_baddbmm(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha) {
+  check_shim(aoti_torch_cpu_baddbmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha), "aten::baddbmm");
+}
+
 }  // namespace styleforge

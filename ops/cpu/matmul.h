@@ -10,5 +10,7 @@ namespace styleforge {
 // PyTorch's flags for oneDNN.
 void cpu_mm(const Tensor& out, const Tensor& a, const Tensor& b);
 void cpu_addmm(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b);
+// out = beta self + alpha a b of every matrix, [B, ., .]
+void cpu_baddbmm(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha);
 
 }  // namespace styleforge

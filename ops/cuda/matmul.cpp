@@ -12,4 +12,9 @@ void cublas_addmm(const Tensor& out, const Tensor& self, const Tensor& a, const 
   check_shim(aoti_torch_cuda_addmm_out(out.get(), self.get(), a.get(), b.get(), 1.0, 1.0), "aten::addmm");
 }
 
+void cublas_baddbmm(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta,
+                    double alpha) {
+  check_shim(aoti_torch_cuda_baddbmm_out(out.get(), self.get(), a.get(), b.get(), beta, alpha), "aten::baddbmm");
+}
+
 }  // namespace styleforge

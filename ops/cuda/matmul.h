@@ -11,5 +11,7 @@ namespace styleforge {
 // them where they differ from `precision`.
 void cublas_mm(const Tensor& out, const Tensor& a, const Tensor& b);
 void cublas_addmm(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b);
+// out = beta self + alpha a b of every matrix, [B, ., .]
+void cublas_baddbmm(const Tensor& out, const Tensor& self, const Tensor& a, const Tensor& b, double beta, double alpha);
 
 }  // namespace styleforge

@@ -10,9 +10,16 @@ from styleforge import jit, ops
 from styleforge._library import StyleforgeCudaWarning, StyleforgeLibraryError, diagnostics, last_path
 from styleforge._version import __version__
 from styleforge.fuse import fuse, unfuse
-from styleforge.nn import FusedConvInstanceNormReLU, FusedFFN, FusedInstanceNorm2d, ResidualBlock
+from styleforge.nn import (
+    FusedAttention,
+    FusedConvInstanceNormReLU,
+    FusedFFN,
+    FusedInstanceNorm2d,
+    ResidualBlock,
+)
 
 __all__ = [
+    "FusedAttention",
     "FusedConvInstanceNormReLU",
     "FusedFFN",
     "FusedInstanceNorm2d",

@@ -96,7 +96,7 @@ def check_norm_params(
     for name, param in (weight, bias):
         if param is None:
             continue
-        _check_device(op, name, param, input)
+        check_device(op, name, param, input)
         if param.dtype not in (input.dtype, torch.float32):
             raise RuntimeError(
                 f"{op}: {name} must be {_name(input.dtype)} (the dtype of input) or float32, "
@@ -126,7 +126,7 @@ def check_like(op: str, argument: str, tensor: Tensor | None, input: Tensor, siz
     """Device and dtype of ``input``, and these sizes."""
     if tensor is None:
         return
-    _check_device(op, argument, tensor, input)
+    check_device(op, argument, tensor, input)
     if tensor.dtype != input.dtype:
         raise RuntimeError(
             f"{op}: {argument} must have the dtype of input, {_name(input.dtype)}, got {_name(tensor.dtype)}"
@@ -146,7 +146,8 @@ def check_pair(op: str, argument: str, value: Any, least: int) -> tuple[int, int
     return pair(value)
 
 
-def _check_device(op: str, argument: str, tensor: Tensor, input: Tensor) -> None:
+def check_device(op: str, argument: str, tensor: Tensor, input: Tensor) -> None:
+    """Device of ``input``."""
     if tensor.device != input.device:
         raise RuntimeError(
             f"{op}: {argument} must be on the device of input, {input.device}, got {tensor.device}"
@@ -210,7 +211,8 @@ def fold(tensor: Tensor | None, dim: int | None, size: int, batch: int) -> Tenso
     """[.., size, .., N, ...] with the vmapped dimension at ``dim`` (None: not vmapped) as [size * N, ...]."""
     if tensor is None:
         return None
-    moved = tensor.movedim(dim, 0) if dim is not None else tensor.expand(size, *tensor.shape)
+    moved = to_front(tensor, dim, size)
+    assert moved is not None
     return moved.reshape(size * batch, *moved.shape[2:])
 
 
@@ -222,6 +224,25 @@ def fold_param(tensor: Tensor | None, dim: int | None, size: int, batch: int) ->
     if moved.dim() == 2:
         moved = moved[:, None].expand(size, batch, moved.shape[-1])
     return moved.reshape(size * batch, moved.shape[-1])
+
+
+def to_front(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """The vmapped dimension, or a broadcast one where there is none, as one more leading dimension."""
+    if tensor is None:
+        return None
+    return tensor.movedim(dim, 0) if dim is not None else tensor.expand(size, *tensor.shape)
+
+
+def loop_over_slices(
+    op: Callable[..., Any], size: int, in_dims: Sequence[int | None], args: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    """A vmapped call as one call for each slice; the results stacked."""
+
+    def slice_of(tensor: Any, dim: int | None, index: int) -> Any:
+        return tensor if dim is None else tensor.select(dim, index)
+
+    slices = [op(*(slice_of(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(size)]
+    return tuple(torch.stack(results) for results in zip(*slices, strict=True))
 
 
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:

@@ -126,3 +126,36 @@ def ffn(
     """``fused_ffn`` by PyTorch operators. TF32 follows PyTorch's own flags here, not ``precision``."""
     output = F.linear(ffn_activate(F.linear(input, fc1_weight, fc1_bias), activation), fc2_weight, fc2_bias)
     return output if residual is None else output + residual
+
+
+def attention_heads(
+    qkv: Tensor, num_heads: int, scale: float | None, is_causal: bool, key_padding_mask: Tensor | None
+) -> Tensor:
+    """The stage between the projections: [N, S, 3 E] to [N, S, E]."""
+    length = qkv.shape[1]
+    q, k, v = qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads))).permute(2, 0, 3, 1, 4)
+    seen = None
+    if key_padding_mask is not None:
+        seen = ~key_padding_mask[:, None, None, :]
+        if is_causal:
+            seen = seen & torch.ones(length, length, dtype=torch.bool, device=qkv.device).tril()
+    heads = F.scaled_dot_product_attention(q, k, v, seen, 0.0, is_causal and seen is None, scale=scale)
+    return heads.transpose(1, 2).flatten(2)
+
+
+def attention(
+    input: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    num_heads: int,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    precision: str = "ieee",
+) -> Tensor:
+    """``fused_attention`` by PyTorch operators. TF32 follows PyTorch's own flags here, not ``precision``."""
+    qkv = F.linear(input, qkv_weight, qkv_bias)
+    heads = attention_heads(qkv, num_heads, scale, is_causal, key_padding_mask)
+    return F.linear(heads, out_weight, out_bias)

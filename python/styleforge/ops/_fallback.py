@@ -31,6 +31,10 @@ def register() -> None:
     common.register_kernel("fused_ffn", "CUDA", _ffn)
     common.register_kernel("_fused_ffn_forward", "CUDA", _ffn_forward)
     common.register_kernel("_fused_ffn_backward", "CUDA", _ffn_backward)
+    for name in ("fused_attention", "fused_attention_v1", "fused_attention_v2"):
+        common.register_kernel(name, "CUDA", _attention)
+    common.register_kernel("_fused_attention_forward", "CUDA", _attention_forward)
+    common.register_kernel("_fused_attention_backward", "CUDA", _attention_backward)
     common.register_kernel("_pad_upsample", "CUDA", _pad_upsample)
     common.register_kernel("_reflect_conv2d", "CUDA", reflect_conv2d)
 
@@ -192,6 +196,72 @@ def _ffn_backward(
         gradient(needs_fc1_bias, lambda: grad_hidden.sum(0)),
         gradient(needs_fc2_weight, lambda: rows.t() @ activated),
         gradient(needs_fc2_bias, lambda: rows.sum(0)),
+    )
+
+
+def _attention(input: Tensor, *args: Any) -> Tensor:
+    return composite.attention(input, *args).contiguous()
+
+
+def _attention_forward(
+    input: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    num_heads: int,
+    scale: float | None,
+    is_causal: bool,
+    key_padding_mask: Tensor | None,
+    precision: str,
+    version: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    qkv = F.linear(input, qkv_weight, qkv_bias).contiguous()
+    heads = composite.attention_heads(qkv, num_heads, scale, is_causal, key_padding_mask).contiguous()
+    # The backward below computes the softmax again, and looks at no logsumexp.
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    logsumexp = input.new_zeros((input.shape[0], num_heads, input.shape[1]), dtype=dtype)
+    return F.linear(heads, out_weight, out_bias).contiguous(), qkv, heads, logsumexp
+
+
+def _attention_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    qkv: Tensor,
+    attention: Tensor,
+    logsumexp: Tensor,
+    qkv_weight: Tensor,
+    out_weight: Tensor,
+    num_heads: int,
+    scale: float | None,
+    is_causal: bool,
+    key_padding_mask: Tensor | None,
+    precision: str,
+    needs_input: bool,
+    needs_qkv_weight: bool,
+    needs_qkv_bias: bool,
+    needs_out_weight: bool,
+    needs_out_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    count, embed = math.prod(input.shape[:2]), input.shape[2]
+    rows = grad_output.reshape(count, embed)
+    grad_qkv = qkv.new_empty(count, 3 * embed)
+    if needs_input or needs_qkv_weight or needs_qkv_bias:
+        with torch.enable_grad():
+            leaf = qkv.detach().requires_grad_()
+            heads = composite.attention_heads(leaf, num_heads, scale, is_causal, key_padding_mask)
+        (grad_qkv,) = torch.autograd.grad(heads, leaf, (rows @ out_weight).reshape(input.shape))
+        grad_qkv = grad_qkv.reshape(count, 3 * embed)
+
+    def gradient(needed: bool, value: Callable[[], Tensor]) -> Tensor:
+        return value().contiguous() if needed else input.new_empty(0)
+
+    return (
+        gradient(needs_input, lambda: (grad_qkv @ qkv_weight).reshape(input.shape)),
+        gradient(needs_qkv_weight, lambda: grad_qkv.t() @ input.reshape(count, embed)),
+        gradient(needs_qkv_bias, lambda: grad_qkv.sum(0)),
+        gradient(needs_out_weight, lambda: rows.t() @ attention.reshape(count, embed)),
+        gradient(needs_out_bias, lambda: rows.sum(0)),
     )
 
 

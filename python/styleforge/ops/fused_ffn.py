@@ -284,23 +284,6 @@ def _autocast(
         return result
 
 
-def _slice(tensor: Any, dim: int | None, index: int) -> Any:
-    return tensor if dim is None else tensor.select(dim, index)
-
-
-def _to_front(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """The vmapped dimension, or a broadcast one where there is none, as one more leading dimension."""
-    if tensor is None:
-        return None
-    return tensor.movedim(dim, 0) if dim is not None else tensor.expand(size, *tensor.shape)
-
-
-def _loop(op: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """One call for each slice; the results stacked."""
-    slices = [op(*(_slice(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(size)]
-    return tuple(torch.stack(results) for results in zip(*slices, strict=True))
-
-
 def _vmap_forward(
     info: Any, in_dims: tuple[int | None, ...], *args: Any, op: Any = _forward_op
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -308,9 +291,9 @@ def _vmap_forward(
     size = info.batch_size
     dims = (*in_dims, *(None,) * (len(args) - len(in_dims)))
     if any(d is not None for d in dims[1:5]):
-        results = _loop(op, size, dims, args)
+        results = common.loop_over_slices(op, size, dims, args)
     else:
-        input, residual = _to_front(args[0], dims[0], size), _to_front(args[6], dims[6], size)
+        input, residual = common.to_front(args[0], dims[0], size), common.to_front(args[6], dims[6], size)
         results = op(input, *args[1:6], residual, *args[7:])
     return results, (0,) * len(results)
 
@@ -342,9 +325,9 @@ def _vmap_backward(
     """Gradients of parameters are one for each slice, which one product over all of them cannot give."""
     size = info.batch_size
     if any(args[9:]) or any(d is not None for d in in_dims[3:6]):
-        gradients = _loop(_backward_op, size, in_dims, args)
+        gradients = common.loop_over_slices(_backward_op, size, in_dims, args)
     else:
-        rows = [_to_front(a, d, size) for a, d in zip(args[:3], in_dims[:3], strict=True)]
+        rows = [common.to_front(a, d, size) for a, d in zip(args[:3], in_dims[:3], strict=True)]
         grad_input, *absent = _backward_op(*rows, *args[3:])
         if not args[8]:
             grad_input = grad_input.expand(size, 0)
