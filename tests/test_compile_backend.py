@@ -61,9 +61,8 @@ def _reset() -> None:
 def expected(case: Case, training: bool) -> dict[str, int]:
     """In inference, Dynamo captures PyTorch's transformer layers as one call each."""
     layers = case.ffn if case.ffn and not case.conv and not training and "patches" not in case.left else 0
-    attention = case.attention if _attention.available() else 0
     counts = {"conv": case.conv, "norm": case.norm, "encoder_layer": layers}
-    counts |= {"ffn": case.ffn - layers, "attention": 0 if layers else attention}
+    counts |= {"ffn": case.ffn - layers, "attention": 0 if layers else case.attention}
     return {key: value for key, value in counts.items() if value}
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import styleforge
 from _models import MODELS, Case, CycleGANGenerator, FlowEncoder, Mlp, UNetStage, ViTBlock
 from _reference import DEVICES, assert_as_accurate, tf32
-from styleforge.fuse import FusionReport, _attention
+from styleforge.fuse import FusionReport
 from styleforge.models.torch_transformer_net import TorchTransformerNet
 
 OPERATORS = ("fused_conv_instance_norm_relu", "fused_instance_norm", "fused_ffn", "fused_attention")
@@ -39,8 +39,7 @@ class Calls(TorchDispatchMode):
 
 
 def expected(case: Case) -> dict[str, int]:
-    attention = case.attention if _attention.available() else 0
-    return dict(zip(OPERATORS, (case.conv, case.norm, case.ffn, attention), strict=True))
+    return dict(zip(OPERATORS, (case.conv, case.norm, case.ffn, case.attention), strict=True))
 
 
 def converted(values: Any, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -96,8 +95,9 @@ def test_every_place_is_fused_and_runs(name: str) -> None:
     for part, reason in case.left.items():
         assert any(part in str(entry) and reason in str(entry) for entry in report.not_fused), text
         assert part in text and reason in text
-    if _attention.available() or not case.attention:
-        assert len(report.not_fused) == sum(1 for _ in report.not_fused if "no " in str(_)), text
+    assert all(entry.reason in case.left.values() or entry.kind == "Conv2d" for entry in report.not_fused), (
+        text
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)

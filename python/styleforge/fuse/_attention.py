@@ -1,4 +1,4 @@
-"""Attention and whole transformer layers for rewritten networks, where ``fused_attention`` exists."""
+"""What rewritten networks call for attention and for whole transformer layers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ from torch import Tensor
 
 from styleforge.fuse import _calls
 from styleforge.ops import matmul_precision
-
-
-def available() -> bool:
-    """Whether this styleforge has ``FusedAttention`` and its operator."""
-    import styleforge.nn
-
-    return hasattr(styleforge.nn, "FusedAttention") and hasattr(torch.ops.styleforge, "fused_attention")
 
 
 def self_attention(
@@ -86,12 +79,7 @@ def encoder_layer(
 
     def attention(x: Tensor) -> Tensor:
         weights = (qkv_weight, qkv_bias, out_weight, out_bias)
-        if available():
-            return self_attention(x, num_heads, *weights, key_padding_mask)
-        output: Tensor = torch._native_multi_head_attention(
-            x, x, x, embed_dim, num_heads, *weights, key_padding_mask, False, True, mask_type
-        )[0]
-        return output
+        return self_attention(x, num_heads, *weights, key_padding_mask)
 
     def feed_forward(x: Tensor, residual: Tensor) -> Tensor:
         activation = "gelu" if use_gelu else "relu"

@@ -128,7 +128,7 @@ def _new_subclass(cls: type, source: str, names: dict[str, Any], note: str) -> t
 
     def extra_repr(self: nn.Module) -> str:
         text: str = cls.extra_repr(self)  # type: ignore[attr-defined]
-        return f"{text}, {note}" if text else note
+        return ", ".join(part for part in (text, note) if part)
 
     members = {
         **functions,

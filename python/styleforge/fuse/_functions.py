@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from styleforge.fuse import _in_place
 from styleforge.fuse import _operations as ops
 from styleforge.fuse._operations import Operation
+from styleforge.ops.fused_attention import MAX_HEAD_DIM
 
 # Parameter names, in order, of functions that are written in C and have no signature of their own.
 _CONV2D = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -125,6 +126,8 @@ def _transformer(
     if target is torch._transformer_encoder_layer_fwd and not kwargs and len(args) == 20:
         mask, mask_type = args[18:]
         problem = None if mask is None or mask_type == 1 else "it has an attention mask"
+        if _too_wide(args[1], args[2]):
+            problem = f"its heads are wider than {MAX_HEAD_DIM}"
         return ops.EncoderLayer(args[0], args, problem)
     return None
 
@@ -137,6 +140,8 @@ def _attention_function(given: dict[str, Any]) -> Operation:
         problem = "query, key and value have weights of their own"
     elif any(given[name] is not None for name in ("bias_k", "bias_v", "static_k", "static_v")):
         problem = "it has keys or values besides the input's"
+    elif _too_wide(given["embed_dim_to_check"], given["num_heads"]):
+        problem = f"its heads are wider than {MAX_HEAD_DIM}"
     elif given["add_zero_attn"] is not False:
         problem = "add_zero_attn=True"
     elif given["training"] is not False and given["dropout_p"] != 0:
@@ -168,6 +173,8 @@ def _native_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operatio
     problem = None
     if not (given["query"] is given["key"] is given["value"]):
         problem = "query, key and value are not the same tensor"
+    elif _too_wide(given["embed_dim"], given["num_head"]):
+        problem = f"its heads are wider than {MAX_HEAD_DIM}"
     elif given["mask"] is not None and given["mask_type"] != 1:
         problem = "it has an attention mask"
     return ops.Attention(
@@ -183,6 +190,11 @@ def _native_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operatio
         True,
         problem,
     )
+
+
+def _too_wide(embed_dim: Any, num_heads: Any) -> bool:
+    known = isinstance(embed_dim, int) and isinstance(num_heads, int)
+    return not known or embed_dim > MAX_HEAD_DIM * num_heads
 
 
 def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:

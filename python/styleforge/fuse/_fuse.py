@@ -154,6 +154,8 @@ class _Fusion:
             common = _common(scopes)
             inside = reach.setdefault(common[-1], set())
             inside.update(*(scope[len(common) :] for scope in scopes))
+        for node in _graph.with_unread_weights(traced.graph, module):
+            reach.setdefault(traced.scopes[node][-1], set())
         _close(reach)
         inner = set().union(*reach.values())
         for owner, inside in reach.items():
@@ -181,7 +183,7 @@ class _Fusion:
                 except NotTraceable as problem:
                     error = error or problem
                     continue
-                finder = Finder(_graph.steps_of(traced.graph, module), _graph.attention_available())
+                finder = Finder(_graph.steps_of(traced.graph, module))
                 finder.find()
                 return finder, traced
             if error is None or error.where == "" or error.where in opaque:
@@ -204,7 +206,7 @@ class _Fusion:
                     sites = found if len(found) > len(sites) else sites
             except NotTraceable as error:
                 problem = problem or error
-        if not sites:
+        if not variants:
             reason = str(problem) if problem else "nothing left to fuse in its own forward"
             self.report.not_fused.append(NotFused(path or "the model", type(module).__name__, reason))
             return
@@ -214,7 +216,7 @@ class _Fusion:
                 for step in site.steps
             )
             self.report.fused.append(Fused(site.operator, path, parts))
-        _forward.install(module, variants, f"fused={len(sites)}")
+        _forward.install(module, variants, f"fused={len(sites)}" if sites else "")
 
     def _swap_layers(self) -> None:
         for path, module in list(self.model.named_modules()):
@@ -270,17 +272,17 @@ def _variants(
     for training in (False, True):
         with _mode(module, training):
             result = trace(module, signature, lambda path, _: path not in inside)
+        changes = bool(_graph.with_unread_weights(result.graph, module))
         sites, _ = _graph.rewrite(result.graph, module)
         modules = tuple(sorted(result.entered))
         code = result.graph.python_code(root_module="self").src
-        traced.append((Variant(result.graph, signature, training, modules), sites, code))
-    (evaluation, sites, code), (_, _, training_code) = traced
-    if code == training_code:
-        yield Variant(evaluation.graph, signature), sites
+        if sites or changes:
+            traced.append((Variant(result.graph, signature, training, modules), sites, code))
+    if len(traced) == 2 and traced[0][2] == traced[1][2]:
+        yield Variant(traced[0][0].graph, signature), traced[0][1]
         return
-    for variant, found, _ in traced:
-        if found:
-            yield variant, found
+    for variant, sites, _ in traced:
+        yield variant, sites
 
 
 @contextmanager

@@ -17,8 +17,6 @@ from styleforge.fuse._operations import Attribute, Ref
 from styleforge.fuse._patterns import AttentionSite, FFNSite, Finder, Left, NormSite, Site, Step
 from styleforge.ops import conv_precision, matmul_precision
 
-attention_available = _attention.available
-
 # What gives a tensor of its own, unless it is told to work in place.
 _NEW = (ops.Conv, ops.Norm, ops.Activation, ops.Pad, ops.Upsample, ops.Add, ops.Linear, ops.Attention)
 
@@ -33,10 +31,8 @@ def rewrite(graph: fx.Graph, root: nn.Module) -> tuple[list[Site], list[Left]]:
     Returns:
         The sites that were fused, and what was left with the reasons.
     """
-    use_attention = attention_available()
-    if use_attention:
-        _ignore_weights(graph, root)
-    sites, left = Finder(steps_of(graph, root), use_attention).find()
+    _ignore_weights(graph, root)
+    sites, left = Finder(steps_of(graph, root)).find()
     replaced: dict[Ref, fx.Node] = {}  # a site may read what another one gave
     for site in sites:
         _replace(graph, site, replaced)
@@ -101,15 +97,38 @@ def _checked(
 ) -> ops.Attention | ops.EncoderLayer:
     """The attention, refused where its weights are read or its padding mask is not boolean."""
     if isinstance(operation, ops.Attention):
-        mask = operation.key_padding_mask
         if not all(_takes_output(user) for user in users):
             return replace(operation, problem="its attention weights are used")
+        mask = operation.key_padding_mask
     else:
         mask = operation.arguments[18]
-    value = mask.meta.get("example_value") if isinstance(mask, fx.Node) else None
-    if mask is not None and (value is None or value.dtype != torch.bool):
+    if mask is None:
+        return operation
+    boolean = _boolean(mask)
+    if boolean is None:
         return replace(operation, problem="its padding mask is not boolean")
-    return operation
+    if isinstance(operation, ops.Attention):
+        return replace(operation, key_padding_mask=boolean)
+    return replace(operation, arguments=(*operation.arguments[:18], boolean, operation.arguments[19]))
+
+
+def _boolean(mask: Ref) -> fx.Node | None:
+    """The boolean mask that a padding mask is, or that PyTorch's layers made one to be added from."""
+    if not isinstance(mask, fx.Node):
+        return None
+    value = mask.meta.get("example_value")
+    if value is not None and value.dtype == torch.bool:
+        return mask
+    # zeros_like(boolean, dtype=..).masked_fill_(boolean, -inf)
+    if mask.target != "masked_fill_" or len(mask.args) != 3 or mask.args[2] != float("-inf"):
+        return None
+    zeros, boolean = mask.args[:2]
+    if not isinstance(zeros, fx.Node) or not isinstance(boolean, fx.Node):
+        return None
+    if zeros.target is not torch.zeros_like or zeros.args[:1] != (boolean,) or len(zeros.users) != 1:
+        return None
+    written = any(_in_place(user) for node in (mask, boolean) for user in node.users if user is not mask)
+    return None if written else _boolean(boolean)
 
 
 def _constant(node: fx.Node) -> Any:
@@ -255,14 +274,22 @@ def _ffn_arguments(site: FFNSite) -> tuple[Any, ...]:
 
 
 def _ignore_weights(graph: fx.Graph, root: nn.Module) -> None:
-    """Attention layers whose weights nobody reads are told so: then they need not be worked out."""
-    for node in graph.nodes:
-        if node.op != "call_module" or len(node.args) > 4:
-            continue
-        if not isinstance(root.get_submodule(str(node.target)), nn.MultiheadAttention):
-            continue
-        if node.users and all(_takes_output(user) for user in node.users):
-            node.kwargs = {**node.kwargs, "need_weights": False}
+    for node in with_unread_weights(graph, root):
+        node.kwargs = {**node.kwargs, "need_weights": False}
+
+
+def with_unread_weights(graph: fx.Graph, root: nn.Module) -> list[fx.Node]:
+    """Calls of attention layers whose weights nobody reads: told so, they need not work them out."""
+    return [
+        node
+        for node in graph.nodes
+        if node.op == "call_module"
+        and isinstance(root.get_submodule(str(node.target)), nn.MultiheadAttention)
+        and len(node.args) <= 4
+        and node.kwargs.get("need_weights") is not False
+        and node.users
+        and all(_takes_output(user) for user in node.users)
+    ]
 
 
 def _takes_output(user: fx.Node) -> bool:

@@ -105,12 +105,10 @@ class Finder:
 
     Args:
         steps: every node of the graph.
-        attention: whether ``fused_attention`` can be used.
     """
 
-    def __init__(self, steps: Sequence[Step], attention: bool = False) -> None:
+    def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = list(steps)
-        self.attention = attention
         self.position = {step.key: index for index, step in enumerate(self.steps)}
         self.sites: list[Site] = []
         self.left: list[Left] = []
@@ -313,8 +311,6 @@ class Finder:
         kind = "attention" if isinstance(operation, ops.Attention) else "TransformerEncoderLayer"
         if operation.problem is not None:
             self._leave(step, kind, operation.problem)
-        elif not self.attention and isinstance(operation, ops.Attention):
-            self._leave(step, kind, "this styleforge has no fused_attention")
         else:
             self._take(AttentionSite([step], operation.input, operation))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from styleforge.fuse import _attention, _calls, _layers
 from styleforge.nn.fused_ffn import _activation_of
 from styleforge.ops import matmul_precision
+from styleforge.ops.fused_attention import MAX_HEAD_DIM
 
 
 class FusedMultiheadAttention(nn.MultiheadAttention):
@@ -149,8 +150,8 @@ def swap(module: nn.Module) -> tuple[str | None, str | None]:
 
 
 def _attention_problem(m: Any) -> str | None:
-    if not _attention.available():
-        return "this styleforge has no fused_attention"
+    if m.head_dim > MAX_HEAD_DIM:
+        return f"its heads are wider than {MAX_HEAD_DIM}"
     if not m._qkv_same_embed_dim:
         return "query, key and value have widths of their own"
     if m.bias_k is not None or m.bias_v is not None or m.add_zero_attn:
