@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -21,6 +22,11 @@ import styleforge
 from styleforge.fuse import FusionReport
 
 CONV, NORM, FFN = "fused_conv_instance_norm_relu", "fused_instance_norm", "fused_ffn"
+
+
+@torch.fx.wrap
+def wrapped_double(x: Tensor) -> None:
+    x.mul_(2)
 
 
 class Net(nn.Module):
@@ -341,6 +347,16 @@ def _sets_list(m: Any, x: Tensor) -> Tensor:
     return m.body(x)
 
 
+def _without_gradients(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return m.body(x)
+
+
+def _in_bfloat16(m: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return m.body(x)
+
+
 def _any_arguments(m: Any, *x: Tensor) -> Tensor:
     return m.body(x[0])
 
@@ -353,6 +369,8 @@ def _any_arguments(m: Any, *x: Tensor) -> Tensor:
         (_own_tensor, "makes tensors of its own"),
         (_sets_attribute, "sets attributes"),
         (_sets_list, "sets attributes"),
+        (_without_gradients, "changes the gradient mode"),
+        (_in_bfloat16, "changes the gradient mode or autocast"),
         (_any_arguments, "takes *args"),
     ],
 )
@@ -367,6 +385,55 @@ def test_the_parts_of_a_forward_that_cannot_be_followed(forward: Callable[..., A
     assert report.count(CONV) == 1, report
     assert report.count(NORM) == 1, report  # the layer on its own
     assert f"the model (Net): {reason}" in reasons(report).replace("its forward ", "")
+
+
+def test_lists_of_modules() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Sequential(conv(), norm(), nn.ReLU(True)) for _ in range(2))
+            self.both = [self.a, self.b]
+            self.named = {"last": (self.a,)[0]}
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part in self.both:
+                x = part(x)
+            return x + self.named["last"](x)
+
+    model = Listed()
+    assert check(model).count(CONV) == 2
+    fused = styleforge.fuse(model)
+    assert fused.both[0] is fused.a and fused.both[0] is not model.a
+    assert list(fused.state_dict()) == list(model.state_dict())
+
+
+def test_operators_that_write_in_the_way() -> None:
+    library = torch.library.Library("styleforge_tests", "FRAGMENT")
+    library.define("double_(Tensor(a!) x) -> ()")
+
+    def double_(x: Tensor) -> None:
+        x.mul_(2)
+
+    library.impl("double_", double_, "CompositeExplicitAutograd")
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.c(x)
+        torch.ops.styleforge_tests.double_(x)
+        return m.n(y) + x
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        y = m.c(x)
+        wrapped_double(x)
+        return m.n(y) + x
+
+    def overload(m: Any, x: Tensor) -> Tensor:
+        y = m.c(x)
+        torch.ops.styleforge_tests.double_.default(x)
+        return m.n(y) + x
+
+    for written in (forward, overload, function):
+        with torch.no_grad():
+            assert check(Net(written, c=conv(), n=norm())).count(CONV) == 0
 
 
 def test_masks_that_may_be_left_out() -> None:

@@ -52,7 +52,7 @@ def fuse(model: M, *, inplace: bool = False, verbose: bool = False) -> M:
         raise TypeError("fuse: model is a ScriptModule; use styleforge.jit.fuse_script for it")
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model must be an nn.Module, got {type(model).__name__}")
-    fused: M = model if inplace else _copy(model, {})
+    fused: M = model if inplace else _copy(model)
     report = _Fusion(fused).run()
     fused.__dict__[_REPORT] = report
     if verbose:
@@ -76,24 +76,38 @@ def unfuse(model: M) -> M:
     return model
 
 
-def _copy(module: Any, memo: dict[int, nn.Module]) -> Any:
+def _copy(model: Any) -> Any:
     """The same tree of modules with the same parameters and buffers; other attributes are shared as well.
 
-    As ``torch.nn.parallel.replicate`` makes its replicas.
+    As ``torch.nn.parallel.replicate`` makes its replicas. Plain lists, tuples and dictionaries of modules
+    hold the copies.
     """
-    if isinstance(module, torch.jit.ScriptModule):  # its state is not in Python
-        return module
-    if id(module) in memo:
-        return memo[id(module)]
-    new = module.__new__(type(module))
-    memo[id(module)] = new
-    attributes = new.__dict__
-    for name, value in vars(module).items():
-        own = name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-        attributes[name] = value.copy() if own or "_hooks" in name else value
-    for name, child in module._modules.items():
-        attributes["_modules"][name] = None if child is None else _copy(child, memo)
-    return new
+    copies: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):  # its state is not in Python
+            copies[id(module)] = module
+            continue
+        copies[id(module)] = module.__new__(type(module))
+    for module in model.modules():
+        new = copies[id(module)]
+        if new is not module:
+            for name, value in vars(module).items():
+                new.__dict__[name] = _attribute(name, value, copies)
+    return copies[id(model)]
+
+
+def _attribute(name: str, value: Any, copies: dict[int, nn.Module]) -> Any:
+    if name == "_modules":
+        return {key: child if child is None else copies[id(child)] for key, child in value.items()}
+    if name in ("_parameters", "_buffers", "_non_persistent_buffers_set") or "_hooks" in name:
+        return value.copy()
+    if isinstance(value, nn.Module):
+        return copies.get(id(value), value)
+    if type(value) in (list, tuple) and any(isinstance(v, nn.Module) for v in value):
+        return type(value)(_attribute("", v, copies) for v in value)
+    if type(value) is dict and any(isinstance(v, nn.Module) for v in value.values()):
+        return {key: _attribute("", v, copies) for key, v in value.items()}
+    return value
 
 
 @dataclass

@@ -85,7 +85,9 @@ def _step(node: fx.Node, users: list[Any], root: nn.Module) -> Step:
             operation = _checked(operation, users)
         step = Step(node, _call_name(node), operation, users)
         if _in_place(node):
-            step.writes = values if "out" in node.kwargs else values[:1]
+            step.writes = values if "out" in node.kwargs or _schemas(node.target) else values[:1]
+        elif not _from_known_package(node):
+            step.writes = values  # a function of the user's: torch.fx.wrap, allow_in_graph
         step.barrier = _changes_mode(node)
     if not isinstance(operation, _NEW) or step.writes:
         step.aliases = values
@@ -152,6 +154,8 @@ def _call_name(node: fx.Node) -> str:
 
 def _in_place(node: fx.Node) -> bool:
     name = _call_name(node)
+    if any(schema.is_mutable for schema in _schemas(node.target)):
+        return True
     if node.op == "call_method" and (name == "__setitem__" or name.startswith("__i")):
         return True
     module = getattr(node.target, "__module__", None)
@@ -168,8 +172,25 @@ def _in_place(node: fx.Node) -> bool:
 _NOT_IN_PLACE = ("is_", "is_not", "index", "indexOf", "inv", "invert", "itemgetter")
 
 
+def _from_known_package(node: fx.Node) -> bool:
+    module = getattr(node.target, "__module__", None)
+    known = ("torch", "operator", "_operator", "builtins", "math", "styleforge")
+    return isinstance(node.target, str) or module is None or str(module).split(".")[0] in known
+
+
+def _schemas(target: Any) -> list[Any]:
+    """The schemas of an operator from ``torch.ops``; none for anything else."""
+    if isinstance(target, torch._ops.OpOverload):
+        return [target._schema]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, name)._schema for name in target.overloads()]
+    return []
+
+
 def _changes_mode(node: fx.Node) -> bool:
     name = _call_name(node)
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True  # a whole graph, which may do anything
     return any(part in name for part in ("autocast", "grad_enabled", "_enter_", "_exit_", "inference_mode"))
 
 

@@ -132,6 +132,12 @@ def trace(module: nn.Module, signature: Signature, leaf: Callable[[str, nn.Modul
     return Trace(graph, tracer.scopes, tracer.entered, tracer.asked_for_pair)
 
 
+def _modes() -> tuple[Any, ...]:
+    """What ``torch.no_grad``, ``torch.inference_mode`` and ``torch.autocast`` change."""
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
 class _Value(fx.Proxy):
     """Stands for a result; ``+=`` is written down as what it is."""
 
@@ -172,6 +178,7 @@ class _Tracer(fx.Tracer):
         self.scopes: dict[fx.Node, tuple[str, ...]] = {}
         self.entered: set[str] = {""}
         self.asked_for_pair: set[str] = set()
+        self.modes = _modes()
         self._buffers: set[int] | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -204,6 +211,8 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:  # a context that the trace would not enter
+            raise NotTraceable("its forward changes the gradient mode or autocast", self.inside[-1])
         node = super().create_node(*args, **kwargs)
         self.scopes[node] = tuple(self.inside)
         return node
