@@ -206,6 +206,24 @@ def test_fused_models_go_on(name: str, how: Any) -> None:
     assert sum(calls.count[op] for op in OPERATORS) == 2 * sum(expected(case).values())
 
 
+@pytest.mark.parametrize("name", ["transformer_net", "two_streams", "encoder", "vit"])
+def test_export_with_dynamic_sizes(name: str) -> None:
+    case = MODELS[name]
+    fused = styleforge.fuse(case.build().eval())
+
+    def batch(size: int, samples: int) -> tuple[Tensor, ...]:
+        return tuple(x[:1].repeat(samples, *[1] * (x.dim() - 1)) for x in case.inputs(size))
+
+    auto = torch.export.Dim.AUTO
+    inputs = batch(40, 2)
+    sizes = tuple({0: auto, **({1: auto} if x.dim() == 3 else {2: auto, 3: auto})} for x in inputs)
+    program = torch.export.export(fused, inputs, dynamic_shapes=sizes).module()
+    for size, samples in ((24, 3), (64, 2)):
+        others = batch(size, samples)
+        with torch.no_grad():
+            torch.testing.assert_close(program(*others), fused(*others))
+
+
 def test_lists_and_tensors_take_the_same_encoder() -> None:
     model = FlowEncoder(4, 8, dropout=0.5).eval()
     fused = styleforge.fuse(model)
