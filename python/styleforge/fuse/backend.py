@@ -90,6 +90,8 @@ def register() -> None:
 def _register_in(registry: ModuleType) -> None:
     # As the entry point of an installed package would be, which may come before this or later: registering
     # the function itself twice, once by either way, is an error in PyTorch.
+    from importlib.metadata import EntryPoint  # as slow to import as everything here together
+
     value = f"{__name__}:{styleforge.__name__}"
     registry._BACKENDS.setdefault(NAME, EntryPoint(NAME, value, "torch_dynamo_backends"))
 
