@@ -11,7 +11,6 @@ import importlib.abc
 import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import Any
 
