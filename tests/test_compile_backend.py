@@ -33,6 +33,7 @@ FUNCTIONS = {
     _calls.conv_instance_norm: "conv",
     _calls.instance_norm: "norm",
     _calls.ffn: "ffn",
+    _calls.reflect_conv: "last",
     _attention.self_attention: "attention",
     _attention.encoder_layer: "encoder_layer",
 }
@@ -62,7 +63,7 @@ def expected(case: Case, training: bool) -> dict[str, int]:
     """In inference, Dynamo captures PyTorch's transformer layers as one call each."""
     layers = case.ffn if case.ffn and not case.conv and not training and "patches" not in case.left else 0
     counts = {"conv": case.conv, "norm": case.norm, "encoder_layer": layers}
-    counts |= {"ffn": case.ffn - layers, "attention": 0 if layers else case.attention}
+    counts |= {"last": case.last, "ffn": case.ffn - layers, "attention": 0 if layers else case.attention}
     return {key: value for key, value in counts.items() if value}
 
 

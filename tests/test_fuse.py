@@ -87,6 +87,7 @@ def test_every_place_is_fused_and_runs(name: str) -> None:
     fused = styleforge.fuse(case.build().eval())
     report: FusionReport = fused.styleforge_report
     assert {op: report.count(op) for op in OPERATORS} == expected(case)
+    assert report.count("reflect_conv2d") == case.last
     with torch.no_grad(), Calls() as calls:
         fused(*case.inputs(24))
     assert {op: calls.count[op] for op in OPERATORS} == expected(case)
@@ -155,7 +156,7 @@ def test_unfuse_and_inplace() -> None:
     model = CycleGANGenerator(4, 1).eval()
     before = [(path, type(module)) for path, module in model.named_modules()]
     assert styleforge.fuse(model, inplace=True) is model
-    assert model.styleforge_report.count() == 7
+    assert model.styleforge_report.count() == 8
     assert [type(m) for _, m in model.named_modules()] != [kind for _, kind in before]
     assert styleforge.unfuse(model) is model
     assert [(path, type(module)) for path, module in model.named_modules()] == before

@@ -109,6 +109,29 @@ def test_padding_and_upsampling_before_a_convolution(before: list[nn.Module]) ->
     assert len(report.fused[0].parts) == len(before) + 2
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_last_layer_of_picture_networks(training: bool) -> None:
+    x = torch.randn(2, 4, 12, 13, dtype=torch.float64)
+    for rows, columns in ((1, 1), (2, 3)):
+        kernel = (2 * rows + 1, 2 * columns + 1)
+        last = nn.Conv2d(4, 3, kernel, bias=rows == 1)
+        net = nn.Sequential(nn.ReflectionPad2d((columns, columns, rows, rows)), last, nn.Tanh())
+        for picture in (x, x[0], x.contiguous(memory_format=torch.channels_last)):
+            assert check(net, picture, training=training).count("reflect_conv2d") == 1
+            with torch.no_grad():
+                check(net, picture, training=training)
+    for layers in (
+        [nn.ReflectionPad2d(1), nn.Conv2d(4, 3, 5)],
+        [nn.ReflectionPad2d(1), nn.Conv2d(4, 3, 3, stride=2)],
+        [nn.ReflectionPad2d(1), nn.Conv2d(4, 3, 3, padding=1)],
+        [nn.ReflectionPad2d(1), nn.Conv2d(4, 8, 3)],
+        [nn.ReplicationPad2d(1), nn.Conv2d(4, 3, 3)],
+        [nn.ReflectionPad2d(1), nn.Conv2d(4, 2, 3, groups=2)],
+    ):
+        report = check(nn.Sequential(*layers), x, training=training)
+        assert not report.fused and "no InstanceNorm2d after it" in str(report)
+
+
 def test_a_lone_norm_takes_what_follows_it() -> None:
     report = check(Net(lambda m, x: F.silu(x + m.n(m.t(x))), t=nn.ConvTranspose2d(4, 4, 1), n=norm()))
     assert report.fused[0].parts == ("n", "add", "silu") and report.fused[0].operator == NORM

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from styleforge.models._reflect_conv import reflect_conv2d
 from styleforge.ops import conv_precision, matmul_precision
 from styleforge.ops._composite import activate, ffn_activate
 
@@ -184,6 +185,23 @@ def ffn(
     if output_training and output_dropout > 0.0:
         output = F.dropout(output, output_dropout)
     return output if fits or residual is None else output + residual
+
+
+def reflect_conv(input: Tensor, weight: Tensor, bias: Optional[Tensor], precision: str) -> Tensor:
+    """``conv2d(reflection_pad(input))`` with half of the (odd) kernel as padding.
+
+    Args:
+        input: [N, Ci, H, W] or [Ci, H, W].
+        weight: [Co, Ci, kh, kw].
+        bias: [Co] or None.
+        precision: in TorchScript only; PyTorch's flags elsewhere.
+    """
+    if input.dim() != 4:
+        rows, columns = weight.size(2) // 2, weight.size(3) // 2
+        return F.conv2d(F.pad(input, [columns, columns, rows, rows], mode="reflect"), weight, bias)
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        precision = conv_precision()
+    return reflect_conv2d(input, weight, bias, precision)
 
 
 def _fits(residual: Optional[Tensor], like: Tensor, sizes: List[int]) -> bool:

@@ -27,7 +27,8 @@ def fuse(model: M, *, inplace: bool = False, verbose: bool = False) -> M:
     ``F.pad``) and nearest upsampling by two, ``Conv2d``, ``InstanceNorm2d``, activation, with the addition
     of a shortcut before the activation; ``InstanceNorm2d`` alone or with what follows it; Linear,
     GELU/ReLU/SiLU, (Dropout,) Linear, with the addition after it; ``nn.MultiheadAttention`` and the
-    feed-forward part of transformer layers. Layers and their functional forms are alike. What cannot be
+    feed-forward part of transformer layers. A reflection-padded convolution to a few channels, the last
+    layer of picture networks, has a kernel too. Layers and their functional forms are alike. What cannot be
     proven equal stays as it is.
 
     The result is of the same class (a subclass of it), with the same submodules, parameter names, hooks and

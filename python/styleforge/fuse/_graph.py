@@ -14,7 +14,7 @@ from styleforge.fuse import _attention, _calls, _functions, _layers
 from styleforge.fuse import _in_place as _in_place_functions
 from styleforge.fuse import _operations as ops
 from styleforge.fuse._operations import Attribute, Ref
-from styleforge.fuse._patterns import AttentionSite, FFNSite, Finder, Left, NormSite, Site, Step
+from styleforge.fuse._patterns import AttentionSite, FFNSite, Finder, LastConvSite, Left, NormSite, Site, Step
 from styleforge.ops import conv_precision, matmul_precision
 
 # What gives a tensor of its own, unless it is told to work in place.
@@ -83,6 +83,8 @@ def _step(node: fx.Node, users: list[Any], root: nn.Module) -> Step:
         operation = _functions.describe(node.target, args, kwargs)
         if isinstance(operation, (ops.Attention, ops.EncoderLayer)):
             operation = _checked(operation, users)
+        if isinstance(operation, ops.Conv):
+            operation = replace(operation, sizes=_sizes(operation.weight))
         step = Step(node, _call_name(node), operation, users)
         if _in_place(node):
             step.writes = values if "out" in node.kwargs or _schemas(node.target) else values[:1]
@@ -112,6 +114,14 @@ def _checked(
     if isinstance(operation, ops.Attention):
         return replace(operation, key_padding_mask=boolean)
     return replace(operation, arguments=(*operation.arguments[:18], boolean, operation.arguments[19]))
+
+
+def _sizes(weight: Ref) -> tuple[int, ...] | None:
+    """Output channels and kernel sizes, where torch.compile says them."""
+    value = weight.meta.get("example_value") if isinstance(weight, fx.Node) else None
+    if value is None or value.dim() != 4 or not all(isinstance(size, int) for size in value.shape):
+        return None
+    return value.shape[0], value.shape[2], value.shape[3]
 
 
 def _boolean(mask: Ref) -> fx.Node | None:
@@ -243,6 +253,9 @@ def call_of(site: Site) -> tuple[Callable[..., Any], tuple[Any, ...]]:
             operation.is_causal,
             operation.sequence_first,
         )
+    if isinstance(site, LastConvSite):
+        conv = site.conv
+        return _calls.reflect_conv, (site.input, conv.weight, conv.bias, conv_precision())
     activation = site.activation.name if site.activation is not None else "none"
     slope = site.activation.negative_slope if site.activation is not None else 0.01
     norm = site.norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch.nn as nn
@@ -65,9 +66,10 @@ def _describe(kind: type, m: Any, path: str, input: Ref) -> Operation | None:
 
     if kind is nn.Conv2d:
         weight, bias = attribute("weight"), attribute("bias")
-        return ops.conv(
+        found = ops.conv(
             input, weight, bias, m.stride, m.padding, m.dilation, m.groups, m.padding_mode, m.kernel_size
         )
+        return replace(found, sizes=(m.out_channels, *m.kernel_size))
     if kind is nn.InstanceNorm2d:
         problem = "track_running_stats=True" if m.track_running_stats else None
         return ops.Norm(input, attribute("weight"), attribute("bias"), m.eps, True, problem)

@@ -33,7 +33,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Conv(Operation):
-    """A two-dimensional convolution."""
+    """A two-dimensional convolution; ``sizes``: output channels, kernel height and width where known."""
 
     weight: Ref
     bias: Ref
@@ -41,6 +41,7 @@ class Conv(Operation):
     padding: tuple[int, int]
     padding_mode: str = "zeros"
     problem: str | None = None
+    sizes: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

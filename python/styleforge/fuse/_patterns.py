@@ -15,6 +15,7 @@ from styleforge.fuse._operations import Operation, Ref
 
 Key = Hashable
 _OUTSIDE = "<outside>"
+FEW_CHANNELS = 4  # for more, the kernel of the last layer gains nothing
 
 
 @dataclass
@@ -88,7 +89,18 @@ class AttentionSite:
     )
 
 
-Site = NormSite | FFNSite | AttentionSite
+@dataclass
+class LastConvSite:
+    """Reflection padding by half of the kernel, then a convolution to a few channels, and no norm."""
+
+    steps: list[Step]
+    input: Ref
+    conv: ops.Conv
+
+    operator = "reflect_conv2d"
+
+
+Site = NormSite | FFNSite | AttentionSite | LastConvSite
 
 
 @dataclass
@@ -131,7 +143,7 @@ class Finder:
         for step in self.steps:
             if step.key in self._taken:
                 continue
-            if isinstance(step.operation, ops.Conv):
+            if isinstance(step.operation, ops.Conv) and not self._last_conv(step, step.operation):
                 self._leave(step, "Conv2d", self._reasons.get(step.key, "no InstanceNorm2d after it"))
             elif isinstance(step.operation, ops.Other):
                 self._leave(step, step.operation.kind, "no operator for it")
@@ -307,6 +319,22 @@ class Finder:
         drops = (site.dropouts[0], dropout)
         return FFNSite(steps, site.input, site.fc1, site.activation, site.fc2, drops, residual)
 
+    def _last_conv(self, step: Step, conv: ops.Conv) -> bool:
+        """Takes the last layer of a picture network, which has a kernel of its own."""
+        between, source = self._before(conv)
+        pad = source.operation if source is not None else None
+        if source is None or not isinstance(pad, ops.Pad) or pad.problem or pad.padding_mode != "reflect":
+            return False
+        half = (2 * pad.padding[0] + 1, 2 * pad.padding[1] + 1)
+        plain = conv.problem is None and conv.padding == (0, 0) and conv.stride == (1, 1)
+        if not plain or conv.sizes is None or conv.sizes[0] > FEW_CHANNELS or conv.sizes[1:] != half:
+            return False
+        site = LastConvSite([source, *reversed(between), step], pad.input, conv)
+        if self._movable(site):
+            self._take(site)
+            return True
+        return False
+
     def _attention(self, step: Step, operation: ops.Attention | ops.EncoderLayer) -> None:
         kind = "attention" if isinstance(operation, ops.Attention) else "TransformerEncoderLayer"
         if operation.problem is not None:
@@ -331,12 +359,12 @@ class Finder:
             self._roots[key] = found
         return self._roots[key]
 
-    def _movable(self, site: NormSite | FFNSite) -> bool:
+    def _movable(self, site: NormSite | FFNSite | LastConvSite) -> bool:
         """Whether the operator may read its tensors at the last step instead of where they are read now."""
         own = {step.key for step in site.steps}
         positions = sorted(self.position[key] for key in own)
         reads = self.roots(site.input)
-        if site.residual is not None:
+        if not isinstance(site, LastConvSite) and site.residual is not None:
             reads |= self.roots(site.residual)
         for step in self.steps[positions[0] : positions[-1]]:
             if step.key in own:
