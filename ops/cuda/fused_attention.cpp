@@ -17,7 +17,7 @@ namespace {
 constexpr const char* kOp = "fused_attention";
 constexpr int64_t kMaxBatch = 65535;    // of one launch: the kernels have the batch in a grid's second dimension
 constexpr int64_t kCudnnLength = 1024;  // from here on cuDNN's kernel is worth the plan it makes for every shape
-constexpr int64_t kManySplitsLength = 512;
+constexpr int64_t kFewHeadsLength = 512;
 constexpr AttentionKernel kKernels[] = {AttentionKernel::kCudnn, AttentionKernel::kFlash, AttentionKernel::kEfficient,
                                         AttentionKernel::kMath};
 
@@ -48,8 +48,7 @@ AttentionKernel choose_backward(const Attention& attention) {
   }
   // In a fixed order, the efficient kernel has one block of threads for each head: with few of them, products of the
   // whole GPU are faster, all the more the longer the sequence.
-  const bool few =
-      attention.length >= kManySplitsLength && attention.batch * attention.heads * 3 < facts.multiprocessors;
+  const bool few = attention.length >= kFewHeadsLength && attention.batch * attention.heads * 3 < facts.multiprocessors;
   return !few && sdpa_backward_takes(AttentionKernel::kEfficient, attention, facts.major) ? AttentionKernel::kEfficient
                                                                                           : AttentionKernel::kMath;
 }
