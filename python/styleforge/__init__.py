@@ -6,9 +6,10 @@ the modules, ``styleforge.models`` the networks, ``styleforge.onnx`` the export 
 
 from __future__ import annotations
 
-from styleforge import _library, onnx, ops
+from styleforge import _library, jit, onnx, ops
 from styleforge._library import StyleforgeCudaWarning, StyleforgeLibraryError, diagnostics, last_path
 from styleforge._version import __version__
+from styleforge.fuse import fuse, unfuse
 from styleforge.nn import (
     FusedAttention,
     FusedConvInstanceNormReLU,
@@ -28,9 +29,12 @@ __all__ = [
     "__version__",
     "cmake_prefix_path",
     "diagnostics",
+    "fuse",
+    "jit",
     "last_path",
     "onnx",
     "ops",
+    "unfuse",
 ]
 
 cmake_prefix_path: str = _library.cmake_prefix_path()
