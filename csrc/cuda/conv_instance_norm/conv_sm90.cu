@@ -409,9 +409,11 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         }
       }
     };
-    const auto weight_descriptor = [&] {
+    const auto weight_descriptor = [&]<bool kFirst>() {
       mbarrier_wait(weight_full_at + 8 * weight_stage, weight_parity);
-      return wgmma_descriptor(weight_ring + weight_stage * Traits::kWeightBytes);
+      uint32_t at = weight_ring + weight_stage * Traits::kWeightBytes;
+      if constexpr (!kFirst) at = __shfl_sync(0xffffffffu, at, 0);
+      return wgmma_descriptor(at);
     };
     const auto release_weights = [&](int stage) {
       if (lane == 0) mbarrier_arrive(weight_empty_at + 8 * stage);
@@ -424,7 +426,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       }
     };
 
-    for (int tile = begin; tile < end; ++tile) {
+    const auto run_tile = [&]<bool kFirst>(int tile) {
       if constexpr (kSplit) {
         const auto load_split = [&](uint32_t (&hi)[4][4], uint32_t (&lo)[4][4]) {
           load_next(hi);
@@ -442,7 +444,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
 #pragma unroll
         for (int i = 0; i < kColumns / 2; ++i) total[i] = 0;
         const auto multiply = [&](int set, bool more) {
-          const uint64_t b = weight_descriptor();
+          const uint64_t b = weight_descriptor.template operator()<kFirst>();
           const uint64_t b_lo = b + (kColumns * kChunk >> 4);
           wgmma_fence();
 #pragma unroll
@@ -468,7 +470,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         for (int i = 0; i < kColumns / 2; ++i) d[i] = total[i];
       } else {
         const auto multiply = [&](uint32_t (&a)[4][4], bool first) {
-          const uint64_t b = weight_descriptor();
+          const uint64_t b = weight_descriptor.template operator()<kFirst>();
           wgmma_fence();
 #pragma unroll
           for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b + 2 * k, k > 0 || !first);
@@ -586,7 +588,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
                                                   column * static_cast<int>(sizeof(T)));
         }
       }
-      if (!has_moments) continue;
+      if (!has_moments) return;
       named_barrier(kConsumerBarrier, Traits::kConsumers);
       const int column = threadIdx.x;
       if (column < kColumns && first_column + column < p.out_channels) {
@@ -602,7 +604,11 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         p.moments[(static_cast<int64_t>(n) * s.entries + tile) * p.out_channels + first_column + column] =
             make_float2(tile_mean, tile_m2);
       }
-    }
+    };
+    // The first tile apart: in a loop the compiler does not know that the warps' threads stay together, and brings each
+    // descriptor to uniform registers anew, two instructions before every wgmma (8.8 -> 10.2 us on 1x128x32x32, TF32).
+    run_tile.template operator()<true>(begin);
+    for (int tile = begin + 1; tile < end; ++tile) run_tile.template operator()<false>(tile);
     if (!s.resident) return;
 
     float2* sums = reinterpret_cast<float2*>(ring + s.parts_offset);
