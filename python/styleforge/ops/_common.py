@@ -254,3 +254,21 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
         return function.apply(*args)
     with torch._functorch.utils.enable_single_level_autograd_function():
         return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+class FirstOrderFunction(torch.autograd.Function):
+    """A backward operator as a function of its own: differentiating it again fails with a clear message.
+
+    ``once_differentiable`` only sees a gradient that needs one; that of a gradient penalty does not.
+    Subclasses give ``forward(name, *args)``; ``name`` is the operator that the message speaks of.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.name}: double backward is not supported")

@@ -291,24 +291,12 @@ class _Attention(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 6)
 
 
-class _AttentionBackward(torch.autograd.Function):
-    """The backward operator as a function of its own, so that its derivative fails with a message."""
-
-    generate_vmap_rule = True
-
+class _AttentionBackward(common.FirstOrderFunction):
     @staticmethod
     def forward(name: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         with matmuls_of(args[1], args[11]):
             result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _backward_op(*args)
         return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.name = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{ctx.name}: double backward is not supported")
 
 
 def _vmap_forward(

@@ -196,33 +196,18 @@ class _FFN(torch.autograd.Function):
             return (None,) * 8
         needs = [ctx.needs_input_grad[i] for i in range(5)]
         gradients = _FFNBackward.apply(  # type: ignore[no-untyped-call]
-            grad_output, *ctx.saved_tensors, ctx.activation, ctx.precision, *needs
+            NAME, grad_output, *ctx.saved_tensors, ctx.activation, ctx.precision, *needs
         )
         wanted = [g if need else None for g, need in zip(gradients, needs, strict=True)]
         return (*wanted, None, grad_output if ctx.needs_input_grad[6] else None, None)
 
 
-class _FFNBackward(torch.autograd.Function):
-    """The backward operator as a function of its own: differentiating it again fails with a clear message.
-
-    ``once_differentiable`` only sees a gradient that needs one; that of a gradient penalty does not.
-    """
-
-    generate_vmap_rule = True
-
+class _FFNBackward(common.FirstOrderFunction):
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(name: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         with matmuls_of(args[1], args[7]):
             result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _backward_op(*args)
         return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{NAME}: double backward is not supported")
 
 
 def _autograd(

@@ -174,6 +174,7 @@ class _InstanceNorm(torch.autograd.Function):
             return (None,) * 7
         input, weight, bias, mean, rstd, residual, output = ctx.saved_tensors
         grad_input, grad_weight, grad_bias, grad_residual = _InstanceNormBackward.apply(  # type: ignore[no-untyped-call]
+            NAME,
             grad_output,
             input,
             mean,
@@ -198,26 +199,11 @@ class _InstanceNorm(torch.autograd.Function):
         )
 
 
-class _InstanceNormBackward(torch.autograd.Function):
-    """The backward operator as a function of its own: differentiating it again fails with a clear message.
-
-    ``once_differentiable`` only sees a gradient that needs one; that of a gradient penalty does not.
-    """
-
-    generate_vmap_rule = True
-
+class _InstanceNormBackward(common.FirstOrderFunction):
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(name: str, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         result: tuple[Tensor, Tensor, Tensor, Tensor] = _backward_op(*args)
         return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{NAME}: double backward is not supported")
 
 
 def _autograd(
