@@ -10,6 +10,7 @@ from styleforge import _library, jit, onnx, ops
 from styleforge._library import StyleforgeCudaWarning, StyleforgeLibraryError, diagnostics, last_path
 from styleforge._version import __version__
 from styleforge.fuse import fuse, unfuse
+from styleforge.graphs import graphed
 from styleforge.nn import (
     FusedAttention,
     FusedConvInstanceNormReLU,
@@ -30,6 +31,7 @@ __all__ = [
     "cmake_prefix_path",
     "diagnostics",
     "fuse",
+    "graphed",
     "jit",
     "last_path",
     "onnx",
