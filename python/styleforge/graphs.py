@@ -75,8 +75,8 @@ def graphed(model: Callable[..., Any], example: Any) -> GraphedModel:
         example: a CUDA tensor, or a tuple of arguments (tensors, also nested, and plain values).
 
     Returns:
-        A callable with the model's arguments: tensors of the example's shapes, dtypes and device. The next call
-        overwrites its results: ``clone`` what has to last.
+        A callable with the model's arguments: tensors of the example's shapes, dtypes and device. The next
+        call overwrites its results: ``clone`` what has to last.
 
     Raises:
         ValueError: the example has no CUDA tensor, or tensors of several devices; the model is in training
