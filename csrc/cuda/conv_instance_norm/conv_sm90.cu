@@ -141,6 +141,7 @@ struct ConvTraits {
   static constexpr int kStorePitch = stash_pitch(kColumns, static_cast<int>(sizeof(T)));
   static constexpr int kStoreBytes = ConvSchedule::kTileWidth * kStorePitch;
   static_assert(kColumns % 32 == 0 && kColumns <= 128);
+  static_assert(kStorePitch % 16 == 0 && kRows * kStoreBytes % 128 == 0, "the stash holds vectors");
   static_assert(kWeightBytes % 1024 == 0, "stages stay aligned for the swizzle");
   static_assert(kElements % 8 == 0 && (kMoveRegisters || kThreads * kBlocks <= 768));
 };
