@@ -125,8 +125,8 @@ cudaError_t launch_conv_instance_norm(const ConvParams& params, ConvSchedule sch
   if (schedule.resident) {
     name = split ? "sm90:3xtf32:one_pass" : "sm90:one_pass";
     const auto error = launch_conv_sm90(params, schedule, norm, stream);
-    if (error != cudaErrorCooperativeLaunchTooLarge) return error;
-    // This process has only some of the multiprocessors (MPS, a green context).
+    if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return error;
+    // This process has only some of the multiprocessors (MPS, a green context), or no cooperative launches.
     cudaGetLastError();
     schedule.resident = false;
   }
