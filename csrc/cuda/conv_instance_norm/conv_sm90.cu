@@ -410,10 +410,10 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         }
       }
     };
-    const auto weight_descriptor = [&]<bool kFirst>() {
+    const auto weight_descriptor = [&]<bool kFirstTile>() {
       mbarrier_wait(weight_full_at + 8 * weight_stage, weight_parity);
       uint32_t at = weight_ring + weight_stage * Traits::kWeightBytes;
-      if constexpr (!kFirst) at = __shfl_sync(0xffffffffu, at, 0);
+      if constexpr (!kFirstTile) at = __shfl_sync(0xffffffffu, at, 0);
       return wgmma_descriptor(at);
     };
     const auto release_weights = [&](int stage) {
@@ -427,7 +427,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       }
     };
 
-    const auto run_tile = [&]<bool kFirst>(int tile) {
+    const auto run_tile = [&]<bool kFirstTile>(int tile) {
       if constexpr (kSplit) {
         const auto load_split = [&](uint32_t (&hi)[4][4], uint32_t (&lo)[4][4]) {
           load_next(hi);
@@ -445,7 +445,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
 #pragma unroll
         for (int i = 0; i < kColumns / 2; ++i) total[i] = 0;
         const auto multiply = [&](int set, bool more) {
-          const uint64_t b = weight_descriptor.template operator()<kFirst>();
+          const uint64_t b = weight_descriptor.template operator()<kFirstTile>();
           const uint64_t b_lo = b + (kColumns * kChunk >> 4);
           wgmma_fence();
 #pragma unroll
@@ -471,7 +471,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         for (int i = 0; i < kColumns / 2; ++i) d[i] = total[i];
       } else {
         const auto multiply = [&](uint32_t (&a)[4][4], bool first) {
-          const uint64_t b = weight_descriptor.template operator()<kFirst>();
+          const uint64_t b = weight_descriptor.template operator()<kFirstTile>();
           wgmma_fence();
 #pragma unroll
           for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b + 2 * k, k > 0 || !first);
