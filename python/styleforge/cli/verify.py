@@ -197,7 +197,7 @@ def _run(
     )
     console.print(
         f"styleforge {__version__}, PyTorch {torch.__version__}, {device} ({hardware}), {arithmetic}: "
-        f"{len(cases)} cases\n",
+        f"{len(cases)} case{'s' * (len(cases) > 1)}\n",
         highlight=False,
         soft_wrap=True,
     )

@@ -184,7 +184,9 @@ def _is_float(tensor: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    # As integers, so that -0 differs from 0 and a NaN equals itself.
+    integers = torch.int16 if a.element_size() == 2 else torch.int32
+    return torch.equal(a.view(integers), b.view(integers))
 
 
 @contextmanager
