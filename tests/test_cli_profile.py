@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,23 @@ def test_the_operators_of_a_network_with_their_paths_and_times(checkpoint: Path,
     (total,) = (line.split()[-2] for line in result.stdout.splitlines() if "in all" in line)
     (other,) = (line.split()[-2] for line in result.stdout.splitlines() if "other operators" in line)
     assert float(other) + sum(float(row[-2]) for row in rows) == pytest.approx(float(total), abs=0.01)
+
+
+def test_nothing_but_the_table_is_printed(checkpoint: Path) -> None:
+    """The profiler writes lines of its own from C++, past Python's streams."""
+    command = [
+        sys.executable,
+        "-m",
+        "styleforge",
+        "profile",
+        str(checkpoint),
+        "--size",
+        "16",
+        "--device",
+        "cpu",
+    ]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert finished.stderr == "" and finished.stdout.startswith(str(checkpoint))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -46,6 +47,9 @@ def profile(
     height, width = picture_size(size)
     if batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, got {batch_size}")
+
+    # The profiler's own log lines would come in between; it reads this when it is first used.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
     import torch
     from rich.console import Console
