@@ -120,6 +120,16 @@ def test_every_option_of_every_operator_is_a_flag() -> None:
             _verify(0, operator, "--mode", "specific", "--no-times", "--forward-only", *small, *given)
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_each_design_of_attention_can_be_asked_for(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = specific("attention", {**SMALL["attention"], "version": version})
+    outcome = run_case(case, CPU, torch.float32, timed=False)
+    assert outcome.passed and outcome.path.startswith(f"attention:{version}")
+    monkeypatch.setitem(FUNCTIONS, "attention", f"fused_attention_{version}")
+    _replaced(monkeypatch, "attention", lambda y: y + 1e-3)
+    assert not run_case(case, CPU, torch.float32, timed=False).passed
+
+
 def test_the_kinks_of_relu_inside_have_no_gradient_to_check() -> None:
     outcome = run_case(
         specific("ffn", {**SMALL["ffn"], "activation": "relu"}), CPU, torch.float32, timed=False

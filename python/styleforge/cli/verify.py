@@ -112,6 +112,13 @@ def verify(
     padding_mask: Annotated[
         bool | None, _switch("--padding-mask/--no-padding-mask", "Attention: a key padding mask.")
     ] = None,
+    version: Annotated[
+        str | None,
+        typer.Option(
+            help="Attention: auto, v1 (for short sequences) or v2 (tiles, for any).",
+            rich_help_panel=_SPECIFIC,
+        ),
+    ] = None,
     affine: Annotated[bool | None, _switch("--affine/--no-affine", "Instance-norm.")] = None,
     residual: Annotated[
         bool | None, _switch("--residual/--no-residual", "Ffn, instance-norm, conv: a tensor to add.")
@@ -130,8 +137,8 @@ def verify(
     """
     names = (
         "batch_size seq_len embed_dim num_heads hidden_dim channels in_channels out_channels height width "
-        "kernel_size stride padding upsample padding_mode activation bias causal padding_mask affine "
-        "residual channels_last"
+        "kernel_size stride padding upsample padding_mode activation bias causal padding_mask version "
+        "affine residual channels_last"
     )
     here = locals()
     given = {name: here[name] for name in names.split() if here[name] is not None}

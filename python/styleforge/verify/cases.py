@@ -14,7 +14,7 @@ _KERNELS = ((1, 1, 0), (3, 1, 1), (3, 2, 1), (4, 2, 1), (5, 1, 2), (5, 2, 2))
 _QUICK: dict[str, list[Config]] = {
     "attention": [
         {},
-        {"batch_size": 2, "seq_len": 64, "num_heads": 8, "causal": True},
+        {"batch_size": 2, "seq_len": 64, "num_heads": 8, "causal": True, "version": "v2"},
         {"seq_len": 77, "embed_dim": 96, "num_heads": 3, "bias": False, "padding_mask": True},
     ],
     "ffn": [
@@ -59,7 +59,7 @@ class Case:
                 if value != defaults[name]:
                     parts.append(name if value else f"no {name}")
             elif isinstance(value, str):
-                if value != "none" and value != "zeros":
+                if value not in ("none", "zeros", "auto"):
                     parts.append(value)
             elif name == "upsample":
                 if value != 1:
@@ -131,6 +131,9 @@ def _attention() -> Iterator[Config]:
     yield {"seq_len": 1}
     yield {"seq_len": 197, "embed_dim": 192, "num_heads": 3}  # a ViT block
     yield {"embed_dim": 256, "num_heads": 1}  # the widest head
+    for version in ("v1", "v2"):
+        yield {"version": version, "batch_size": 2, "seq_len": 256, "causal": True}
+        yield {"version": version, "seq_len": 77, "embed_dim": 96, "num_heads": 3, "padding_mask": True}
 
 
 def _ffn() -> Iterator[Config]:

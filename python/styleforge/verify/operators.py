@@ -34,6 +34,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _NORM_ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")
 _FFN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 _PADDING_MODES = ("zeros", "reflect", "replicate")
+_ATTENTION = {"auto": "fused_attention", "v1": "fused_attention_v1", "v2": "fused_attention_v2"}
 _KINKED = ("relu", "leaky_relu")
 _MAX_HEAD = 256
 
@@ -105,10 +106,12 @@ class _Attention(Operator):
         "bias": True,
         "causal": False,
         "padding_mask": False,
+        "version": "auto",
     }
 
     def check(self, config: Config) -> None:
         super().check(config)
+        _choice(config, "version", tuple(_ATTENTION))
         embed, heads = config["embed_dim"], config["num_heads"]
         if embed % heads:
             raise ValueError(f"--num-heads must divide --embed-dim, got {heads} and {embed}")
@@ -155,9 +158,11 @@ class _Attention(Operator):
 
     def styleforge(self, config: Config, given: Tensors, precision: str) -> Tensor:
         arguments: Any = given
-        return ops.fused_attention(
+        function = getattr(ops, _ATTENTION[config["version"]])
+        result: Tensor = function(
             **arguments, num_heads=config["num_heads"], is_causal=config["causal"], precision=precision
         )
+        return result
 
     def terms(self, config: Config) -> int:
         return int(max(config["embed_dim"], config["seq_len"]))
