@@ -39,7 +39,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_help_names_every_command() -> None:
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("stylize", "export", "styles", "info"):
+    for command in ("stylize", "export", "styles", "verify", "profile", "info"):
         assert command in result.stdout
 
 

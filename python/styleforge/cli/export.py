@@ -84,8 +84,8 @@ def export(
     TorchScript files and packages need libstyleforge.so in the process that runs them (`import styleforge`,
     or see examples/cpp). ONNX files need nothing of styleforge.
     """
-    style, checkpoint = _which(model)
-    sizes = _sizes(size)
+    style, checkpoint = which_model(model)
+    sizes = picture_size(size)
     if to is Target.torchscript and not dynamic:
         raise UsageError("--fixed: TorchScript files take any size; leave it out, or use --to aoti or onnx")
     target = _target(to, output, Path(model).stem, checkpoint, force=force)
@@ -131,8 +131,12 @@ def export(
     )
 
 
-def _which(model: str) -> tuple[str | None, Path | None]:
-    """The style's name or the checkpoint's path."""
+def which_model(model: str) -> tuple[str | None, Path | None]:
+    """The style's name or the checkpoint's path, of which one is None.
+
+    Raises:
+        UsageError: it looks like a file, and there is none.
+    """
     path = Path(model)
     if path.is_file():
         return None, path
@@ -141,7 +145,12 @@ def _which(model: str) -> tuple[str | None, Path | None]:
     return model, None
 
 
-def _sizes(text: str) -> tuple[int, int]:
+def picture_size(text: str) -> tuple[int, int]:
+    """Height and width in pixels from ``480x640``, or from ``512`` for both.
+
+    Raises:
+        UsageError: it is something else, or too small for a style network.
+    """
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if match is None:
         raise UsageError(f"--size must be HEIGHTxWIDTH in pixels, such as 480x640, got '{text}'")
