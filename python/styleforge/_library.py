@@ -247,7 +247,7 @@ def _find_or_build_cuda() -> None:
 
         try:
             built = first_use.at_import()
-        except StyleforgeBuildError as reason:
+        except (StyleforgeBuildError, OSError) as reason:
             raise _CudaLibraryError(f"{error}; not built on first use: {reason}") from reason
         if built is None:
             raise

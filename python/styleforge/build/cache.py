@@ -37,7 +37,7 @@ class Entry:
         """The library, where it was built before; also in a cache that cannot be written."""
         for root in roots():
             path = root / self.name / self.file
-            if path.is_file():
+            if os.path.isfile(path):  # Path.is_file raises where the folder cannot be read
                 return path
         return None
 
@@ -140,12 +140,21 @@ def _roots() -> list[Path]:
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # as the XDG specification wants it
         base = os.path.expanduser("~/.cache")
-    return [Path(base) / "styleforge", Path(tempfile.gettempdir()) / f"styleforge-{os.getuid()}"]
+    found = [Path(base) / "styleforge"] if os.path.isabs(base) else []  # a user without a home keeps the "~"
+    stand_in = _stand_in()
+    return [*found, stand_in] if stand_in is not None else found
+
+
+def _stand_in() -> Path | None:
+    try:
+        return Path(tempfile.gettempdir()) / f"styleforge-{os.getuid()}"
+    except OSError:  # no temporary folder can be written
+        return None
 
 
 def _writable_root(what: str) -> Path:
-    reasons = []
-    for number, root in enumerate(_roots()):
+    reasons: list[str] = []
+    for root in _roots():
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=root):
@@ -156,18 +165,18 @@ def _writable_root(what: str) -> Path:
         if not _trusted(root):
             reasons.append(f"{root} belongs to, or can be written by, somebody else")
             continue
-        if number:
+        if reasons:
             _logger.warning("styleforge: %s cannot be used; building %s in %s", reasons[0], what, root)
         return root
     raise StyleforgeBuildError(
-        f"{what} was not built: no folder to build in ({'; '.join(reasons)}); set XDG_CACHE_HOME to one that "
+        f"{what} was not built: no folder to build in ({'; '.join(reasons) or 'no home folder, no temporary folder'}); set XDG_CACHE_HOME to one that "
         "can be written"
     )
 
 
 def _trusted(root: Path) -> bool:
     """Whether what lies in a folder can only be this user's: in /tmp anybody can put one of that name."""
-    if root == _roots()[0]:
+    if root != _stand_in():
         return True
     try:
         status = root.lstat()

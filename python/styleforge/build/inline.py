@@ -19,7 +19,7 @@ from styleforge.build.progress import Progress
 _TARGET_VERSION = "0x020a000000000000"
 _ARCH_FLAG = re.compile(r"^(-arch|-gencode|--gpu-architecture|--generate-code|-gpu-architecture)\b")
 
-_loaded: dict[str, Path] = {}
+_loaded: dict[str, str] = {}  # namespaces to entries of the cache
 
 
 def compile_inline(
@@ -37,7 +37,8 @@ def compile_inline(
     The sources register their operators with ``STABLE_TORCH_LIBRARY(<name>, m)``; for fast builds leave the
     kernels in ``cuda_source`` without a torch header and register in ``cpp_source``. The same text is
     compiled once for a PyTorch version and a compiler, also by concurrent processes. CUDA code is compiled
-    for ``TORCH_CUDA_ARCH_LIST``, else the GPUs of this machine, else nvcc's default with PTX for every later GPU.
+    for ``TORCH_CUDA_ARCH_LIST``, else the GPUs of this machine, else nvcc's default, whose PTX every later
+    GPU runs.
 
     Args:
         name: The namespace of the operators, an identifier.
@@ -105,12 +106,19 @@ def compile_inline(
         progress.say(f"built {what} in {time.monotonic() - begin:.1f} s")
         return library
 
+    if _loaded.get(name, entry.name) != entry.name:
+        raise StyleforgeBuildError(
+            f"torch.ops.{name} was loaded from another source in this process, and operators cannot be "
+            "replaced: take another name or start Python anew"
+        )
     if name not in _loaded and _operators(name):
         raise StyleforgeBuildError(
             f"{what} was not built: torch.ops.{name} has operators already; take another name"
         )
     library = cache.build_once(entry, build, what=what, say=progress.say)
-    _load(name, library)
+    if name not in _loaded:
+        _load(library)
+        _loaded[name] = entry.name
     missing = [
         f"{name}::{function}" for function in functions if f"{name}::{function}" not in _operators(name)
     ]
@@ -122,24 +130,12 @@ def compile_inline(
     return getattr(torch.ops, name)
 
 
-def _load(name: str, library: Path) -> None:
-    if _loaded.get(name, library) != library:
-        raise StyleforgeBuildError(
-            f"torch.ops.{name} was loaded from another source in this process, and operators cannot be "
-            "replaced: take another name or start Python anew"
-        )
-    if name in _loaded:
-        return
+def _load(library: Path) -> None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        hint = (
-            ""
-            if torch.version.cuda
-            else " (this PyTorch has no CUDA: its stream and device functions are missing)"
-        )
+        hint = "" if torch.version.cuda else " (this PyTorch has no CUDA, so no streams and no devices)"
         raise StyleforgeBuildError(f"{library} cannot be loaded: {error.__cause__ or error}{hint}") from error
-    _loaded[name] = library
 
 
 def _operators(name: str) -> set[str]:
