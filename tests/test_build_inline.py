@@ -285,6 +285,22 @@ def test_cache_that_cannot_be_written(
         _build_once()
 
 
+def test_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container whose user id nobody knows "~" stays "~", which is no folder to make."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    assert _build_once().is_relative_to(tmp_path / f"styleforge-{os.getuid()}")
+    assert not (tmp_path / "~").exists()
+
+    def no_folder() -> str:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(tempfile, "gettempdir", no_folder)
+    with pytest.raises(StyleforgeBuildError, match="there is no home and no temporary folder"):
+        _build_once()
+
+
 def test_what_a_compiler_refused_is_not_tried_again_unasked(own_cache: Path) -> None:
     tried = []
 

@@ -168,9 +168,9 @@ def _writable_root(what: str) -> Path:
         if reasons:
             _logger.warning("styleforge: %s cannot be used; building %s in %s", reasons[0], what, root)
         return root
+    why = "; ".join(reasons) or "there is no home and no temporary folder"
     raise StyleforgeBuildError(
-        f"{what} was not built: no folder to build in ({'; '.join(reasons) or 'no home folder, no temporary folder'}); set XDG_CACHE_HOME to one that "
-        "can be written"
+        f"{what} was not built: no folder to build in ({why}); set XDG_CACHE_HOME to one that can be written"
     )
 
 
