@@ -31,7 +31,7 @@ def cuda_library(*, archs: str | None = None, verbose: bool = True) -> Path:
     """Builds the CUDA library, or takes it from the cache, and loads it where PyTorch has CUDA.
 
     Does nothing where a CUDA library is loaded already. Takes minutes the first time. Where styleforge was
-    imported without one, PyTorch warns once that kernels are overridden: the composites are, by the real ones.
+    imported without one, PyTorch warns once that kernels are overridden: the composites, by the real ones.
 
     Args:
         archs: CUDA architectures, "80;90a" say; by default ``STYLEFORGE_CUDA_ARCHS``, else
