@@ -189,6 +189,11 @@ def test_wheel() -> None:
         "styleforge/lib/libstyleforge.so",
         "styleforge/lib/libstyleforge_cuda.so",
     }
+    # First-use building: all that the CUDA library is made of.
+    needed = {path.relative_to(ROOT) for path in (ROOT / "csrc" / "cuda").rglob("*.*")}
+    needed |= {path.relative_to(ROOT) for path in [*ROOT.glob("ops/*.*"), *ROOT.glob("ops/cuda/*.*")]}
+    needed |= {Path("CMakeLists.txt"), Path("cmake/cuda.cmake"), Path("python/styleforge/_version.py")}
+    assert {f"styleforge/_sources/{path}" for path in needed} <= names
     styles = {name for name in names if name.startswith("styleforge/styles/")}
     shipped = {
         f"styleforge/styles/{path.name}"

@@ -6,7 +6,7 @@ the modules, ``styleforge.models`` the networks, ``styleforge.onnx`` the export 
 
 from __future__ import annotations
 
-from styleforge import _library, jit, onnx, ops
+from styleforge import _library, build, jit, onnx, ops
 from styleforge._library import StyleforgeCudaWarning, StyleforgeLibraryError, diagnostics, last_path
 from styleforge._version import __version__
 from styleforge.fuse import fuse, unfuse
@@ -28,6 +28,7 @@ __all__ = [
     "StyleforgeCudaWarning",
     "StyleforgeLibraryError",
     "__version__",
+    "build",
     "cmake_prefix_path",
     "diagnostics",
     "fuse",

@@ -2,7 +2,8 @@
 
 ``libstyleforge.so`` (schemas, CPU kernels) must load, or the import fails with one message that says where it
 was looked for. ``libstyleforge_cuda.so`` is loaded only where PyTorch has CUDA; if it is missing or does not
-fit, one :class:`StyleforgeCudaWarning` says why and everything else works.
+fit, an installed package builds it (:mod:`styleforge.build`), or one :class:`StyleforgeCudaWarning` says why
+not and everything else works.
 """
 
 from __future__ import annotations
@@ -80,8 +81,7 @@ def load() -> None:
     try:
         cuda_library_path = _already_loaded(_CUDA)
         if cuda_library_path is None:
-            cuda_library_path = _find_cuda()
-            _open_cuda(cuda_library_path)
+            _find_or_build_cuda()
         cuda_available = True
     except _CudaLibraryError as error:
         cuda_error = str(error)
@@ -91,6 +91,20 @@ def load() -> None:
             StyleforgeCudaWarning,
             stacklevel=4,  # the line that imports styleforge: load, ops, styleforge, the user
         )
+
+
+def use_cuda(path: Path) -> None:
+    """Loads a CUDA library that was built after the import.
+
+    Raises:
+        StyleforgeLibraryError: It does not fit.
+    """
+    global cuda_library_path, cuda_available, cuda_error
+    try:
+        _open_cuda(path)
+    except _CudaLibraryError as error:
+        raise StyleforgeLibraryError(str(error), name="styleforge", path=str(path)) from error
+    cuda_library_path, cuda_available, cuda_error = path, True, None
 
 
 def folders() -> list[Path]:
@@ -220,6 +234,25 @@ def _find_cuda() -> Path:
         f"{_CUDA} was not found in {', '.join(map(str, searched))}; build it for CUDA {torch.version.cuda} "
         "with `STYLEFORGE_CUDA=ON pip install --no-build-isolation .` (needs nvcc)"
     )
+
+
+def _find_or_build_cuda() -> None:
+    """Opens the library that is there; where none fits, an installed package builds one."""
+    global cuda_library_path
+    try:
+        cuda_library_path = _find_cuda()
+        _open_cuda(cuda_library_path)
+    except _CudaLibraryError as error:
+        from styleforge.build import StyleforgeBuildError, first_use
+
+        try:
+            built = first_use.at_import()
+        except (StyleforgeBuildError, OSError) as reason:
+            raise _CudaLibraryError(f"{error}; not built on first use: {reason}") from reason
+        if built is None:
+            raise
+        cuda_library_path = built
+        _open_cuda(built)
 
 
 def _open_cuda(path: Path) -> None:
