@@ -52,12 +52,12 @@ class Problem:
     def in_format(self, name: str) -> Problem:
         """A copy in a memory format; modules of other than pictures have only the contiguous one."""
         memory_format = FORMATS[name]
-        modules = [copy.deepcopy(module) for module in (self.plain, self.ours)]
-        for module in modules:
+        plain, ours = copy.deepcopy(self.plain), copy.deepcopy(self.ours)
+        for module in (plain, ours):
             module.to(memory_format=memory_format)  # type: ignore[call-overload]  # in place
         inputs = [x.detach().contiguous(memory_format=memory_format) for x in self.inputs]
         grad = None if self.grad is None else self.grad.contiguous(memory_format=memory_format)
-        return Problem(self.case, *modules, inputs, grad, self.precision, name)
+        return Problem(self.case, plain, ours, inputs, grad, self.precision, name)
 
 
 @dataclass
@@ -83,7 +83,9 @@ def as_list(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def step(module: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor, grad: Tensor) -> list[Tensor]:
+def step(
+    module: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor, grad: Tensor
+) -> list[Tensor]:
     """Forward and backward: gradients of the input and of each parameter (zeros where it has none)."""
     wanted = [x, *parameters]
     found = torch.autograd.grad(module(x), wanted, grad, allow_unused=True)
@@ -216,7 +218,9 @@ def _onnxruntime(problem: Problem) -> Contender:
         torch.onnx.export(problem.plain, (first,), path, dynamo=True, input_names=["x"], output_names=["y"])
         session = runtime.InferenceSession(path, options, providers=[settings])
     if not cuda:
-        calls = [partial(session.run, None, {"x": x.numpy()}) for x in problem.inputs]
+        calls: list[Callable[[], Any]] = [
+            partial(session.run, None, {"x": x.numpy()}) for x in problem.inputs
+        ]
         return Contender(
             "onnxruntime",
             problem.memory_format,

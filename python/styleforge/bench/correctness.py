@@ -72,7 +72,5 @@ def check(contender: Contender, exact: Sequence[Tensor], allowed: float) -> Chec
     """Runs a contender three times on the first input and compares."""
     call = contender.calls[0]
     runs = [[t.detach().clone() for t in contender.outputs(call())] for _ in range(3)]
-    same = all(
-        torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True)
-    )
+    same = all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
     return Check(*errors(runs[0], exact), allowed, same)

@@ -42,7 +42,12 @@ def translate(module: nn.Module, device: Any, exact: bool) -> Callable[[Any], An
 
         def call(x: Any) -> Any:
             y = lax.conv_general_dilated(
-                x, weight, conv.stride, padding, precision=precision, dimension_numbers=("NCHW", "OIHW", "NCHW")
+                x,
+                weight,
+                conv.stride,
+                padding,
+                precision=precision,
+                dimension_numbers=("NCHW", "OIHW", "NCHW"),
             )
             return y if bias is None else y + bias[:, None, None]
 

@@ -152,7 +152,8 @@ def measure(
         rates: of this machine, see ``floors``.
         tell: is told what is being done.
     """
-    torch._dynamo.reset()
+    if "compile" in settings.against:
+        torch._dynamo.reset()
     with torch.set_grad_enabled(settings.backward):
         problem = _prepare(case, settings)
         passes = 3 if settings.backward else 1
@@ -228,8 +229,9 @@ def _checked(
             ready.append((contender, Timing(formatted.memory_format, found, path=path)))
     if any("wrong" in failure or "failed" in failure for failure in result.failures):
         return []  # right in one format is not right
-    for contender, _ in ready:
-        result.missing.pop(contender.name, None)
+    for contender, _ in ready:  # one format is enough to take part; a wrong result in the other stays named
+        if not result.missing.get(contender.name, "wrong").startswith("wrong"):
+            del result.missing[contender.name]
     return ready
 
 
@@ -288,9 +290,7 @@ def _time_on_gpu(contender: Contender, timing: Timing, settings: Settings) -> No
         timing.gpu, timing.gpu_clock = summarize(_event_times(calls, settings)), "events"
     if not contender.synchronous:
         timing.host = summarize(host_times(calls[0], 15, 20))
-    timing.wall = summarize(
-        wall_times([finished], settings.iterations, settings.warmup, settings.seconds)[0]
-    )
+    timing.wall = summarize(wall_times([finished], settings.iterations, settings.warmup, settings.seconds)[0])
 
 
 def _event_times(calls: Sequence[Callable[[], Any]], settings: Settings) -> list[float]:
@@ -304,7 +304,8 @@ def _event_times(calls: Sequence[Callable[[], Any]], settings: Settings) -> list
             calls[i % len(calls)]()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e3 / count
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds * 1e3 / count
 
     stop = time.perf_counter() + settings.seconds
     burst()

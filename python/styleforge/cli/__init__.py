@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from styleforge.cli import export, info, styles, stylize
+from styleforge.cli import bench, export, info, styles, stylize
 
 app = typer.Typer(
     name="styleforge",
@@ -42,6 +42,7 @@ def _options(
 app.command("stylize")(stylize.stylize)
 app.command("export")(export.export)
 app.command("styles")(styles.styles)
+app.command("bench")(bench.bench)
 app.command("info")(info.info)
 
 
