@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -77,24 +76,26 @@ def speedup_bars(results: Sequence[CaseResult], salt: str) -> str:
 
 
 def scaling(results: Sequence[CaseResult], salt: str) -> str:
-    """Time against the elements of the input, a line for each contender, with the floor."""
-    results = sorted((r for r in results if r.timings), key=lambda r: math.prod(r.case.input_shape))
+    """Time against the work of a call, a line for each contender, with the floor."""
+    results = [result for result in results if result.timings]
     if not results:
         return ""
+    counted = all(result.operations for result in results)
+
+    def work(result: CaseResult) -> float:
+        return result.operations if counted else result.bytes
+
+    results = sorted(results, key=work)
     figure, axes = _figure(8, 4)
     for name in _contenders(results):
-        points = [
-            (math.prod(r.case.input_shape), r.timings[name].main().median)
-            for r in results
-            if name in r.timings
-        ]
+        points = [(work(r), r.timings[name].main().median) for r in results if name in r.timings]
         style = {"color": _COLOURS[name], "marker": _MARKERS[name], "markersize": 5, "linewidth": 1.2}
         axes.plot(*zip(*points, strict=True), label=name, **style)
-    floor = [(math.prod(r.case.input_shape), r.floor) for r in results]
+    floor = [(work(r), r.floor) for r in results]
     axes.plot(*zip(*floor, strict=True), "k--", linewidth=1, label="floor")
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("elements of the input")
+    axes.set_xlabel("operations of a call" if counted else "bytes of a call")
     axes.set_ylabel("time of a call, us (median)")
     axes.grid(True, which="major", alpha=0.3)
     axes.legend(fontsize=8)
