@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 import styleforge
 from _onnx import needs_onnx
-from styleforge.bench import cases, contenders, correctness, floors, measure, operators, plots, timing
+from styleforge.bench import cases, contenders, correctness, floors, operators, plots, precision, timing
 from styleforge.bench.stats import summarize
 from styleforge.cli import app
 
@@ -375,9 +375,9 @@ def test_wrong_usage(arguments: tuple[str, ...], said: str) -> None:
 
 def test_precision_flags_come_back() -> None:
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    with measure.precision_flags("tf32"):
+    with precision.precision_flags("tf32"):
         assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
-    with measure.precision_flags("ieee"):
+    with precision.precision_flags("ieee"):
         assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
 

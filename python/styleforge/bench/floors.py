@@ -15,8 +15,8 @@ from functools import partial
 
 import torch
 
+from styleforge.bench.precision import precision_flags
 from styleforge.bench.timing import graph_time, wall_times
-from styleforge.ops._precision import matmuls_in
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
             and dtype == torch.float32
             and torch.cuda.get_device_capability(device) >= (8, 0)
         ):
-            with matmuls_in("tf32"):
+            with precision_flags("tf32"):
                 third = _product_rate(device, dtype) / 3
             if third > product:
                 product, note = third, f"a third of torch.matmul of {n}x{n} in TF32 (3xTF32)"

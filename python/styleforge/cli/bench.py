@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -136,6 +136,7 @@ def bench(
             raise UsageError(f"there is no folder {file.absolute().parent} to write {file.name} to")
     import torch
 
+    from styleforge.bench import plots
     from styleforge.bench.cases import OPERATORS
     from styleforge.bench.measure import Settings
     from styleforge.cli._console import note, stderr_console
@@ -165,9 +166,17 @@ def bench(
         raise UsageError(f"nothing to measure: {', '.join(names)} has no {mode.value} mode")
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    tables, rates = _run(work, settings, console)
     options = {"config": config.value, "suite": suite, "mode": mode.value}
-    _write(tables, settings, rates, options, json_file, html_file, console)
+
+    def save(tables: dict[str, list[CaseResult]], rates: Rates) -> None:
+        _write(tables, settings, rates, options, json_file, html_file)
+
+    tables = _run(work, settings, console, save)
+    for file in (json_file, html_file):
+        if file is not None:
+            typer.echo(f"wrote {file}")
+    if html_file is not None and not plots.available():
+        note(console, f"{html_file} has no plots: pip install matplotlib")
     failed = [result for results in tables.values() for result in results if result.failures]
     if failed:
         listed = ", ".join(f"{result.case.operator} {result.case.name}" for result in failed)
@@ -204,13 +213,17 @@ def _cases(name: str, mode: str, suite: bool, given: list[str] | None, names: li
 
 
 def _run(
-    work: dict[str, list[Case]], settings: Settings, console: Console
-) -> tuple[dict[str, list[CaseResult]], Rates]:
-    """Measures, and prints each operator's tables when it is done."""
+    work: dict[str, list[Case]],
+    settings: Settings,
+    console: Console,
+    save: Callable[[dict[str, list[CaseResult]], Rates], None],
+) -> dict[str, list[CaseResult]]:
+    """Measures; prints and saves each operator's tables when it is done, so an interrupt loses little."""
     from rich.console import Console
 
     from styleforge.bench.floors import measure_rates
-    from styleforge.bench.measure import measure, precision_flags
+    from styleforge.bench.measure import measure
+    from styleforge.bench.precision import precision_flags
     from styleforge.bench.tables import print_results
     from styleforge.cli._console import progress_bar
 
@@ -237,13 +250,14 @@ def _run(
             title = f"{name}, {found[0].mode}: {step}, {kind}, {settings.device}"
             tables[title] = results
             print_results(output, title, results, settings.device.type == "cuda")
+            save(tables, rates)
     output.print(
         f"\nfloor: {rates.copy / 1e9:,.0f} GB/s (copy), {rates.product / 1e12:,.2f} TFLOP/s "
         f"({rates.product_is})",
         soft_wrap=True,
         highlight=False,
     )
-    return tables, rates
+    return tables
 
 
 def _write(
@@ -253,14 +267,12 @@ def _write(
     options: Mapping[str, object],
     json_file: Path | None,
     html_file: Path | None,
-    console: Console,
 ) -> None:
     if json_file is None and html_file is None:
         return
     import json
 
-    from styleforge.bench import plots, report_html, report_json
-    from styleforge.cli._console import note
+    from styleforge.bench import report_html, report_json
     from styleforge.cli.info import cpu_model, package_version
 
     machine = {name: package_version(name) or "not installed" for name in ("onnxruntime", "jax")}
@@ -269,9 +281,5 @@ def _write(
     data = report_json.report(tables, settings, rates, options, machine)
     if json_file is not None:
         json_file.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        typer.echo(f"wrote {json_file}")
     if html_file is not None:
-        if not plots.available():
-            note(console, f"{html_file} has no plots: pip install matplotlib")
         html_file.write_text(report_html.page(data, tables, rates), encoding="utf-8")
-        typer.echo(f"wrote {html_file}")
