@@ -41,7 +41,9 @@ def page(data: Mapping[str, Any], tables: Mapping[str, Sequence[CaseResult]], ra
         f"<p>Floor: the longer of bytes (input, output, parameters once) at {rates.copy / 1e9:,.0f} GB/s, "
         f"measured by a copy, and operations at {rates.product / 1e12:,.2f} TFLOP/s, measured by "
         f"{escape(rates.product_is)}. Times: {_clocks(on_gpu)}; contenders count in their better memory "
-        "format. Every result was compared with float64 before it was timed.</p>",
+        "format. More than 100 percent of the floor: a cache held "
+        "the tensors, the algorithm needs fewer operations than the plain layers, or others kept the machine "
+        "busy while the rates were measured. Every result was compared with float64 before it was timed.</p>",
     ]
     if not plots.available():
         parts.append("<p>Plots need matplotlib (pip install matplotlib).</p>")

@@ -253,7 +253,8 @@ def _run(
             save(tables, rates)
     output.print(
         f"\nfloor: {rates.copy / 1e9:,.0f} GB/s (copy), {rates.product / 1e12:,.2f} TFLOP/s "
-        f"({rates.product_is})",
+        f"({rates.product_is}); more than 100 %: a cache held the tensors, fewer operations were "
+        "needed, or others kept the machine busy while the rates were measured",
         soft_wrap=True,
         highlight=False,
     )
