@@ -354,6 +354,19 @@ def test_page_with_plots(tmp_path: Path) -> None:
     assert len(ids) == len(set(ids)) >= 3  # on one page, equal ids of two plots would cut the second wrongly
 
 
+def test_page_of_an_earlier_run(tmp_path: Path) -> None:
+    kept, first, later = (tmp_path / name for name in ("bench.json", "first.html", "later.html"))
+    arguments = ("conv", "--case", "1x4->8@8x8k3s1", "--against", "eager,cudagraph")
+    now = _bench(*arguments, "--json", kept, "--html", first).stdout
+    shown = _bench("--from", kept, "--html", later).stdout
+    assert first.read_text() == later.read_text()
+    table = now[: now.index("floor:")].strip()
+    assert "where we lose" in table and table in shown
+    kept.write_text('{"format": 0}')
+    assert "format must be 1, got 0" in _bench("--from", kept, code=2).stderr
+    assert "is not what --json writes" in _bench("--from", tmp_path / "no.json", code=2).stderr
+
+
 # --- usage ----------------------------------------------------------------------------------------
 
 

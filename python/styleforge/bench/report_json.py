@@ -1,4 +1,4 @@
-"""A run as JSON: settings, machine, rates, and every case with every contender's statistics."""
+"""A run as JSON, and back: settings, machine, rates, every case with every contender's statistics."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 import styleforge
+from styleforge.bench.cases import parse
+from styleforge.bench.correctness import Check
 from styleforge.bench.floors import Rates
-from styleforge.bench.measure import CaseResult, Settings
+from styleforge.bench.measure import CaseResult, Settings, Timing
+from styleforge.bench.stats import Statistics
 from styleforge.bench.tables import absent, losses
 
 FORMAT = 1
@@ -87,3 +90,38 @@ def report(
         ],
         "passed": not any(result.failures for results in tables.values() for result in results),
     }
+
+
+def read(data: Mapping[str, Any]) -> tuple[dict[str, list[CaseResult]], Rates]:
+    """The results that ``report`` wrote, for tables and pages made later or on another machine.
+
+    Raises:
+        ValueError: the data are of another format.
+    """
+    if data.get("format") != FORMAT:
+        raise ValueError(f"format must be {FORMAT}, got {data.get('format')}")
+    tables = {table["title"]: [_case(entry) for entry in table["cases"]] for table in data["tables"]}
+    return tables, Rates(**data["rates"])
+
+
+def _case(entry: Mapping[str, Any]) -> CaseResult:
+    result = CaseResult(
+        parse(entry["operator"], entry["mode"], entry["case"]),
+        entry["bytes"],
+        entry["operations"],
+        entry["floor_us"],
+        entry["floor_is"],
+        missing=dict(entry["missing"]),
+        failures=list(entry["failures"]),
+        buffers=entry["buffers"],
+    )
+    for name, timing in entry["contenders"].items():
+        clocks = {clock: timing[clock] and Statistics(**timing[clock]) for clock in ("wall", "gpu", "host")}
+        result.timings[name] = Timing(
+            timing["memory_format"],
+            Check(**timing["check"]),
+            gpu_clock=timing["gpu_clock"],
+            path=timing["path"],
+            **clocks,
+        )
+    return result

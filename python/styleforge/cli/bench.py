@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from styleforge.cli._errors import FAILURE, UsageError, with_clear_errors
+from styleforge.cli._errors import FAILURE, UsageError, one_line, with_clear_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -122,6 +122,14 @@ def bench(
         Path | None,
         typer.Option("--html", metavar="FILE", help="Write one page with tables and plots (matplotlib)."),
     ] = None,
+    earlier: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Measure nothing: show what an earlier run wrote with --json, and make --html of it.",
+        ),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure speed next to PyTorch and others; every result is first compared with float64.
@@ -134,9 +142,11 @@ def bench(
     for file in (json_file, html_file):
         if file is not None and not file.absolute().parent.is_dir():
             raise UsageError(f"there is no folder {file.absolute().parent} to write {file.name} to")
+    if earlier is not None:
+        _show(earlier, html_file)
+        return
     import torch
 
-    from styleforge.bench import plots
     from styleforge.bench.cases import OPERATORS
     from styleforge.bench.measure import Settings
     from styleforge.cli._console import note, stderr_console
@@ -172,11 +182,7 @@ def bench(
         _write(tables, settings, rates, options, json_file, html_file)
 
     tables = _run(work, settings, console, save)
-    for file in (json_file, html_file):
-        if file is not None:
-            typer.echo(f"wrote {file}")
-    if html_file is not None and not plots.available():
-        note(console, f"{html_file} has no plots: pip install matplotlib")
+    _say_written(json_file, html_file)
     failed = [result for results in tables.values() for result in results if result.failures]
     if failed:
         listed = ", ".join(f"{result.case.operator} {result.case.name}" for result in failed)
@@ -219,17 +225,13 @@ def _run(
     save: Callable[[dict[str, list[CaseResult]], Rates], None],
 ) -> dict[str, list[CaseResult]]:
     """Measures; prints and saves each operator's tables when it is done, so an interrupt loses little."""
-    from rich.console import Console
-
     from styleforge.bench.floors import measure_rates
     from styleforge.bench.measure import measure
     from styleforge.bench.precision import precision_flags
     from styleforge.bench.tables import print_results
     from styleforge.cli._console import progress_bar
 
-    output = Console()
-    if not output.is_terminal:  # a file or a pipe has no 80 columns
-        output = Console(width=200)
+    output = _stdout()
     tables: dict[str, list[CaseResult]] = {}
     kind = str(settings.dtype)[6:]
     if settings.device.type == "cuda" and kind == "float32":
@@ -259,6 +261,45 @@ def _run(
         highlight=False,
     )
     return tables
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    output = Console()
+    return output if output.is_terminal else Console(width=200)  # a file or a pipe has no 80 columns
+
+
+def _say_written(json_file: Path | None, html_file: Path | None) -> None:
+    from styleforge.bench import plots
+    from styleforge.cli._console import note, stderr_console
+
+    for file in (json_file, html_file):
+        if file is not None:
+            typer.echo(f"wrote {file}")
+    if html_file is not None and not plots.available():
+        note(stderr_console(), f"{html_file} has no plots: pip install matplotlib")
+
+
+def _show(earlier: Path, html_file: Path | None) -> None:
+    """The tables, and the page, of a run that is over."""
+    import json
+
+    from styleforge.bench import report_html, report_json
+    from styleforge.bench.tables import print_results
+
+    try:
+        data = json.loads(earlier.read_text(encoding="utf-8"))
+        tables, rates = report_json.read(data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--from {earlier} is not what --json writes: {one_line(error)}") from error
+    output = _stdout()
+    output.print(f"{data['environment']['device']}, {data['date']}", soft_wrap=True, highlight=False)
+    for title, results in tables.items():
+        print_results(output, title, results, data["settings"]["device"] != "cpu")
+    if html_file is not None:
+        html_file.write_text(report_html.page(data, tables, rates), encoding="utf-8")
+        _say_written(None, html_file)
 
 
 def _write(
