@@ -144,8 +144,11 @@ def test_errors() -> None:
     assert all(map(math.isnan, correctness.errors([torch.tensor([3.0, math.nan])], exact)))
     assert all(map(math.isnan, correctness.errors([torch.zeros(3)], exact)))
     # A gradient that is rounding noise around zero does not count as wholly wrong.
-    noise = [torch.tensor([1e-9], dtype=torch.float64)]
+    noise = [torch.tensor([1e-12], dtype=torch.float64)]
     assert correctness.errors([torch.tensor([3.0, 4.0]), torch.tensor([-1e-9])], exact + noise)[0] < 1e-5
+    assert correctness.errors([torch.tensor([3.0, 4.0]), torch.tensor([0.5])], exact + noise)[0] > 0.05
+    small = [torch.tensor([0.1], dtype=torch.float64)]
+    assert correctness.errors([torch.tensor([3.0, 4.0]), torch.zeros(1)], exact + small)[0] == 1
     assert not correctness.Check(math.nan, math.nan, 1.0, True).passed
 
 
