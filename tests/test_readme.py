@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from styleforge.cli import app
@@ -64,7 +65,19 @@ def test_python_block_on_the_gpu(block: str, tmp_path: Path, monkeypatch: pytest
     exec(compile(block, "README.md", "exec"), {**_given(), "model": TransformerNet(), "frame": frame})
 
 
-@pytest.mark.parametrize("command", _commands())
+LONG = ("--mode full", "styleforge bench")  # minutes: their options are read, the rest is for their own tests
+
+
+@pytest.mark.parametrize("command", [c for c in _commands() if any(part in c for part in LONG)])
+def test_options_of_long_commands(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bench.json").write_text("{}")
+    _, name, *arguments = shlex.split(command)
+    commands: Any = typer.main.get_command(app)
+    commands.commands[name].make_context(name, arguments)
+
+
+@pytest.mark.parametrize("command", [c for c in _commands() if not any(part in c for part in LONG)])
 def test_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "examples" / "photos" / "photo.jpg", "photo.jpg")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import styleforge
+from styleforge.bench.floors import copy_rate
 from styleforge.bench.timing import cpu_times, graph_time, host_time
 from styleforge.ops import fused_conv_instance_norm_relu, fused_instance_norm
 
@@ -67,17 +68,9 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, fullgraph=True)
 
 
-def copy_rate() -> float:
-    """TB/s of a device-to-device copy by kernel, read plus write, over rotated buffers."""
-    sources = [torch.randn(16, 128, 128, 128, device="cuda") for _ in range(3)]
-    targets = [torch.empty_like(s) for s in sources]
-    calls = [partial(torch.add, s, 1.0, out=t) for s, t in zip(sources, targets, strict=True)]
-    return 2 * sources[0].nbytes / graph_time(calls) / 1e6
-
-
 def bench_norm(compile: bool) -> None:
     """Instance norm + affine + ReLU, NCHW and channels_last, against the better format of each baseline."""
-    rate = copy_rate()
+    rate = copy_rate(torch.device("cuda"))
     print(f"copy rate {rate:.2f} TB/s")
     for shape in NORM_SHAPES:
         for dtype in (torch.float32, torch.float16):

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from styleforge.cli import export, info, profile, styles, stylize, verify
+from styleforge.cli import bench, export, info, profile, styles, stylize, verify
 
 app = typer.Typer(
     name="styleforge",
@@ -44,6 +44,7 @@ app.command("export")(export.export)
 app.command("styles")(styles.styles)
 app.command("verify")(verify.verify)
 app.command("profile")(profile.profile)
+app.command("bench")(bench.bench)
 app.command("info")(info.info)
 
 

@@ -165,7 +165,7 @@ def _system() -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
-    report: dict[str, Any] = {"model": _cpu_model(), "logical_cpus": os.cpu_count()}
+    report: dict[str, Any] = {"model": cpu_model(), "logical_cpus": os.cpu_count()}
     if hasattr(os, "sched_getaffinity"):
         report["usable_cpus"] = len(os.sched_getaffinity(0))
     import torch
@@ -177,7 +177,8 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The CPU's name as the system has it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,0 +1,80 @@
+"""Whether results are right, against float64, and the same from run to run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from styleforge.bench.contenders import Contender, Problem, as_list, module_calls
+
+# Of the whole result: |result - exact| / |exact| in the Euclidean norm.
+_TOLERANCES = {"ieee": 1e-5, "tf32": 3e-3, "float16": 4e-3, "bfloat16": 3e-2, "float64": 1e-12}
+_VANISHES = 1e-9  # of the largest gradient, in float64
+_NETWORK_FACTOR = 10  # sixteen convolutions and norms on top of each other
+
+
+@dataclass(frozen=True)
+class Check:
+    """Relative and largest absolute difference from float64, what is allowed, and whether repeats agree."""
+
+    error: float
+    largest: float
+    tolerance: float
+    deterministic: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance; NaN is not."""
+        return self.error <= self.tolerance
+
+
+def tolerance(problem: Problem) -> float:
+    """The relative difference that is allowed for a dtype and precision."""
+    dtype = str(problem.inputs[0].dtype)[6:]
+    found = _TOLERANCES[problem.precision if dtype == "float32" else dtype]
+    return found * (_NETWORK_FACTOR if problem.case.operator == "transformer-net" else 1)
+
+
+def exact_results(problem: Problem) -> list[Tensor]:
+    """The plain layers in float64 on the first input: the result, or the gradients of a step."""
+    plain = copy.deepcopy(problem.plain).double()
+    grad = None if problem.grad is None else problem.grad.double()
+    inputs = [problem.inputs[0].double()]
+    double = Problem(problem.case, plain, plain, inputs, grad)
+    (call,) = module_calls(plain, list(plain.parameters()), double)
+    return [t.detach() for t in as_list(call())]
+
+
+def errors(results: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[float, float]:
+    """Largest relative (Euclidean norm of each tensor) and largest absolute difference.
+
+    What should vanish (the gradient of a bias that a norm cancels) holds rounding errors of the others: it is
+    measured against the largest of them; other small ones against no less than a thousandth of that.
+    """
+    if [r.shape for r in results] != [e.shape for e in exact]:
+        return float("nan"), float("nan")
+    scale = max(float(e.norm()) for e in exact)
+    relative = largest = 0.0
+    for result, reference in zip(results, exact, strict=True):
+        difference = result.detach().to(reference.device).double() - reference
+        if difference.numel() == 0:
+            continue
+        if not bool(torch.isfinite(difference).all()):
+            return float("nan"), float("nan")
+        own = float(reference.norm())
+        measure = max(own, 1e-3 * scale, 1e-30) if own > _VANISHES * scale else max(scale, 1e-30)
+        relative = max(relative, float(difference.norm()) / measure)
+        largest = max(largest, float(difference.abs().max()))
+    return relative, largest
+
+
+def check(contender: Contender, exact: Sequence[Tensor], allowed: float) -> Check:
+    """Runs a contender three times on the first input and compares."""
+    call = contender.calls[0]
+    runs = [[t.detach().clone() for t in contender.outputs(call())] for _ in range(3)]
+    same = all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+    return Check(*errors(runs[0], exact), allowed, same)
