@@ -222,7 +222,8 @@ def test_fused_models_compile_with_any_backend() -> None:
 
 
 def _run(code: str, path: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([path, str(REPOSITORY / "python")])}
+    package = Path(styleforge.__path__[0]).parent  # of the checkout, or installed
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([path, str(package)])}
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
