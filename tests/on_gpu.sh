@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# All that needs a GPU in one call, about five minutes: tests/on_gpu.sh FOLDER [bench group ...]
+#
+# The `-m cuda` suite and, beside it, every kernel under the four tools of compute-sanitizer; then, with nothing else
+# running, the benchmarks. Reports go to FOLDER; the end of each is printed. STYLEFORGE_LIBRARY_PATH names the folder of
+# the libraries, which may have been built on another machine; JOBS is the number of test processes.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?folder for the reports}
+shift
+mkdir -p "$out"
+export PYTHONPATH=python PYTHONUNBUFFERED=1
+tools="memcheck racecheck initcheck synccheck"
+
+sanitizers=()
+for tool in $tools; do
+  rest=--no-conv  # the library kernels that we call take some tools minutes
+  [ "$tool" = memcheck ] && rest=
+  OMP_NUM_THREADS=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    python3 tests/sanitize.py $rest > "$out/$tool.txt" 2>&1 &
+  sanitizers+=($!)
+done
+python3 -m pytest -q --tb=short -n "${JOBS:-12}" --dist worksteal -m cuda tests -p no:cacheprovider --durations=10 \
+  > "$out/suite.txt" 2>&1
+failed=$?
+for pid in "${sanitizers[@]}"; do wait "$pid" || failed=1; done
+
+for tool in $tools; do echo "$tool: $(tail -n 1 "$out/$tool.txt")"; done
+grep -E "^E  |^FAILED|^ERROR| passed| failed" "$out/suite.txt" | cut -c1-170 | tail -n 40
+for group in "${@:-norm conv ffn host}"; do
+  # shellcheck disable=SC2086
+  timeout 240 python3 -m styleforge.bench.operators $group > "$out/bench-${group// /-}.txt" 2>&1 || failed=1
+  grep -vi warn "$out/bench-${group// /-}.txt" | cut -c1-190
+done
+exit $failed
