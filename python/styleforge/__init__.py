@@ -6,7 +6,10 @@ the modules, ``styleforge.models`` the networks, ``styleforge.onnx`` the export 
 
 from __future__ import annotations
 
-from styleforge import _library, build, jit, onnx, ops
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from styleforge import _library, build, ops
 from styleforge._library import StyleforgeCudaWarning, StyleforgeLibraryError, diagnostics, last_path
 from styleforge._version import __version__
 from styleforge.fuse import fuse, unfuse
@@ -42,3 +45,13 @@ __all__ = [
 
 cmake_prefix_path: str = _library.cmake_prefix_path()
 """For ``CMAKE_PREFIX_PATH``: C++ programs then find the libraries with ``find_package(styleforge)``."""
+
+if TYPE_CHECKING:
+    from styleforge import jit, onnx
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what only some programs use when it is first asked for."""
+    if name in ("jit", "onnx"):
+        return importlib.import_module(f"styleforge.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
