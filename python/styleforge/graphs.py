@@ -12,6 +12,30 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 WARM_UP = 3  # calls before the capture: cuDNN and cuBLAS choose their kernels and make their workspaces
 
 
+def capture(
+    function: Callable[[], Any], warm_up: Callable[[], Any] | None = None
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Captures a call on the current device.
+
+    Args:
+        function: captured once.
+        warm_up: runs three times before, on a stream of its own; ``function`` where not given.
+
+    Returns:
+        The graph and what the captured call returned.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            (warm_up or function)()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = function()
+    return graph, result
+
+
 class GraphedModel:
     """What ``styleforge.graphed`` returns: call it as the model, with tensors like the example's.
 
@@ -31,15 +55,7 @@ class GraphedModel:
         self._inputs = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         arguments = tree_unflatten(self._inputs, self._structure)
         with torch.cuda.device(self._device), torch.no_grad():
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    model(*arguments)
-            torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self._output = model(*arguments)
+            self.graph, self._output = capture(lambda: model(*arguments))
         # The graph does not keep what it reads alive.
         self._model = model
 

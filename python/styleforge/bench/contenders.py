@@ -20,6 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from styleforge.bench.cases import Case
+from styleforge.graphs import capture
 
 OURS = "styleforge"
 OTHERS = ("eager", "compile", "cudagraph", "onnxruntime", "jax")
@@ -142,15 +143,7 @@ def _cudagraph(problem: Problem) -> Contender:
     static = problem.inputs[0].clone()
     one = Problem(problem.case, problem.plain, problem.ours, [static], problem.grad)
     (call,) = module_calls(problem.plain, list(problem.plain.parameters()), one)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    graph, result = capture(call)
 
     def replay(x: Tensor) -> Any:
         with torch.no_grad():

@@ -8,9 +8,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+
+from styleforge.graphs import capture
 
 LEAST_SAMPLES = 3
 """Samples that are taken even where the time set for them is over."""
@@ -38,18 +41,12 @@ def graph_times(
         seconds: no further replay is timed after this long, but for the first three.
     """
     count = -(-calls_per_graph // len(calls)) * len(calls)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            for call in calls:
-                call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(count):
+
+    def run(number: int) -> None:
+        for i in range(number):
             calls[i % len(calls)]()
+
+    graph, _ = capture(partial(run, count), partial(run, len(calls)))
     stop = time.perf_counter() + seconds
     for _ in range(warmup):
         graph.replay()

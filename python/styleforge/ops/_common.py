@@ -23,6 +23,11 @@ def register_kernel(name: str, key: str, kernel: Callable[..., Any], *, with_key
     _library.impl(name, kernel, key, with_keyset=with_keyset)
 
 
+def statistics_dtype(input: Tensor) -> torch.dtype:
+    """Of means, reciprocal deviations and the softmax's logsumexp of an input."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
 class _BelowAutograd(dict[int, Any]):
     """From a dispatch keyset, in raw form, to that of the kernels below autograd.
 

@@ -219,7 +219,7 @@ def _attention_forward(
     qkv = F.linear(input, qkv_weight, qkv_bias).contiguous()
     heads = composite.attention_heads(qkv, num_heads, scale, is_causal, key_padding_mask).contiguous()
     # The backward below computes the softmax again, and looks at no logsumexp.
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    dtype = common.statistics_dtype(input)
     logsumexp = input.new_zeros((input.shape[0], num_heads, input.shape[1]), dtype=dtype)
     return F.linear(heads, out_weight, out_bias).contiguous(), qkv, heads, logsumexp
 

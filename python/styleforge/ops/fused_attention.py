@@ -203,13 +203,8 @@ def _fake_forward(
         input.new_empty((batch, length, embed)),
         input.new_empty((batch, length, 3 * embed)),
         input.new_empty((batch, length, embed)),
-        input.new_empty((batch, num_heads, length), dtype=statistics_dtype(input)),
+        input.new_empty((batch, num_heads, length), dtype=common.statistics_dtype(input)),
     )
-
-
-def statistics_dtype(input: Tensor) -> torch.dtype:
-    """Of the softmax and its logsumexp."""
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 @torch.library.register_fake("styleforge::_fused_attention_backward")  # type: ignore[untyped-decorator]

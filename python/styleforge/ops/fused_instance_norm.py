@@ -93,7 +93,7 @@ def _fake_forward(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     output = _fake(input, weight, bias, eps, activation, negative_slope, residual)
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    dtype = common.statistics_dtype(input)
     mean = torch.empty(input.shape[:2], dtype=dtype, device=input.device)
     return output, mean, torch.empty_like(mean)
 

@@ -5,6 +5,7 @@ The PyTorch call is both the yardstick, in the dtype under test, and the referen
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from styleforge import ops
+from styleforge.ops._common import ACTIVATIONS, FFN_ACTIVATIONS, PADDING_MODES
+from styleforge.ops.fused_attention import MAX_HEAD_DIM
 
 Config = dict[str, Any]
 """An operator's options by name, as ``{"batch_size": 1, "seq_len": 128, ...}``."""
@@ -31,15 +34,11 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-_NORM_ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")
-_FFN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-_PADDING_MODES = ("zeros", "reflect", "replicate")
 _ATTENTION = {"auto": "fused_attention", "v1": "fused_attention_v1", "v2": "fused_attention_v2"}
 _KINKED = ("relu", "leaky_relu")
-_MAX_HEAD = 256
 
 
-class Operator:
+class Operator(ABC):
     """One operator under test; ``defaults`` are its options and what they are where nothing is said."""
 
     name: ClassVar[str]
@@ -57,21 +56,21 @@ class Operator:
                 if value < least:
                     raise ValueError(f"{flag(name)} must be at least {least}, got {value}")
 
+    @abstractmethod
     def tensors(self, config: Config, draw: Draw) -> Tensors:
         """The arguments of a call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pytorch(self, config: Config, given: Tensors) -> Tensor:
         """The call in PyTorch's own operators, each of which rounds to the dtype of its input."""
-        raise NotImplementedError
 
+    @abstractmethod
     def styleforge(self, config: Config, given: Tensors, precision: str) -> Tensor:
         """The same call as one operator."""
-        raise NotImplementedError
 
+    @abstractmethod
     def terms(self, config: Config) -> int:
         """How many products the longest sum of the forward adds up."""
-        raise NotImplementedError
 
     def has_gradient(self, config: Config) -> bool:
         """Whether the gradient is defined wherever rounding may lead; it is not at a kink inside."""
@@ -115,9 +114,9 @@ class _Attention(Operator):
         embed, heads = config["embed_dim"], config["num_heads"]
         if embed % heads:
             raise ValueError(f"--num-heads must divide --embed-dim, got {heads} and {embed}")
-        if embed // heads > _MAX_HEAD:
+        if embed // heads > MAX_HEAD_DIM:
             raise ValueError(
-                f"a head may be {_MAX_HEAD} wide, got {embed // heads} (--embed-dim over --num-heads)"
+                f"a head may be {MAX_HEAD_DIM} wide, got {embed // heads} (--embed-dim over --num-heads)"
             )
 
     def tensors(self, config: Config, draw: Draw) -> Tensors:
@@ -182,7 +181,7 @@ class _Ffn(Operator):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        _choice(config, "activation", _FFN_ACTIVATIONS)
+        _choice(config, "activation", FFN_ACTIVATIONS)
 
     def tensors(self, config: Config, draw: Draw) -> Tensors:
         embed, hidden, bias = config["embed_dim"], config["hidden_dim"], config["bias"]
@@ -229,7 +228,7 @@ class _InstanceNorm(Operator):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        _choice(config, "activation", _NORM_ACTIVATIONS)
+        _choice(config, "activation", ACTIVATIONS)
         if config["height"] * config["width"] < 2:
             raise ValueError("--height and --width: a norm needs more than one pixel")
 
@@ -281,8 +280,8 @@ class _Conv(Operator):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        _choice(config, "activation", _NORM_ACTIVATIONS)
-        _choice(config, "padding_mode", _PADDING_MODES)
+        _choice(config, "activation", ACTIVATIONS)
+        _choice(config, "padding_mode", PADDING_MODES)
         if config["upsample"] not in (1, 2):
             raise ValueError(f"--upsample must be 1 or 2, got {config['upsample']}")
         for side in ("height", "width"):

@@ -96,7 +96,7 @@ def run_case(
     """
     outcome = Outcome(case)
     try:
-        with _precision(precision), _on(device):
+        with convolutions_in(precision), matmuls_in(precision), _on(device):
             _run(outcome, device, dtype, precision, backward=backward, timed=timed)
     except Exception as error:  # the operator's fault or memory's: the other cases go on
         lines = [line for line in str(error).splitlines() if line.strip()]
@@ -187,12 +187,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     # As integers, so that -0 differs from 0 and a NaN equals itself.
     integers = torch.int16 if a.element_size() == 2 else torch.int32
     return torch.equal(a.view(integers), b.view(integers))
-
-
-@contextmanager
-def _precision(precision: str) -> Iterator[None]:
-    with convolutions_in(precision), matmuls_in(precision):
-        yield
 
 
 @contextmanager
