@@ -29,8 +29,8 @@ std::optional<Tensor> transposed(const Tensor& tensor, bool to_channels_last) {
   auto params = transposition(tensor, to_channels_last);
   if (!params) return {};
   const auto sizes = tensor.sizes();
-  const Tensor output = empty_dense(tensor, std::vector<int64_t>(sizes.begin(), sizes.end()), to_channels_last,
-                                    tensor.scalar_type());
+  const Tensor output =
+      empty_dense(tensor, std::vector<int64_t>(sizes.begin(), sizes.end()), to_channels_last, tensor.scalar_type());
   params->output = output.mutable_data_ptr();
   const CudaScope scope(tensor);
   check_cuda("styleforge", cuda::launch_transpose(*params, scope.stream()));

@@ -1,6 +1,7 @@
-// What follows the convolution where the result is NCHW: as finish.cu, from the raw channels_last tensor to another one.
-// 128 pixels x 128 bytes of channels at a time pass through shared memory, raw, and are normalised on the way out, where
-// a lane has neighbouring pixels of a channel and the residual's beside them. The next tile is on its way meanwhile.
+// What follows the convolution where the result is NCHW: as finish.cu, from the raw channels_last tensor to another
+// one. 128 pixels x 128 bytes of channels at a time pass through shared memory, raw, and are normalised on the way out,
+// where a lane has neighbouring pixels of a channel and the residual's beside them. The next tile is on its way
+// meanwhile.
 //
 // The tile's accesses and its turns are those of csrc/cuda/layout/transpose.cuh.
 #include <algorithm>

@@ -1,12 +1,12 @@
 // A tile of pixels by channels in shared memory, [pixel][channel], seen in runs of pixels: 16 bytes of neighbouring
 // pixels of one channel, which is what moves well to and from an NCHW tensor.
 //
-// Shared memory is read and written in words of 4 bytes: a word is one channel of a pixel, or two neighbouring ones of 2
-// bytes each. A lane moves the words of 16 / kElement pixels, and byte permutations in registers make runs of them (two
-// of 8 pixels, or one of 4), so that elements of 2 bytes cost no more instructions than those of 4.
+// Shared memory is read and written in words of 4 bytes: a word is one channel of a pixel, or two neighbouring ones of
+// 2 bytes each. A lane moves the words of 16 / kElement pixels, and byte permutations in registers make runs of them
+// (two of 8 pixels, or one of 4), so that elements of 2 bytes cost no more instructions than those of 4.
 //
-// Lanes of a warp that hold neighbouring runs would meet in the same banks: the pitch of a pixel is an odd multiple of 16
-// or 32 bytes, so that after 8 or 4 pixels it comes round to the same bank. Each of them therefore starts at another
+// Lanes of a warp that hold neighbouring runs would meet in the same banks: the pitch of a pixel is an odd multiple of
+// 16 or 32 bytes, so that after 8 or 4 pixels it comes round to the same bank. Each of them therefore starts at another
 // pixel, `turn`, an exclusive or on the pixel's number, which a few selects in registers undo.
 #pragma once
 

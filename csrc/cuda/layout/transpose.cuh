@@ -2,9 +2,9 @@
 // bytes in and 32 bytes out. Both sides move in 16-byte pieces, lines of 128 bytes from eight neighbouring lanes, where
 // sizes and addresses allow; else single elements, neighbouring lanes neighbouring elements.
 //
-// All loads of a thread are in flight together, and eight blocks share a multiprocessor: 64 KB on their way there, twice
-// what the memory's latency asks for. Larger tiles would leave multiprocessors idle on the tensors of 0.25 to 8 MB that
-// a network's layers have.
+// All loads of a thread are in flight together, and eight blocks share a multiprocessor: 64 KB on their way there,
+// twice what the memory's latency asks for. Larger tiles would leave multiprocessors idle on the tensors of 0.25 to 8
+// MB that a network's layers have.
 #pragma once
 
 #include "../common/types.cuh"
@@ -34,9 +34,9 @@ struct TransposeTile {
   static constexpr int kElement = static_cast<int>(sizeof(Element));
   static constexpr int kSlice = kTransposeBytes / kElement;  // channels
   using Run = Runs<kElement>;
-  static constexpr int kLanes = 8;                                   // runs of a channel that neighbouring lanes have
+  static constexpr int kLanes = 8;  // runs of a channel that neighbouring lanes have
   static constexpr int kRounds = kTransposePixels / (kLanes * Run::kPixels);
-  static constexpr int kWords = kTransposeBytes / 4;                 // of a pixel
+  static constexpr int kWords = kTransposeBytes / 4;  // of a pixel
   static constexpr int kTurns = Run::kPixels - 1;
   static_assert(kWords * kLanes == kTransposeThreads);
 
