@@ -50,8 +50,8 @@ support-table: $(VENV)/.package $(VENV)/.test
 	$(BIN)/python tests/_conformance.py $(BUILD)/conformance
 
 # To measure: benchmarks/run.py.
-performance-tables: $(VENV)/.torch
-	$(BIN)/python benchmarks/tables.py
+performance-tables:
+	$(PYTHON) benchmarks/tables.py
 
 docs: $(VENV)/.package $(VENV)/.docs
 	$(BIN)/python docs/reference.py $(BUILD)/docs

@@ -131,6 +131,7 @@ def _order(run: Run) -> tuple[Any, ...]:
 
 def _device(runs: Sequence[Run]) -> list[str]:
     parts = [_heading(runs)]
+    several = False
     for training in (False, True):
         own = [run for run in runs if run.training is training]
         if not own:
@@ -142,8 +143,11 @@ def _device(runs: Sequence[Run]) -> list[str]:
         heads = [f"{main.precision}, {step}", OURS, *columns]
         parts.append(_table(heads, [main], _full_step if training else _full))
         if own[1:]:
+            several = True
             heads = [f"the same, {step}", *(run.precision for run in own[1:])]
             parts.append(_table(heads, own[1:], lambda entries: [_short(entry) for entry in entries]))
+    if several:
+        parts.append("In brackets: times the time of eager, of `torch.compile`.")
     parts.append(_losses(runs))
     return parts
 
@@ -162,8 +166,7 @@ def _heading(runs: Sequence[Run]) -> str:
         clock = "wall-clock time"
     return (
         f"**{found['device']}** ({', '.join(said)}): {clock}, median; eager, `torch.compile` and styleforge "
-        "each in its better memory format. In brackets: times the time of eager, of `torch.compile`; "
-        "**bold** where styleforge is slower."
+        "each in its better memory format; **bold** where styleforge is slower."
     )
 
 
@@ -193,7 +196,9 @@ def _full(entries: list[Entry | None]) -> list[str]:
         return [*cells, "-"]
     ours = entry["contenders"][OURS]
     layout = "" if ours["memory_format"] == "contiguous" else f", {ours['memory_format']}"
-    return [*cells, f"`{ours['path']}`{layout}"]
+    # A network has as many paths as layers; only the last one is recorded.
+    path = "several" if entry["operator"] == "transformer-net" else f"`{ours['path']}`"
+    return [*cells, path + layout]
 
 
 def _short(entry: Entry | None) -> str:
