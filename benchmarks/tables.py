@@ -253,18 +253,17 @@ def _losses(runs: Sequence[Run]) -> str:
 
 
 def _worst(entry: Entry) -> tuple[float, str] | None:
-    """The contender that is furthest ahead, in the better memory formats or against contiguous input."""
-    contenders = entry["contenders"]
+    """The contender that is furthest ahead, each in its better memory format or all with contiguous input."""
+    formats = {who: contender.get("formats", {}) for who, contender in entry["contenders"].items()}
     found = []
     for other, speedup in entry["speedups"].items():
         ratio = 1 / speedup
         found.append((ratio, f"{ratio:.2f} times {_called(other)}"))
-        contiguous = contenders[OURS].get("formats", {}).get("contiguous")
-        if contiguous is not None and contenders[OURS]["memory_format"] != "contiguous":
-            ratio = contiguous / _median(contenders[other])
+        if "contiguous" in formats[OURS] and "contiguous" in formats[other]:
+            ratio = formats[OURS]["contiguous"] / formats[other]["contiguous"]
             found.append((ratio, f"{ratio:.2f} times {_called(other)} where the input is contiguous"))
     ahead = [loss for loss in found if round(loss[0], 2) > 1]
-    return max(ahead) if ahead else None
+    return max(ahead, key=lambda loss: loss[0]) if ahead else None
 
 
 def _called(other: str) -> str:
