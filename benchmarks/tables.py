@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,13 @@ def _device(runs: Sequence[Run]) -> list[str]:
         step = "forward and backward" if training else "forward"
         # One precision with all columns; of the others the time and the two ratios.
         main = own[0]
-        columns = ["of eager", "of `torch.compile`", "of the floor"] + ([] if training else ["path"])
+        columns = ["of eager", "of `torch.compile`"]
+        if main.on_gpu:  # a CPU's caches hold much of what the floor counts as memory traffic
+            columns.append("of the floor")
+        if not training:  # after a step the last path would be that of a backward
+            columns.append("path")
         heads = [f"{main.precision}, {step}", OURS, *columns]
-        parts.append(_table(heads, [main], _full_step if training else _full))
+        parts.append(_table(heads, [main], partial(_full, columns)))
         if own[1:]:
             several = True
             heads = [f"the same, {step}", *(run.precision for run in own[1:])]
@@ -179,26 +184,21 @@ def _table(heads: list[str], runs: Sequence[Run], cells: Callable[[list[Entry | 
     return "\n".join(lines)
 
 
-def _full_step(entries: list[Entry | None]) -> list[str]:
+def _full(columns: Sequence[str], entries: list[Entry | None]) -> list[str]:
     (entry,) = entries
     ours = None if entry is None else entry["contenders"].get(OURS)
     if entry is None or ours is None:
-        return ["not measured", "-", "-", "-"]
-    floor = f"{ours['throughput']['percent_of_floor']:.0f} %"
-    return [_time(_median(ours)), _ratio(entry, "eager"), _ratio(entry, "compile"), floor]
-
-
-def _full(entries: list[Entry | None]) -> list[str]:
-    """With the path of the call; of a training step the last one would be that of the backward."""
-    cells = _full_step(entries)
-    (entry,) = entries
-    if entry is None or OURS not in entry["contenders"]:
-        return [*cells, "-"]
-    ours = entry["contenders"][OURS]
+        return ["not measured", *("-" for _ in columns)]
     layout = "" if ours["memory_format"] == "contiguous" else f", {ours['memory_format']}"
     # A network has as many paths as layers; only the last one is recorded.
     path = "several" if entry["operator"] == "transformer-net" else f"`{ours['path']}`"
-    return [*cells, path + layout]
+    cells = {
+        "of eager": _ratio(entry, "eager"),
+        "of `torch.compile`": _ratio(entry, "compile"),
+        "of the floor": f"{ours['throughput']['percent_of_floor']:.0f} %",
+        "path": path + layout,
+    }
+    return [_time(_median(ours)), *(cells[column] for column in columns)]
 
 
 def _short(entry: Entry | None) -> str:

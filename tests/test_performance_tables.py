@@ -110,7 +110,7 @@ def test_precisions_steps_and_devices(tmp_path: Path, measured: Data) -> None:
         "| the same, forward | bfloat16 | TF32 | float32 |",
         "| float16, forward and backward | styleforge | of eager | of `torch.compile` | of the floor |",
         "| the same, forward and backward | TF32 |",
-        "| float32, forward | styleforge | of eager | of `torch.compile` | of the floor | path |",
+        "| float32, forward | styleforge | of eager | of `torch.compile` | path |",
     ]
     assert "| FFN 8x1024x512->2048 | 40 us (0.50, 0.80) | 40 us (0.50, 0.80) | 40 us (0.50, 0.80) |" in text
     assert text.index("NVIDIA X1") < text.index(f"**{measured['environment']['device']}**")
