@@ -53,6 +53,28 @@ def _fused_convolutions(channels_last: bool, paths: set[str]) -> None:
         paths.add(styleforge.last_path())
 
 
+def _memory_formats(paths: set[str]) -> None:
+    """Copies between the formats, and results in NCHW: rows that are whole 16-byte pieces, and not."""
+    for dtype in (torch.float16, torch.float32):
+        for sizes in ((2, 72, 9, 8), (1, 5, 3, 7)):
+            x = torch.randn(sizes, device="cuda", dtype=dtype)
+            y = x.contiguous(memory_format=torch.channels_last)
+            fused_instance_norm(x, residual=y)
+            fused_instance_norm(y, residual=x)
+        for width, activation in ((40, "relu"), (37, "silu")):
+            x = torch.randn(1, 64, 21, width, device="cuda", dtype=dtype)
+            w = torch.randn(72, 64, 3, 3, device="cuda", dtype=dtype)
+            r = torch.randn(1, 72, 21, width, device="cuda", dtype=dtype)
+            for forced in ("sm90", "sm90:two_pass"):
+                os.environ["STYLEFORGE_PATH"] = forced
+                for precision in ("tf32", "ieee"):
+                    fused_conv_instance_norm_relu(
+                        x, w, padding=1, activation=activation, residual=r, precision=precision
+                    )
+                    paths.add(styleforge.last_path())
+    os.environ["STYLEFORGE_PATH"] = ""
+
+
 def _feed_forward_networks(paths: set[str]) -> None:
     """Forward and backward, in vectors and in single elements; the products are cuBLAS's where not ours."""
     for dtype in (torch.float32, torch.float16):
@@ -133,6 +155,8 @@ def main() -> None:
         fused_instance_norm(torch.randn(2, 3, 64, 64, device=device))
         paths.add(styleforge.last_path())
         os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_TUNE"] = ""
+        if torch.cuda.get_device_capability() == (9, 0):  # else it is cuDNN's, which takes some tools minutes
+            _memory_formats(paths)
         for channels_last in (False, True):
             x = torch.randn(1, 8, 9, 11, device=device)
             if channels_last:

@@ -35,6 +35,7 @@
 #include "kernels.h"
 #include "tile_in.cuh"
 #include "tile_out.cuh"
+#include "tile_out_nchw.cuh"
 #include "tiles.h"
 
 namespace styleforge::cuda {
@@ -519,6 +520,15 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
       const ConvTileAt at = conv_tile(p, s, tile);
+      if (!norm.output_channels_last) {
+        const RowOutNchw<T, kColumns> out(p, n, first_column, at, warp);
+        if (p.out_width % kFullWidth<T> == 0) {
+          out.write_runs(norm, statistics, shifts, stash(tile));
+        } else {
+          out.write_elements(norm, statistics, shifts, stash(tile));
+        }
+        continue;
+      }
       const RowOut<T, kColumns> out(p, n, first_column, at, warp);
       const typename RowOut<T, kColumns>::Affine affine(statistics, shifts, out.column);
       if (is_piecewise(norm.activation)) {

@@ -1,11 +1,12 @@
 // Convolution whose epilogue takes the instance norm's statistics, and the pass that normalises: what the operator
-// layer calls. Everything is channels_last inside.
+// layer calls. Everything is channels_last inside; the result is channels_last or NCHW.
 //
 //   kernel       file           what it does
 //   convolution  conv_sm90.cu   implicit GEMM with (mean, M2) of each tile's channels; where all tiles are on the chip
 //   at
 //                               the same time, all that follows, too; else it writes the raw result
 //   finish       finish.cu      merges the tiles' moments; normalises, adds the residual, activates, in place
+//                finish_nchw.cu the same, to another tensor, which is NCHW
 //   columns      columns.cu     adds up a convolution that ran by the columns of its kernel (few output channels, no
 //   norm) weights      weights.cu     brings weights to [rows][taps][channels], split for float32 accuracy
 #pragma once
@@ -14,6 +15,7 @@
 
 #include "../../instance_norm_params.h"
 #include "../../pad_params.h"
+#include "../layout/launch.h"
 
 namespace styleforge::cuda {
 
@@ -73,9 +75,15 @@ cudaError_t schedule_conv(const ConvParams& params, ConvSchedule& schedule, bool
 // The convolution alone, where params.moments is null.
 cudaError_t launch_conv(const ConvParams& params, ConvSchedule schedule, cudaStream_t stream);
 
-// And the norm; norm.output is params.output. `name` is the path that ran.
-cudaError_t launch_conv_instance_norm(const ConvParams& params, ConvSchedule schedule, const InstanceNormParams& norm,
-                                      cudaStream_t stream, const char*& name);
+// And the norm, in one pass: the result goes to norm.output, in the format norm.output_channels_last, which is also the
+// residual's; params.output is not used. `name` is the path that ran; null where this schedule and these tensors take
+// two passes, or where this process has only some of the multiprocessors (MPS, a green context) or no cooperative
+// launches.
+cudaError_t launch_conv_one_pass(const ConvParams& params, const ConvSchedule& schedule, const InstanceNormParams& norm,
+                                 cudaStream_t stream, const char*& name);
+// In two: the convolution writes params.output, channels_last, which norm.output may be if it is channels_last, too.
+cudaError_t launch_conv_two_passes(const ConvParams& params, ConvSchedule schedule, const InstanceNormParams& norm,
+                                   cudaStream_t stream, const char*& name);
 
 struct ConvWeightsParams {
   const void* weight = nullptr;  // [out_channels, in_channels, kernel_h, kernel_w], any strides
@@ -89,6 +97,9 @@ struct ConvWeightsParams {
   DType dtype = DType::kFloat32;
 };
 cudaError_t launch_conv_weights(const ConvWeightsParams& params, cudaStream_t stream);
+// The same, not by columns, and the transposition of an input to channels_last, in one launch. Both have the element
+// size of weights.dtype.
+cudaError_t launch_conv_operands(const ConvWeightsParams& weights, const TransposeParams& input, cudaStream_t stream);
 
 struct SumColumnsParams {
   const void* columns = nullptr;  // [batch, height, width + kernel_w - 1, pitch]

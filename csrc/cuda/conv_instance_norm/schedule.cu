@@ -116,21 +116,29 @@ cudaError_t launch_conv(const ConvParams& params, ConvSchedule schedule, cudaStr
   return launch_conv_sm90(params, schedule, {}, stream);
 }
 
-cudaError_t launch_conv_instance_norm(const ConvParams& params, ConvSchedule schedule, const InstanceNormParams& norm,
-                                      cudaStream_t stream, const char*& name) {
-  const bool split = params.precision == ConvPrecision::kIeee;
-  if (norm.channels % (16 / static_cast<int64_t>(size_of(norm.dtype))) != 0 || !aligned16(norm.residual)) {
-    schedule.resident = false;
-  }
-  if (schedule.resident) {
-    name = split ? "sm90:3xtf32:one_pass" : "sm90:one_pass";
-    const auto error = launch_conv_sm90(params, schedule, norm, stream);
-    if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return error;
-    // This process has only some of the multiprocessors (MPS, a green context), or no cooperative launches.
+cudaError_t launch_conv_one_pass(const ConvParams& params, const ConvSchedule& schedule, const InstanceNormParams& norm,
+                                 cudaStream_t stream, const char*& name) {
+  name = nullptr;
+  const bool vectors = norm.channels % (16 / static_cast<int64_t>(size_of(norm.dtype))) == 0 &&
+                       aligned16(norm.output) && aligned16(norm.residual);
+  // To NCHW, the phases of an upsampling would each write every second element.
+  const bool writes = norm.output_channels_last || params.phases == 1;
+  if (!schedule.resident || !vectors || !writes) return cudaSuccess;
+  ConvParams own = params;
+  own.output = norm.output;
+  const auto error = launch_conv_sm90(own, schedule, norm, stream);
+  if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {
     cudaGetLastError();
-    schedule.resident = false;
+    return cudaSuccess;
   }
-  name = split ? "sm90:3xtf32" : "sm90";
+  name = params.precision == ConvPrecision::kIeee ? "sm90:3xtf32:one_pass" : "sm90:one_pass";
+  return error;
+}
+
+cudaError_t launch_conv_two_passes(const ConvParams& params, ConvSchedule schedule, const InstanceNormParams& norm,
+                                   cudaStream_t stream, const char*& name) {
+  schedule.resident = false;
+  name = params.precision == ConvPrecision::kIeee ? "sm90:3xtf32" : "sm90";
   if (const auto error = launch_conv_sm90(params, schedule, norm, stream)) return error;
   return launch_conv_finish(params, schedule, norm, stream);
 }

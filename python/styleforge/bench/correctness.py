@@ -47,7 +47,7 @@ def exact_results(problem: Problem) -> list[Tensor]:
     inputs = [problem.inputs[0].double()]
     double = Problem(problem.case, plain, plain, inputs, grad)
     (call,) = module_calls(plain, list(plain.parameters()), double)
-    # Without PyTorch's one kernel for attention and encoder layers: in float64 wide ones fail to launch.
+    # Without PyTorch's one kernel for attention and encoder layers: wide ones in float64 fail to launch.
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
