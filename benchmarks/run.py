@@ -28,7 +28,7 @@ RUNS = {
     "tf32": ("--precision", "tf32"),
     "float32": ("--precision", "ieee"),
     "bfloat16": ("--dtype", "bfloat16"),
-    "float16-backward": ("--dtype", "float16", "--backward"),
+    "bfloat16-backward": ("--dtype", "bfloat16", "--backward"),
     "tf32-backward": ("--precision", "tf32", "--backward"),
 }
 CPU_RUNS = ("float32",)
