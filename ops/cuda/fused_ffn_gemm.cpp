@@ -17,6 +17,7 @@ bool narrow(int64_t value) { return value > 0 && value <= std::numeric_limits<in
 // a [rows, k] * b^T, b [n, k] as it lies: what is known before anything is allocated.
 cuda::GemmParams product_params(int64_t rows, const Tensor& b, bool tf32) {
   cuda::GemmParams params;
+  params.dtype = kernel_dtype(kOp, "input", b.scalar_type());
   params.b = b.const_data_ptr();
   params.b_stride[0] = b.stride(0);
   params.b_stride[1] = b.stride(1);
@@ -61,10 +62,14 @@ void run(cuda::GemmParams& params, const cuda::GemmSchedule& schedule, const Ten
 }  // namespace
 
 std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden) {
-  if (args.input.scalar_type() != ScalarType::Float || !narrow(plan.rows) || !narrow(plan.embed) ||
-      !narrow(plan.hidden) || !narrow(plan.out) || plan.embed % 4 != 0 || plan.hidden % 4 != 0) {
+  const ScalarType dtype = args.input.scalar_type();
+  if (dtype == ScalarType::Double || !narrow(plan.rows) || !narrow(plan.embed) || !narrow(plan.hidden) ||
+      !narrow(plan.out)) {
     return {};
   }
+  // What the copy engine takes: rows that begin at multiples of 16 bytes.
+  const int64_t vector = 16 / static_cast<int64_t>(args.input.element_size());
+  if (plan.embed % vector != 0 || plan.hidden % vector != 0) return {};
   const CudaScope scope(args.input);
   OptionalTensor held_fc1_bias, held_fc2_bias, residual;
   const Tensor input = as_rows(args.input, plan.rows);
@@ -87,19 +92,21 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
   const auto second_schedule = schedule(second);
   if (!second_schedule) return {};
 
-  FfnResult result{empty_dense(args.input, plan.output_sizes, false, ScalarType::Float), {}};
+  FfnResult result{empty_dense(args.input, plan.output_sizes, false, dtype), {}};
   if (keep_hidden) {
-    result.hidden = empty_dense(args.input, plan.hidden_sizes, false, ScalarType::Float);
+    result.hidden = empty_dense(args.input, plan.hidden_sizes, false, dtype);
     first.product = result.hidden->mutable_data_ptr();
   }
-  const Tensor activated = empty_dense(args.input, {plan.rows, plan.hidden}, false, ScalarType::Float);
+  const Tensor activated = empty_dense(args.input, {plan.rows, plan.hidden}, false, dtype);
   first.output = activated.mutable_data_ptr();
   second.a = activated.const_data_ptr();
   second.output = result.output.mutable_data_ptr();
   run(first, *first_schedule, args.input, scope);
   second.b_is_ready = !second_schedule->prepare_b();
   run(second, *second_schedule, args.input, scope);
-  record_path(plan.tf32 ? "ffn:cuda:sm90:tf32" : "ffn:cuda:sm90:3xtf32");
+  record_path(dtype != ScalarType::Float ? "ffn:cuda:sm90:16bit"
+              : plan.tf32                ? "ffn:cuda:sm90:tf32"
+                                         : "ffn:cuda:sm90:3xtf32");
   return result;
 }
 

@@ -21,6 +21,40 @@ bool pays(const GemmParams& p) {
   return p.precision == GemmPrecision::kIeee || int64_t{p.m} * p.n * p.k < kTF32Most;
 }
 
+// 16-bit products that fill the device: columns of a tile by what the slowest multiprocessor has to do.
+void schedule_half(const GemmParams& p, GemmSchedule& s, bool& supported, const DeviceFacts& facts,
+                   const Overrides& overrides) {
+  const auto fits = [](int64_t stride) { return stride % 8 == 0; };  // what the copy engine takes
+  if (p.k % 8 != 0 || p.n % 8 != 0 || p.b_stride[1] != 1 || !fits(p.a_stride) || !fits(p.b_stride[0])) return;
+  if (p.a_stride < p.k || p.b_stride[0] < p.k || p.residual_stride % 2 != 0) return;
+  if (!aligned16(p.a) || !aligned16(p.b) || !aligned16(p.output) || !aligned16(p.product)) return;
+  if (reinterpret_cast<uintptr_t>(p.residual) % 4 != 0 || reinterpret_cast<uintptr_t>(p.bias) % 4 != 0) return;
+  const auto tuned = [&](const char* key, int64_t chosen) { return static_cast<int>(overrides.tuned(key, chosen)); };
+  s = {};
+  s.half = true;
+  s.cluster = tuned(p.activate ? "c1" : "c2", tuned("cluster", 1)) >= 2 ? 2 : 1;
+  const int64_t units_m = ceil_div(p.m, 128 * s.cluster);
+  const int units = facts.multiprocessors / s.cluster;
+  double best = 0;
+  for (const int columns : {256, 192, 128}) {
+    // Clocks of a chunk's wgmma, narrower tiles a little worse than their share; of a tile's way out.
+    const double chunk = columns * (columns == 256 ? 4.0 : columns == 192 ? 4.1 : 4.4);
+    const double tile = ceil_div(p.k, 64) * chunk + columns * (p.activate ? 12 : 6);
+    const double cost = static_cast<double>(ceil_div(units_m * ceil_div(p.n, columns), units)) * tile;
+    if (best == 0 || cost < best) {
+      best = cost;
+      s.columns = columns;
+    }
+  }
+  s.columns = tuned(p.activate ? "n1" : "n2", tuned("columns", s.columns));
+  s.stages = std::clamp(tuned("stages", s.columns == 128 ? 6 : 4), 2, s.columns == 128 ? 6 : 4);
+  s.band = std::max(1, tuned("band", 16) / s.cluster);
+  const int64_t tiles = units_m * ceil_div(p.n, s.columns);
+  if (tiles > INT32_MAX) return;
+  s.blocks = static_cast<int>(std::min<int64_t>(tiles, units)) * s.cluster;
+  supported = overrides.forced() || tiles * s.cluster * 2 > facts.multiprocessors;
+}
+
 }  // namespace
 
 cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported) {
@@ -30,6 +64,10 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
   const Overrides overrides(kTuneVariable);
   const bool wanted = !overrides.forced() || overrides.forced("sm90");
   if (!wanted || facts.major != 9 || !facts.has_cluster()) return cudaSuccess;
+  if (p.dtype != DType::kFloat32) {
+    if (p.m > 0 && p.n > 0 && p.k > 0) schedule_half(p, s, supported, facts, overrides);
+    return cudaSuccess;
+  }
   if (p.m < 1 || p.n < 1 || p.k < 4 || (!overrides.forced() && !pays(p))) return cudaSuccess;
   // What the copy engine takes: rows of a that begin at multiples of 16 bytes.
   if (p.k % 4 != 0 || p.a_stride % 4 != 0 || !aligned16(p.a)) return cudaSuccess;
@@ -78,6 +116,7 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
 }
 
 cudaError_t launch_gemm(const GemmParams& params, const GemmSchedule& schedule, cudaStream_t stream) {
+  if (schedule.half) return launch_half_gemm_sm90(params, schedule, stream);
   return schedule.small ? launch_small_gemm_sm90(params, schedule, stream) : launch_gemm_sm90(params, schedule, stream);
 }
 
