@@ -1,5 +1,6 @@
 #include "fused_ffn_gemm.h"
 
+#include "../../csrc/cuda/ffn/launch.h"
 #include "../../csrc/cuda/gemm/launch.h"
 #include "../matrix.h"
 #include "launch.h"
@@ -59,6 +60,47 @@ void run(cuda::GemmParams& params, const cuda::GemmSchedule& schedule, const Ten
   check_cuda(kOp, cuda::launch_gemm(params, schedule, scope.stream()));
 }
 
+// A small network of 16-bit numbers in one launch.
+std::optional<FfnResult> run_whole_ffn(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden,
+                                       const CudaScope& scope) {
+  if (args.fc1_weight.stride(1) != 1 || args.fc2_weight.stride(1) != 1) return {};
+  const ScalarType dtype = args.input.scalar_type();
+  OptionalTensor held_fc1_bias, held_fc2_bias, residual;
+  const Tensor input = as_rows(args.input, plan.rows);
+  cuda::WholeFfnParams params;
+  params.input = input.const_data_ptr();
+  params.input_stride = input.stride(0);
+  params.fc1_weight = args.fc1_weight.const_data_ptr();
+  params.fc1_stride = args.fc1_weight.stride(0);
+  params.fc1_bias = bias_data(args.fc1_bias, held_fc1_bias);
+  params.fc2_weight = args.fc2_weight.const_data_ptr();
+  params.fc2_stride = args.fc2_weight.stride(0);
+  params.fc2_bias = bias_data(args.fc2_bias, held_fc2_bias);
+  if (args.residual) {
+    residual = as_rows(*args.residual, plan.rows);
+    params.residual = residual->const_data_ptr();
+    params.residual_stride = residual->stride(0);
+  }
+  params.rows = static_cast<int>(plan.rows);
+  params.embed = static_cast<int>(plan.embed);
+  params.hidden = static_cast<int>(plan.hidden);
+  params.out = static_cast<int>(plan.out);
+  params.dtype = kernel_dtype(kOp, "input", dtype);
+  params.activation = plan.activation;
+  bool supported = false;
+  check_cuda(kOp, cuda::whole_ffn_supported(params, supported));
+  if (!supported) return {};
+  FfnResult result{empty_dense(args.input, plan.output_sizes, false, dtype), {}};
+  params.output = result.output.mutable_data_ptr();
+  if (keep_hidden) {
+    result.hidden = empty_dense(args.input, plan.hidden_sizes, false, dtype);
+    params.product = result.hidden->mutable_data_ptr();
+  }
+  check_cuda(kOp, cuda::launch_whole_ffn(params, scope.stream()));
+  record_path("ffn:cuda:sm90:16bit:one_launch");
+  return result;
+}
+
 }  // namespace
 
 std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden) {
@@ -71,6 +113,9 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
   const int64_t vector = 16 / static_cast<int64_t>(args.input.element_size());
   if (plan.embed % vector != 0 || plan.hidden % vector != 0) return {};
   const CudaScope scope(args.input);
+  if (dtype != ScalarType::Float) {
+    if (auto result = run_whole_ffn(args, plan, keep_hidden, scope)) return result;
+  }
   OptionalTensor held_fc1_bias, held_fc2_bias, residual;
   const Tensor input = as_rows(args.input, plan.rows);
 
