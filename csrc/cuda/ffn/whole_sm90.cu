@@ -24,7 +24,6 @@ namespace {
 constexpr int kRows = 64;
 constexpr int kThreads = 256;
 constexpr int kHiddenColumns = kBoxColumns;  // at a time
-constexpr int kBoxBytes = kRows * kBoxRowBytes;
 constexpr int kMaxParts = 8;
 constexpr int kMaxStages = 4;
 constexpr int kMaxWidth = 256;  // of input and output

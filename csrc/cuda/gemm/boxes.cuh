@@ -1,5 +1,4 @@
-// Boxes of 16-bit matrices by the copy engine, in both directions and to all blocks of a cluster, and what a warpgroup
-// writes to shared memory for it. A box is rows of 64 numbers, 128 bytes, with the 128-byte swizzle.
+// Boxes of 16-bit matrices by the copy engine, in both directions, and what a warpgroup writes to shared memory for it. A box is rows of 64 numbers, 128 bytes, with the 128-byte swizzle.
 #pragma once
 
 #include "../common/cluster.cuh"
@@ -10,6 +9,7 @@ namespace styleforge::cuda {
 
 constexpr int kBoxColumns = 64;
 constexpr int kBoxRowBytes = 128;
+constexpr int kBoxBytes = 64 * kBoxRowBytes;  // of 64 rows
 
 // [rows, columns], rows `stride` numbers apart, in boxes of `box_rows` x 64.
 inline cudaError_t box_map(DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows,
@@ -27,15 +27,6 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, in
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           to),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
-}
-// To the same place in each block of the cluster that `blocks` names, whose own barriers count it.
-__device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier,
-                                         uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
 }
 
@@ -59,11 +50,6 @@ __device__ __forceinline__ void store_matrix(uint32_t address, const uint32_t (&
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
                "r"(v[2]), "r"(v[3])
                : "memory");
-}
-
-// `barrier` may be another block's (map_shared).
-__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 #endif  // STYLEFORGE_HAS_WGMMA

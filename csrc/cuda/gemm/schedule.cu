@@ -21,38 +21,27 @@ bool pays(const GemmParams& p) {
   return p.precision == GemmPrecision::kIeee || int64_t{p.m} * p.n * p.k < kTF32Most;
 }
 
-// 16-bit products that fill the device: columns of a tile by what the slowest multiprocessor has to do.
+// 16-bit products that fill the device.
 void schedule_half(const GemmParams& p, GemmSchedule& s, bool& supported, const DeviceFacts& facts,
                    const Overrides& overrides) {
-  const auto fits = [](int64_t stride) { return stride % 8 == 0; };  // what the copy engine takes
-  if (p.k % 8 != 0 || p.n % 8 != 0 || p.b_stride[1] != 1 || !fits(p.a_stride) || !fits(p.b_stride[0])) return;
-  if (p.a_stride < p.k || p.b_stride[0] < p.k || p.residual_stride % 2 != 0) return;
+  const auto fits = [](int64_t stride, int width) { return stride % 8 == 0 && stride >= width; };  // the copy engine
+  if (p.k % 8 != 0 || p.n % 8 != 0 || !fits(p.a_stride, p.k)) return;
+  if (p.b_stride[p.gradient ? 0 : 1] != 1 || !fits(p.b_stride[p.gradient ? 1 : 0], p.gradient ? p.n : p.k)) return;
   if (!aligned16(p.a) || !aligned16(p.b) || !aligned16(p.output) || !aligned16(p.product)) return;
-  if (reinterpret_cast<uintptr_t>(p.residual) % 4 != 0 || reinterpret_cast<uintptr_t>(p.bias) % 4 != 0) return;
+  const auto pairs = [](const void* from, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(from) % 4 == 0 && stride % 2 == 0;
+  };
+  if (!pairs(p.bias, 0) || !pairs(p.residual, p.residual_stride)) return;
   const auto tuned = [&](const char* key, int64_t chosen) { return static_cast<int>(overrides.tuned(key, chosen)); };
+  constexpr int kMostStages = 6;  // in shared memory, beside what is on its way out
   s = {};
   s.half = true;
-  s.cluster = tuned(p.activate ? "c1" : "c2", tuned("cluster", 1)) >= 2 ? 2 : 1;
-  const int64_t units_m = ceil_div(p.m, 128 * s.cluster);
-  const int units = facts.multiprocessors / s.cluster;
-  double best = 0;
-  for (const int columns : {256, 192, 128}) {
-    // Clocks of a chunk's wgmma, narrower tiles a little worse than their share; of a tile's way out.
-    const double chunk = columns * (columns == 256 ? 4.0 : columns == 192 ? 4.1 : 4.4);
-    const double tile = ceil_div(p.k, 64) * chunk + columns * (p.activate ? 12 : 6);
-    const double cost = static_cast<double>(ceil_div(units_m * ceil_div(p.n, columns), units)) * tile;
-    if (best == 0 || cost < best) {
-      best = cost;
-      s.columns = columns;
-    }
-  }
-  s.columns = tuned(p.activate ? "n1" : "n2", tuned("columns", s.columns));
-  s.stages = std::clamp(tuned("stages", s.columns == 128 ? 6 : 4), 2, s.columns == 128 ? 6 : 4);
-  s.band = std::max(1, tuned("band", 16) / s.cluster);
-  const int64_t tiles = units_m * ceil_div(p.n, s.columns);
-  if (tiles > INT32_MAX) return;
-  s.blocks = static_cast<int>(std::min<int64_t>(tiles, units)) * s.cluster;
-  supported = overrides.forced() || tiles * s.cluster * 2 > facts.multiprocessors;
+  s.stages = std::clamp(tuned("stages", kMostStages), 2, kMostStages);
+  s.band = tuned("band", 16);
+  const int64_t tiles = ceil_div(p.m, 128) * ceil_div(p.n, 128);
+  if (tiles > INT32_MAX / 2) return;
+  s.blocks = static_cast<int>(std::min<int64_t>(tiles, facts.multiprocessors));
+  supported = overrides.forced() || tiles * 2 > facts.multiprocessors;
 }
 
 }  // namespace
