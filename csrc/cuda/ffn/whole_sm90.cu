@@ -1,12 +1,12 @@
 // A small feed-forward network of 16-bit numbers in one launch, on wgmma (sm_90a).
 //
 //   cluster:  64 rows, the hidden width cut up among its blocks
-//   block:    two warpgroups. 64 hidden columns at a time: first product (each warpgroup half of the columns), bias and
-//             activation into shared memory, from where they are multiplied again (each warpgroup half of the outputs)
+//   block:    four warpgroups. 64 hidden columns at a time: first product (each warpgroup a quarter of the columns), bias
+//             and activation into shared memory, from where they are multiplied again (a quarter of the outputs each)
 //
 // What such sizes cost is latency: of a launch, of a load, of the activation of what one thread has. So everything is
-// loaded at once where it fits, and the hidden activations never leave the multiprocessor. At the end the blocks' sums lie
-// in shared memory, and each block adds those of its share of the rows, in the order of the blocks.
+// loaded at once where it fits, and the hidden activations never leave the multiprocessor. At the end each block sends its
+// sums to the blocks that have a share of the rows each, and those add them in the order of the blocks.
 #include <algorithm>
 
 #include "../common/cluster.cuh"
@@ -22,7 +22,8 @@ namespace styleforge::cuda {
 namespace {
 
 constexpr int kRows = 64;
-constexpr int kThreads = 256;
+constexpr int kGroups = 4;  // warpgroups
+constexpr int kThreads = 128 * kGroups;
 constexpr int kHiddenColumns = kBoxColumns;  // at a time
 constexpr int kMaxParts = 8;
 constexpr int kMaxStages = 4;
@@ -34,7 +35,8 @@ struct WholeFfnSchedule {
   int blocks = 0;  // of the grid
 };
 
-// Shared memory: the input's rows, the activated columns, then the ring of weights. All of it holds sums in the end.
+// Shared memory: the input's rows, the activated columns, the ring of weights; then sums, [part][row of this block's
+// share][output], which other blocks may write while this one still multiplies.
 template <int kOut>
 struct Layout {
   int x_boxes, stage_bytes;
@@ -42,9 +44,8 @@ struct Layout {
   __host__ __device__ explicit Layout(int embed)
       : x_boxes((embed + kBoxColumns - 1) / kBoxColumns), stage_bytes(x_boxes * kBoxBytes + kOut * kBoxRowBytes) {}
   __host__ __device__ int ring() const { return (x_boxes + 1) * kBoxBytes; }
-  int bytes(int stages) const {
-    return 1024 + std::max(ring() + stages * stage_bytes, kRows * kPitch * static_cast<int>(sizeof(float)));
-  }
+  __host__ __device__ int sums(int stages) const { return ring() + stages * stage_bytes; }
+  int bytes(int stages) const { return 1024 + sums(stages) + kRows * kPitch * static_cast<int>(sizeof(float)); }
 };
 
 // Four outputs of a row on their way out: what is added to their sums.
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t x_at = shared_address(base);
   const Layout<kOut> layout(p.embed);
   const uint32_t activated_at = x_at + layout.x_boxes * kBoxBytes, ring = x_at + layout.ring();
-  __shared__ uint64_t full_first[kMaxStages], full_second[kMaxStages];
+  __shared__ uint64_t full_first[kMaxStages], full_second[kMaxStages], all_sums;
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
@@ -83,9 +84,12 @@ __global__ void __launch_bounds__(kThreads)
       mbarrier_init(&full_first[i], 1);
       mbarrier_init(&full_second[i], 1);
     }
+    mbarrier_init(&all_sums, 1);
     mbarrier_init_fence();
+    mbarrier_arrive_expect(&all_sums, kRows * kOut * static_cast<int>(sizeof(float)));
   }
   __syncthreads();
+  cluster_arrive_relaxed();  // this block is there: its shared memory may be written
   wait_for_predecessor();
   release_successor();
 
@@ -106,42 +110,42 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncwarp();
 
-  using First = WgmmaShared<kMmaKind<T>, kHiddenColumns / 2, false>;
-  using Second = WgmmaShared<kMmaKind<T>, kOut / 2, false>;
+  using First = WgmmaShared<kMmaKind<T>, kHiddenColumns / kGroups, false>;
+  using Second = WgmmaShared<kMmaKind<T>, kOut / kGroups, false>;
   const uint32_t first_at = shared_address(full_first), second_at = shared_address(full_second);
   const int row_in_tile = warp % 4 * 16 + lane / 4;
   const uint32_t piece = (warp % 4 * 16 + lane % 16) * kBoxRowBytes + (((lane & 7) ^ (lane / 16)) << 4);
-  float total[kOut / 4];
+  float total[kOut / (2 * kGroups)];
 #pragma unroll
-  for (int i = 0; i < kOut / 4; ++i) total[i] = 0;
+  for (int i = 0; i < kOut / (2 * kGroups); ++i) total[i] = 0;
   int stage = 0;
   uint32_t parity = 0;
   for (int chunk = 0; chunk < chunks; ++chunk) {
-    const int column = (first_chunk + chunk) * kHiddenColumns + group * (kHiddenColumns / 2) + lane % 4 * 2;
-    float2 bias[4];
+    const int column = (first_chunk + chunk) * kHiddenColumns + group * (kHiddenColumns / kGroups) + lane % 4 * 2;
+    float2 bias[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
       const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.fc1_bias) + column + 8 * i);
       bias[i] = p.fc1_bias != nullptr && column + 8 * i < p.hidden ? unpack<T>(__ldg(from)) : float2{};
     }
     const uint32_t weights = ring + stage * layout.stage_bytes;
-    float h[16];
+    float h[8];
     mbarrier_wait(first_at + 8 * stage, parity);
     wgmma_fence();
 #pragma unroll 1
     for (int box = 0; box < layout.x_boxes; ++box) {
       const uint64_t a = wgmma_descriptor(x_at + box * kBoxBytes);
-      const uint64_t b = wgmma_descriptor(weights + box * kBoxBytes + group * (kBoxBytes / 2));
+      const uint64_t b = wgmma_descriptor(weights + box * kBoxBytes + group * (kBoxBytes / kGroups));
 #pragma unroll
       for (int k = 0; k < 4; ++k) First::run(h, a + 2 * k, b + 2 * k, box > 0 || k > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
 #pragma unroll
-    for (int i = 0; i < 16; ++i) h[i] += i % 2 == 0 ? bias[i / 4].x : bias[i / 4].y;
+    for (int i = 0; i < 8; ++i) h[i] += i % 2 == 0 ? bias[i / 4].x : bias[i / 4].y;
     if (p.product != nullptr) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < 4; ++i) {
         const int row = first_row + row_in_tile + i % 2 * 8;
         if (row < p.rows && column + i / 2 * 8 < p.hidden) {
           auto* to = static_cast<T*>(p.product) + static_cast<int64_t>(row) * p.hidden + column + i / 2 * 8;
@@ -150,19 +154,16 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     ffn_activate<true>(h, p.activation);
+    uint32_t packed[4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t packed[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) packed[j] = pack<T>(h[8 * i + 2 * j], h[8 * i + 2 * j + 1]);
-      store_matrix((activated_at + piece) ^ ((2 * group + i) << 5), packed);
-    }
+    for (int j = 0; j < 4; ++j) packed[j] = pack<T>(h[2 * j], h[2 * j + 1]);
+    store_matrix((activated_at + piece) ^ (group << 5), packed);
     fence_async_shared();
     __syncthreads();
     mbarrier_wait(second_at + 8 * stage, parity);
     const uint64_t a = wgmma_descriptor(activated_at);
     const uint64_t b =
-        wgmma_descriptor(weights + layout.x_boxes * kBoxBytes + group * (kOut / 2) * kBoxRowBytes);
+        wgmma_descriptor(weights + layout.x_boxes * kBoxBytes + group * (kOut / kGroups) * kBoxRowBytes);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) Second::run(total, a + 2 * k, b + 2 * k, true);
@@ -177,20 +178,25 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  float* sums = reinterpret_cast<float*>(base);
   constexpr int kPitch = Layout<kOut>::kPitch;
+  const int share = kRows / s.parts;
+  const uint32_t sums = x_at + layout.sums(s.stages);
+  cluster_wait();
 #pragma unroll
-  for (int i = 0; i < kOut / 16; ++i) {
+  for (int h = 0; h < 2; ++h) {
+    const int row = row_in_tile + 8 * h;
+    const int at = (rank * share + row % share) * kPitch + group * (kOut / kGroups) + lane % 4 * 2;
+    const uint32_t to = map_shared(sums + at * static_cast<int>(sizeof(float)), row / share);
+    const uint32_t count = map_shared(shared_address(&all_sums), row / share);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float* to = sums + (row_in_tile + 8 * h) * kPitch + group * (kOut / 2) + 8 * i + lane % 4 * 2;
-      *reinterpret_cast<float2*>(to) = make_float2(total[4 * i + 2 * h], total[4 * i + 2 * h + 1]);
+    for (int i = 0; i < kOut / (8 * kGroups); ++i) {
+      store_remote(to + i * 8 * static_cast<int>(sizeof(float)), total[4 * i + 2 * h], total[4 * i + 2 * h + 1],
+                   count);
     }
   }
 
   // This block's share of the rows, four outputs at a time.
   constexpr int kVectors = kOut / 4;
-  const int share = kRows / s.parts;
   const auto row_of = [&](int i) { return first_row + rank * share + i / kVectors; };
   const auto column_of = [&](int i) { return i % kVectors * 4; };
   const auto added = [&](int i) {
@@ -203,27 +209,21 @@ __global__ void __launch_bounds__(kThreads)
     }
     return v;
   };
-  cluster_arrive();
   Added<T> next = added(threadIdx.x);
-  cluster_wait();
+  mbarrier_wait(&all_sums, 0);
   for (int i = threadIdx.x; i < share * kVectors; i += kThreads) {
     const Added<T> end = next;
     next = added(i + kThreads);
-    const uint32_t from =
-        x_at + ((rank * share + i / kVectors) * kPitch + column_of(i)) * static_cast<int>(sizeof(float));
-    float4 other[kMaxParts];
-#pragma unroll
-    for (int part = 0; part < kMaxParts; ++part) {  // all on their way before the first one is added
-      if (part < s.parts) other[part] = load_remote(from, part);
-    }
+    const float* from = reinterpret_cast<const float*>(base + layout.sums(s.stages)) + i / kVectors * kPitch + column_of(i);
     float v[4] = {};
 #pragma unroll
     for (int part = 0; part < kMaxParts; ++part) {
       if (part >= s.parts) continue;
-      v[0] += other[part].x;
-      v[1] += other[part].y;
-      v[2] += other[part].z;
-      v[3] += other[part].w;
+      const float4 one = *reinterpret_cast<const float4*>(from + part * share * kPitch);
+      v[0] += one.x;
+      v[1] += one.y;
+      v[2] += one.z;
+      v[3] += one.w;
     }
     if (row_of(i) >= p.rows || column_of(i) >= p.out) continue;
 #pragma unroll
@@ -231,8 +231,6 @@ __global__ void __launch_bounds__(kThreads)
     *reinterpret_cast<Vec<T, 4>*>(static_cast<T*>(p.output) + static_cast<int64_t>(row_of(i)) * p.out + column_of(i)) =
         rounded<T>(v);
   }
-  cluster_arrive();  // nobody leaves while others read here
-  cluster_wait();
 #endif
 }
 

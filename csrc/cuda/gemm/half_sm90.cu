@@ -28,7 +28,7 @@ constexpr int kConsumers = 128 * kGroups;
 constexpr int kThreads = kConsumers + 128;
 constexpr int kABytes = kRows * kBoxRowBytes;
 constexpr int kStageBytes = kABytes + kColumns * kBoxRowBytes;
-constexpr int kTurn = 1 + kGroups;  // names of barriers: after those of half_out.cuh
+constexpr int kTurn = 1;  // name of the first warpgroup's barrier
 
 struct Tile {
   int row, column;
@@ -46,8 +46,7 @@ __device__ __forceinline__ Tile tile_at(int index, int tiles_m, int tiles_n, int
 template <typename T, bool kGradient>
 __global__ void __launch_bounds__(kThreads, 1)
     half_gemm_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ GemmSchedule s,
-                     const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
-                     const __grid_constant__ CUtensorMap output_map, const __grid_constant__ CUtensorMap product_map) {
+                     const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map) {
 #ifdef STYLEFORGE_HAS_WGMMA
   extern __shared__ unsigned char dynamic[];
   const uint32_t ring = (shared_address(dynamic) + 1023) & ~1023u;  // swizzled tiles start at multiples of 1024 bytes
@@ -65,7 +64,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == kConsumers) {
     prefetch_map(&a_map);
     prefetch_map(&b_map);
-    prefetch_map(&output_map);
   }
   if (threadIdx.x == 0) {
     for (int i = 0; i < s.stages; ++i) {
@@ -125,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     wait_for_predecessor();
     using Mma = WgmmaShared<kMmaKind<T>, kColumns, kGradient>;
     const int group = warp / 4;
-    WayOut<T> out(p, ring + s.stages * kStageBytes, group, warp % 4, lane);
+    WayOut<T> out(p, ring + s.stages * kStageBytes + warp * kWayOutBytes, warp % 4, lane);
     float d[2][kColumns / 2];  // of the upper 64 rows and of the lower ones
     int stage = 0;
     uint32_t parity = 0;
@@ -188,29 +186,25 @@ __global__ void __launch_bounds__(kThreads, 1)
       release(done);
       skip_tile();
       if constexpr (kGradient) {
-        out.gradient(d, &output_map, &product_map);
+        out.gradient(d);
       } else {
-        out.forward(d, &output_map, &product_map);
+        out.forward(d);
       }
     }
-    out.end();
   }
 #endif
 }
 
 template <typename T, bool kGradient>
 cudaError_t launch_kernel(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
-  CUtensorMap a, b, output, product;
+  CUtensorMap a, b;
   if (const auto error = box_map(p.dtype, p.a, p.m, p.k, p.a_stride, kRows, a)) return error;
   const auto b_error = kGradient ? box_map(p.dtype, p.b, p.k, p.n, p.b_stride[1], kBoxColumns, b)
                                  : box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kColumns, b);
   if (b_error != cudaSuccess) return b_error;
-  if (const auto error = box_map(p.dtype, p.output, p.m, p.n, p.n, 64, output)) return error;
-  const void* second = p.product != nullptr ? p.product : p.output;
-  if (const auto error = box_map(p.dtype, second, p.m, p.n, p.n, 64, product)) return error;
-  const size_t shared = 1024 + s.stages * kStageBytes + kGroups * kWayOutBytes;
+  const size_t shared = 1024 + s.stages * kStageBytes + kConsumers / 32 * kWayOutBytes;
   return launch(half_gemm_kernel<T, kGradient>, dim3(static_cast<unsigned>(s.blocks)), dim3(kThreads), shared, 1, facts,
-                stream, p, s, a, b, output, product);
+                stream, p, s, a, b);
 }
 
 template <typename T>
