@@ -104,7 +104,7 @@ def _matrix_products(paths: set[str]) -> None:
 
 
 def _half_matrix_products(paths: set[str]) -> None:
-    """The same of 16 bits: persistent blocks, also with several tiles each, all in one launch, and the gradient."""
+    """The same of 16 bits: blocks with several tiles, all in one launch; the gradient."""
     os.environ["STYLEFORGE_PATH"] = "sm90"
     for tune in ("small=1", "small=2", "small=2,parts=4,stages=1"):
         os.environ["STYLEFORGE_GEMM_TUNE"] = tune
