@@ -159,9 +159,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_ffn_backward(const FfnBac
   if (needs_grad_hidden) {
     if (backend.activation_gradient != nullptr && bias_in_product(backend, input)) {
       if (args.needs_fc1_bias) grad_fc1_bias = vector(hidden);
-      fused = backend.activation_gradient({grad_output, args.fc2_weight,
-                                           strided_view(kept, {rows, hidden}, {hidden, 1}), activation, *grad_hidden,
-                                           activated, grad_fc1_bias});
+      fused =
+          backend.activation_gradient({grad_output, args.fc2_weight, strided_view(kept, {rows, hidden}, {hidden, 1}),
+                                       activation, *grad_hidden, activated, grad_fc1_bias});
       if (!fused) grad_fc1_bias.reset();
     }
     // First the gradient of the activation's result, then, in its place, that of its argument.

@@ -46,11 +46,11 @@ struct FfnResult {
 // For the backward: the gradient of the activation's argument, `gradient` = (grad_output weight) activation'(hidden),
 // with what is needed beside it. Matrices; `hidden` is dense and has its bias.
 struct FfnActivationGradient {
-  const Tensor& grad_output;   // [rows, out]
-  const Tensor& weight;        // [out, hidden]
-  const Tensor& hidden;        // [rows, hidden]
+  const Tensor& grad_output;  // [rows, out]
+  const Tensor& weight;       // [out, hidden]
+  const Tensor& hidden;       // [rows, hidden]
   FfnActivation activation;
-  const Tensor& gradient;          // [rows, hidden]
+  const Tensor& gradient;           // [rows, hidden]
   const OptionalTensor& activated;  // [rows, hidden], or nothing: activation(hidden)
   const OptionalTensor& sum;        // [hidden], or nothing: `gradient` summed over the rows
 };

@@ -94,8 +94,8 @@ __device__ __forceinline__ float4 load_remote(uint32_t local, uint32_t rank) {
 #endif
 
 #ifdef STYLEFORGE_HAS_CLUSTER
-// Two neighbours to a shared address, aligned to 8 bytes, and their bytes to a barrier in shared memory, both of another
-// block (map_shared): who waits for the barrier sees them.
+// Two neighbours to a shared address, aligned to 8 bytes, and their bytes to a barrier in shared memory, both of
+// another block (map_shared): who waits for the barrier sees them.
 __device__ __forceinline__ void store_remote(uint32_t remote, float first, float second, uint32_t barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(remote),
                "f"(first), "f"(second), "r"(barrier)

@@ -1,5 +1,5 @@
-// As wgmma.cuh, with both operands in shared memory, 16-bit: D[64 x N] += A[64 x 16] * B[N x 16]^T. A is 128-byte rows of K
-// with the 128-byte swizzle; so is B, or, kTransposed, 128-byte rows of N (see wgmma_transposed_descriptor).
+// As wgmma.cuh, with both operands in shared memory, 16-bit: D[64 x N] += A[64 x 16] * B[N x 16]^T. A is 128-byte rows
+// of K with the 128-byte swizzle; so is B, or, kTransposed, 128-byte rows of N (see wgmma_transposed_descriptor).
 #pragma once
 
 #include "wgmma.cuh"

@@ -1,5 +1,5 @@
-// Sums over the rows of a matrix, which gradients of biases are, in a fixed order: first of 128 rows each, then of those
-// sums. The products that write such a matrix may give the first ones (gemm/half_out.cuh).
+// Sums over the rows of a matrix, which gradients of biases are, in a fixed order: first of 128 rows each, then of
+// those sums. The products that write such a matrix may give the first ones (gemm/half_out.cuh).
 #include <algorithm>
 
 #include "../common/cluster.cuh"
@@ -94,8 +94,8 @@ cudaError_t sums(const ColumnSumsParams& p, cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   if (p.matrix == nullptr) return finish<T>(p, p.part_count, facts, stream);
-  const auto grid = dim3(static_cast<unsigned>(ceil_div(p.columns, kColumns)),
-                         static_cast<unsigned>(ceil_div(p.rows, kPartRows)));
+  const auto grid =
+      dim3(static_cast<unsigned>(ceil_div(p.columns, kColumns)), static_cast<unsigned>(ceil_div(p.rows, kPartRows)));
   if (const auto error = launch(row_parts_kernel<T>, grid, dim3(kThreads), 0, 1, facts, stream, p.matrix, p.parts,
                                 p.stride, p.rows, p.columns)) {
     return error;

@@ -1,12 +1,13 @@
 // A small feed-forward network of 16-bit numbers in one launch, on wgmma (sm_90a).
 //
 //   cluster:  64 rows, the hidden width cut up among its blocks
-//   block:    four warpgroups. 64 hidden columns at a time: first product (each warpgroup a quarter of the columns), bias
+//   block:    four warpgroups. 64 hidden columns at a time: first product (each warpgroup a quarter of the columns),
+//   bias
 //             and activation into shared memory, from where they are multiplied again (a quarter of the outputs each)
 //
 // What such sizes cost is latency: of a launch, of a load, of the activation of what one thread has. So everything is
-// loaded at once where it fits, and the hidden activations never leave the multiprocessor. At the end each block sends its
-// sums to the blocks that have a share of the rows each, and those add them in the order of the blocks.
+// loaded at once where it fits, and the hidden activations never leave the multiprocessor. At the end each block sends
+// its sums to the blocks that have a share of the rows each, and those add them in the order of the blocks.
 #include <algorithm>
 
 #include "../common/cluster.cuh"
@@ -162,8 +163,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     mbarrier_wait(second_at + 8 * stage, parity);
     const uint64_t a = wgmma_descriptor(activated_at);
-    const uint64_t b =
-        wgmma_descriptor(weights + layout.x_boxes * kBoxBytes + group * (kOut / kGroups) * kBoxRowBytes);
+    const uint64_t b = wgmma_descriptor(weights + layout.x_boxes * kBoxBytes + group * (kOut / kGroups) * kBoxRowBytes);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) Second::run(total, a + 2 * k, b + 2 * k, true);
@@ -190,8 +190,7 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t count = map_shared(shared_address(&all_sums), row / share);
 #pragma unroll
     for (int i = 0; i < kOut / (8 * kGroups); ++i) {
-      store_remote(to + i * 8 * static_cast<int>(sizeof(float)), total[4 * i + 2 * h], total[4 * i + 2 * h + 1],
-                   count);
+      store_remote(to + i * 8 * static_cast<int>(sizeof(float)), total[4 * i + 2 * h], total[4 * i + 2 * h + 1], count);
     }
   }
 
@@ -202,7 +201,8 @@ __global__ void __launch_bounds__(kThreads)
   const auto added = [&](int i) {
     Added<T> v;
     if (i >= share * kVectors || row_of(i) >= p.rows || column_of(i) >= p.out) return v;
-    if (p.fc2_bias != nullptr) v.bias = *reinterpret_cast<const Vec<T, 4>*>(static_cast<const T*>(p.fc2_bias) + column_of(i));
+    if (p.fc2_bias != nullptr)
+      v.bias = *reinterpret_cast<const Vec<T, 4>*>(static_cast<const T*>(p.fc2_bias) + column_of(i));
     if (p.residual != nullptr) {
       v.residual = *reinterpret_cast<const Vec<T, 4>*>(static_cast<const T*>(p.residual) +
                                                        row_of(i) * p.residual_stride + column_of(i));
@@ -214,7 +214,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < share * kVectors; i += kThreads) {
     const Added<T> end = next;
     next = added(i + kThreads);
-    const float* from = reinterpret_cast<const float*>(base + layout.sums(s.stages)) + i / kVectors * kPitch + column_of(i);
+    const float* from =
+        reinterpret_cast<const float*>(base + layout.sums(s.stages)) + i / kVectors * kPitch + column_of(i);
     float v[4] = {};
 #pragma unroll
     for (int part = 0; part < kMaxParts; ++part) {
@@ -270,8 +271,8 @@ WholeFfnSchedule schedule(const WholeFfnParams& p, const Overrides& overrides, c
   while (s.parts < kMaxParts && s.parts * 2 <= chunks && tiles * s.parts * 2 <= facts.multiprocessors) s.parts *= 2;
   s.parts = std::min<int>(kMaxParts, static_cast<int>(overrides.tuned("parts", s.parts)));
   while (kRows % s.parts != 0) --s.parts;
-  s.stages = std::min({static_cast<int>(ceil_div(chunks, s.parts)), kMaxStages,
-                       static_cast<int>(overrides.tuned("stages", 2))});
+  s.stages = std::min(
+      {static_cast<int>(ceil_div(chunks, s.parts)), kMaxStages, static_cast<int>(overrides.tuned("stages", 2))});
   while (s.stages > 1 && shared_bytes(p, s.stages) > facts.max_shared_per_block - 256) --s.stages;
   s.blocks = static_cast<int>(tiles) * s.parts;
   return s;

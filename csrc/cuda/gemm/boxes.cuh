@@ -1,4 +1,5 @@
-// Boxes of 16-bit matrices by the copy engine, and pieces of them between registers and shared memory. A box is rows of 64 numbers, 128 bytes, with the 128-byte swizzle.
+// Boxes of 16-bit matrices by the copy engine, and pieces of them between registers and shared memory. A box is rows of
+// 64 numbers, 128 bytes, with the 128-byte swizzle.
 #pragma once
 
 #include "../common/cluster.cuh"

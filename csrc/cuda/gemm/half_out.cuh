@@ -1,7 +1,7 @@
 // The way out of half_sm90.cu: a warpgroup's tile of 128 x 128 sums, in pieces of 64 x 64, through bias, activation and
-// residual (or through the activation's gradient), rounded once, and by way of shared memory to whole lines. Each warp by
-// itself: with stores by TMA, of a warpgroup's rows at a time, the fences and barriers around them took longer than all
-// the rest (8192 x 512 -> 2048 with ReLU: 59 us, the first product 36 of them).
+// residual (or through the activation's gradient), rounded once, and by way of shared memory to whole lines. Each warp
+// by itself: with stores by TMA, of a warpgroup's rows at a time, the fences and barriers around them took longer than
+// all the rest (8192 x 512 -> 2048 with ReLU: 59 us, the first product 36 of them).
 #pragma once
 
 #include "../ffn/gelu.cuh"
@@ -26,8 +26,8 @@ __device__ __forceinline__ void halve(float (&v)[32]) {
     v[i] = kept + __shfl_xor_sync(0xffffffff, sent, 2 * kCount);
   }
 }
-// Columns of a 64 x 64 piece summed over a warp's 16 rows, in the layout of wgmma's D: on return v[0], v[1] are those of
-// columns 8 (lane / 4) + 2 (lane % 4) and the next.
+// Columns of a 64 x 64 piece summed over a warp's 16 rows, in the layout of wgmma's D: on return v[0], v[1] are those
+// of columns 8 (lane / 4) + 2 (lane % 4) and the next.
 __device__ __forceinline__ void sum_rows(float (&v)[32]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -60,7 +60,8 @@ class WayOut {
   }
 
   __device__ __forceinline__ void forward(const float (&d)[2][64]) {
-    // A loop, although the registers have to be named one by one: unrolled, the code does not fit the instruction cache.
+    // A loop, although the registers have to be named one by one: unrolled, the code does not fit the instruction
+    // cache.
 #pragma unroll 1
     for (int q = 0; q < 4; q = after(q)) {
       float x[32];
@@ -190,7 +191,8 @@ class WayOut {
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (row + 4 * i < p_.m && column < p_.n) *reinterpret_cast<uint4*>(to + static_cast<int64_t>(4 * i) * p_.n) = line[i];
+      if (row + 4 * i < p_.m && column < p_.n)
+        *reinterpret_cast<uint4*>(to + static_cast<int64_t>(4 * i) * p_.n) = line[i];
     }
   }
 

@@ -2,13 +2,14 @@
 //
 //   block:      128 x 128 of the output at a time, going from tile to tile (persistent)
 //   producer:   one thread; rows of a and b, 64 numbers of k a stage, by TMA into a ring
-//   consumers:  two warpgroups that take turns, a tile each: one multiplies (both operands from shared memory, one group
+//   consumers:  two warpgroups that take turns, a tile each: one multiplies (both operands from shared memory, one
+//   group
 //               of wgmma in flight), while the other sends its tile on its way out (half_out.cuh)
 //
 // What an activation costs is why they take turns: 128 numbers a thread, about twenty instructions each, are as long as
 // the tensor cores need for a tile with k = 512. Both warpgroups on one tile of 128 x 256 leave the tensor cores idle
-// meanwhile: 77 us for 8192 x 512 -> 2048 with erf-GELU, 63 us with ReLU, against 57 us of cuBLAS for the products alone.
-// Such tiles in a cluster of two, each block loading half of b for both, were no faster: the L2 cache keeps up.
+// meanwhile: 77 us for 8192 x 512 -> 2048 with erf-GELU, 63 us with ReLU, against 57 us of cuBLAS for the products
+// alone. Such tiles in a cluster of two, each block loading half of b for both, were no faster: the L2 cache keeps up.
 //
 // kGradient: b lies with n side by side in memory, and the way out is that of the activation's gradient.
 #include <algorithm>
@@ -141,8 +142,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto multiply = [&](bool accumulate) {
       mbarrier_wait(full_at + 8 * stage, parity);
       const uint32_t at = ring + stage * kStageBytes;
-      constexpr int kNext = kGradient ? 128 : 2;         // 16 of k further on in b
-      constexpr int kLower = 64 * kBoxRowBytes >> 4;     // 64 rows further down in a
+      constexpr int kNext = kGradient ? 128 : 2;      // 16 of k further on in b
+      constexpr int kLower = 64 * kBoxRowBytes >> 4;  // 64 rows further down in a
       const uint64_t a = wgmma_descriptor(at);
       const uint64_t b = kGradient ? wgmma_transposed_descriptor(at + kABytes) : wgmma_descriptor(at + kABytes);
       wgmma_fence();
