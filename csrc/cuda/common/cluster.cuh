@@ -36,12 +36,6 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
-// The same where nothing was written but barriers (mbarrier_init_fence): a release takes its time.
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-#ifdef STYLEFORGE_HAS_CLUSTER
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
 __device__ __forceinline__ void cluster_wait() {
 #ifdef STYLEFORGE_HAS_CLUSTER
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -94,12 +88,9 @@ __device__ __forceinline__ float4 load_remote(uint32_t local, uint32_t rank) {
 #endif
 
 #ifdef STYLEFORGE_HAS_CLUSTER
-// Two neighbours to a shared address, aligned to 8 bytes, and their bytes to a barrier in shared memory, both of
-// another block (map_shared): who waits for the barrier sees them.
-__device__ __forceinline__ void store_remote(uint32_t remote, float first, float second, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(remote),
-               "f"(first), "f"(second), "r"(barrier)
-               : "memory");
+// Two neighbours to a shared address, aligned to 8 bytes, that map_shared gave.
+__device__ __forceinline__ void store_remote(uint32_t remote, float first, float second) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote), "f"(first), "f"(second) : "memory");
 }
 #endif
 

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t x_at = shared_address(base);
   const Layout<kOut> layout(p.embed);
   const uint32_t activated_at = x_at + layout.x_boxes * kBoxBytes, ring = x_at + layout.ring();
-  __shared__ uint64_t full_first[kMaxStages], full_second[kMaxStages], all_sums;
+  __shared__ uint64_t full_first[kMaxStages], full_second[kMaxStages];
 
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   const int lane = threadIdx.x % 32;
@@ -85,12 +85,10 @@ __global__ void __launch_bounds__(kThreads)
       mbarrier_init(&full_first[i], 1);
       mbarrier_init(&full_second[i], 1);
     }
-    mbarrier_init(&all_sums, 1);
     mbarrier_init_fence();
-    mbarrier_arrive_expect(&all_sums, kRows * kOut * static_cast<int>(sizeof(float)));
   }
   __syncthreads();
-  cluster_arrive_relaxed();  // this block is there: its shared memory may be written
+  cluster_arrive();  // this block is there: its shared memory may be written
   wait_for_predecessor();
   release_successor();
 
@@ -187,10 +185,9 @@ __global__ void __launch_bounds__(kThreads)
     const int row = row_in_tile + 8 * h;
     const int at = (rank * share + row % share) * kPitch + group * (kOut / kGroups) + lane % 4 * 2;
     const uint32_t to = map_shared(sums + at * static_cast<int>(sizeof(float)), row / share);
-    const uint32_t count = map_shared(shared_address(&all_sums), row / share);
 #pragma unroll
     for (int i = 0; i < kOut / (8 * kGroups); ++i) {
-      store_remote(to + i * 8 * static_cast<int>(sizeof(float)), total[4 * i + 2 * h], total[4 * i + 2 * h + 1], count);
+      store_remote(to + i * 8 * static_cast<int>(sizeof(float)), total[4 * i + 2 * h], total[4 * i + 2 * h + 1]);
     }
   }
 
@@ -209,8 +206,9 @@ __global__ void __launch_bounds__(kThreads)
     }
     return v;
   };
+  cluster_arrive();
   Added<T> next = added(threadIdx.x);
-  mbarrier_wait(&all_sums, 0);
+  cluster_wait();
   for (int i = threadIdx.x; i < share * kVectors; i += kThreads) {
     const Added<T> end = next;
     next = added(i + kThreads);
