@@ -208,6 +208,7 @@ __global__ void __launch_bounds__(kThreads)
   };
   cluster_arrive();
   Added<T> next = added(threadIdx.x);
+  __syncwarp();
   cluster_wait();
   for (int i = threadIdx.x; i < share * kVectors; i += kThreads) {
     const Added<T> end = next;
