@@ -126,6 +126,27 @@ def _matrix_products(paths: set[str]) -> None:
     os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_GEMM_TUNE"] = ""
 
 
+def _half_matrix_products(paths: set[str]) -> None:
+    """The same of 16 bits: blocks with several tiles, all in one launch; the gradient."""
+    os.environ["STYLEFORGE_PATH"] = "sm90"
+    for tune in ("small=1", "small=2", "small=2,parts=4,stages=1"):
+        os.environ["STYLEFORGE_GEMM_TUNE"] = tune
+        for dtype in (torch.float16, torch.bfloat16):
+            for rows, embed, hidden, out in ((130, 64, 128, 64), (197, 104, 328, 72), (2200, 72, 1024, 136)):
+                sizes = ((rows, embed), (hidden, embed), (hidden,), (out, hidden), (out,), (rows, out))
+                x, *parameters, r = (torch.randn(s, device="cuda", dtype=dtype) for s in sizes)
+                fused_ffn(x, *parameters, residual=r)
+                if "16bit" not in styleforge.last_path():
+                    continue
+                paths.add(styleforge.last_path())
+                _, kept = torch.ops.styleforge._fused_ffn_forward(x, *parameters, "silu", None, "ieee")
+                fc1_weight, fc1_bias, fc2_weight, _ = parameters
+                given = (r, x, kept, fc1_weight, fc1_bias, fc2_weight, "gelu", "ieee")
+                torch.ops.styleforge._fused_ffn_backward(*given, False, False, True, False, True)
+                paths.add(styleforge.last_path())
+    os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_GEMM_TUNE"] = ""
+
+
 def main() -> None:
     paths: set[str] = set()
     device = torch.device("cuda")
@@ -146,6 +167,7 @@ def main() -> None:
                 paths.add(styleforge.last_path())
     with torch.inference_mode():
         _matrix_products(paths)
+        _half_matrix_products(paths)
     if "--no-conv" not in sys.argv:
         _feed_forward_networks(paths)
         _attention(paths)
