@@ -5,9 +5,11 @@
 
 #include "../../csrc/cuda/common/launch.h"
 #include "../attention_math.h"
+#include "fused_ffn_gemm.h"
 #include "launch.h"
 #include "matmul.h"
 #include "sdpa.h"
+#include "tiled_attention.h"
 
 #include <algorithm>
 
@@ -90,6 +92,7 @@ void put(OptionalTensor& whole, const Tensor& part, int64_t batch, int64_t begin
 }
 
 AttentionResult attend_part(const Attention& attention, bool keep_logsumexp) {
+  if (auto result = tiled_attention(attention, keep_logsumexp)) return *result;
   const AttentionKernel kernel = choose(attention);
   if (kernel == AttentionKernel::kMath) return math_attention(cublas_baddbmm, attention);
   return sdpa(kernel, attention, keep_logsumexp);
@@ -130,7 +133,7 @@ AttentionGradient attend_backward(const Attention& attention, const AttentionBac
 }
 
 const AttentionBackend kBackend{
-    true, cublas_mm, cublas_addmm, attend, attend_backward, [](const Tensor&) {},
+    true, cublas_mm, cublas_addmm, attend, attend_backward, [](const Tensor&) {}, run_gemm, run_linear,
 };
 
 using Operators = AttentionOperators<kBackend>;

@@ -1,0 +1,11 @@
+// What the schedule and the kernels behind launch.h share.
+#pragma once
+
+#include "launch.h"
+
+namespace styleforge::cuda {
+
+constexpr int kTiledAttentionRows = 128;  // queries a block
+constexpr int kTiledAttentionMaxHead = 128;
+
+}  // namespace styleforge::cuda

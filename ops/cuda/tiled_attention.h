@@ -1,0 +1,11 @@
+// Attention of float32 heads by kernels of our own (csrc/cuda/attention), to float32 accuracy on tensor cores.
+#pragma once
+
+#include "../fused_attention.h"
+
+namespace styleforge {
+
+// Nothing where the kernels do not take the case: dtype, device, head size, mask, or ATen's are faster.
+std::optional<AttentionResult> tiled_attention(const Attention& attention, bool keep_logsumexp);
+
+}  // namespace styleforge
