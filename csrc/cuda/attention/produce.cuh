@@ -108,6 +108,7 @@ __device__ __forceinline__ void produce(const TiledAttentionParams& p, const Att
         }
         if (unit == 2 * T::kUnits - 1) publish(&barriers.full_v[stage]);
       }
+      __syncwarp();  // or the compiler mixes these loads with the stores, and has no registers for both
       if (unit + 2 < 2 * T::kUnits) {
         load(step, unit + 2, now);
       } else if (step + 1 < at.steps) {

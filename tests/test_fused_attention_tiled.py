@@ -1,0 +1,213 @@
+"""The float32 attention kernels of ``fused_attention`` on sm_90 alone: accuracy, masks, tails, choice of path.
+
+What a head computes is the second result of ``_fused_attention_forward``, beside the projected input that it
+is made of; PyTorch's ``scaled_dot_product_attention`` on the same numbers is the yardstick.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import styleforge
+from _reference import (
+    assert_as_accurate,
+    assert_as_accurate_together,
+    attention_parameters,
+    poison,
+    random_mask,
+    random_tensor,
+    rms,
+    rms_error,
+)
+
+FORWARD = torch.ops.styleforge._fused_attention_forward
+OP = torch.ops.styleforge.fused_attention
+OWN = "attention:v2:cuda:sm90:3xtf32"
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="kernels of sm_90"
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STYLEFORGE_PATH", "sm90")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.manual_seed(0)
+
+
+def _attend(
+    x: Tensor,
+    heads: int,
+    is_causal: bool = False,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as [3, N, heads, S, D]; what the heads make of them, [N, S, embed]; the logsumexp."""
+    batch, length, embed = x.shape
+    for count in (x.numel(), 3 * x.numel(), batch * heads * length):
+        poison(count, x.dtype, "cuda")
+    _, qkv, result, logsumexp = FORWARD(
+        x, *attention_parameters(embed, x.dtype, "cuda"), heads, scale, is_causal, mask, "ieee", 2
+    )
+    assert styleforge.last_path() == OWN
+    packed = qkv.view(batch, length, 3, heads, embed // heads).permute(2, 0, 3, 1, 4)
+    return packed, result, logsumexp
+
+
+def _expected(
+    packed: Tensor, is_causal: bool, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Result and logsumexp in float64; no key, no weight."""
+    q, k, v = packed.double()
+    length, head_dim = q.shape[-2:]
+    scores = q @ k.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
+    hidden = torch.zeros(q.shape[0], 1, length, length, dtype=torch.bool, device="cuda")
+    if mask is not None:
+        hidden = hidden | mask[:, None, None, :]
+    if is_causal:
+        hidden = hidden | torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1)
+    scores = scores.masked_fill(hidden, -math.inf)
+    return _merge(scores.softmax(-1).nan_to_num(0) @ v), scores.logsumexp(-1)
+
+
+def _merge(heads: Tensor) -> Tensor:
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _yardstick(packed: Tensor, is_causal: bool, mask: Tensor | None, scale: float | None) -> Tensor:
+    q, k, v = packed
+    seen = None if mask is None else ~mask[:, None, None, :]
+    if seen is not None and is_causal:
+        seen = seen & torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device="cuda").tril()
+    result = F.scaled_dot_product_attention(q, k, v, seen, is_causal=is_causal and seen is None, scale=scale)
+    return _merge(result).nan_to_num(0)
+
+
+def _check(
+    x: Tensor,
+    heads: int,
+    is_causal: bool = False,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[float, float]:
+    """Holds one case against float64. Returns the RMS errors of ours and of PyTorch's."""
+    packed, result, logsumexp = _attend(x, heads, is_causal, mask, scale)
+    expected, expected_logsumexp = _expected(packed, is_causal, mask, scale)
+    yardstick = _yardstick(packed, is_causal, mask, scale)
+    assert_as_accurate(result, yardstick, expected)
+    seen = expected_logsumexp.isfinite()
+    assert torch.equal(logsumexp.isposinf(), ~seen)  # which the backward takes for "no weight"
+    torch.testing.assert_close(logsumexp[seen].double(), expected_logsumexp[seen], rtol=2e-6, atol=4e-6)
+    return rms_error(result, expected), rms_error(yardstick, expected)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mask", [None, "some", "left", "dead"])
+@pytest.mark.parametrize("head_dim", [1, 8, 20, 32, 33, 40, 64, 65, 80, 96, 126, 128])
+def test_head_sizes_lengths_and_masks(head_dim: int, mask: str | None, is_causal: bool) -> None:
+    """Lengths around the tiles of 64 keys, the 64 queries of a warpgroup and the 128 of a block."""
+    for length in (1, 2, 17, 63, 64, 65, 127, 128, 129, 191, 193, 333):
+        hidden = None if mask is None else random_mask(2, length, mask, "cuda")
+        _check(random_tensor(2, length, 3 * head_dim, device="cuda"), 3, is_causal, hidden)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "head_dim"), [(2, 1025, 4, 64), (1, 4096, 2, 128), (1, 3000, 3, 48)]
+)
+def test_long_sequences(batch: int, length: int, heads: int, head_dim: int, is_causal: bool) -> None:
+    x = random_tensor(batch, length, heads * head_dim, device="cuda")
+    ours, theirs = _check(x, heads, is_causal)
+    assert ours <= theirs
+    _check(x, heads, is_causal, random_mask(batch, length, "some", "cuda"))
+
+
+def test_no_less_accurate_than_pytorch_on_all_kinds_of_numbers() -> None:
+    """Scores that are close and far apart, of one sign and of both, keys of very different size."""
+    pairs = []
+    for head_dim, heads in itertools.product((32, 64, 128), (1, 2)):
+        x = random_tensor(1, 700, heads * head_dim, device="cuda")
+        spread = (2 * torch.randn(700, 1, device="cuda")).exp()
+        for numbers in (x, 4 * x, 0.01 * x, x.abs(), x + 10, x * spread):
+            for is_causal in (False, True):
+                pairs.append(_check(numbers, heads, is_causal))
+    assert_as_accurate_together(pairs, torch.float32, factor=1.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.02, -0.25, 0.0])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_any_scale(scale: float, is_causal: bool) -> None:
+    for head_dim in (24, 128):
+        x = random_tensor(2, 200, 2 * head_dim, device="cuda")
+        _check(x, 2, is_causal, None, scale)
+        _check(x, 2, is_causal, random_mask(2, 200, "dead", "cuda"), scale)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_scores_far_from_zero(head_dim: int) -> None:
+    """Powers of e overflow float32 from 89 on; only differences from the greatest score may be raised."""
+    x = random_tensor(1, 300, head_dim, device="cuda")
+    packed, result, logsumexp = _attend(40 * x, 1)
+    assert logsumexp.max() > 1000
+    expected, _ = _expected(packed, False, None, None)
+    ours = rms_error(result, expected)
+    assert ours <= 1.5 * rms_error(_yardstick(packed, False, None, None), expected) + 1e-6 * rms(expected)
+
+
+def test_turns_and_their_absence_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order in which the warpgroups come to the tensor cores is a matter of time alone."""
+    for head_dim, is_causal in itertools.product((32, 64, 128), (False, True)):
+        x = random_tensor(2, 600, 2 * head_dim, device="cuda")
+        parameters = attention_parameters(2 * head_dim, x.dtype, "cuda")
+        results = []
+        for tune in ("turns=2", "turns=1"):
+            monkeypatch.setenv("STYLEFORGE_ATTENTION_TUNE", tune)
+            results.append(FORWARD(x, *parameters, 2, None, is_causal, None, "ieee", 2))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_query_does_not_depend_on_the_queries_and_samples_beside_it() -> None:
+    for head_dim in (32, 64, 128):
+        x = random_tensor(3, 400, 2 * head_dim, device="cuda")
+        parameters = attention_parameters(2 * head_dim, x.dtype, "cuda")
+        whole = FORWARD(x, *parameters, 2, None, True, None, "ieee", 2)[2]
+        part = FORWARD(x[1:2, :130].contiguous(), *parameters, 2, None, True, None, "ieee", 2)[2]
+        torch.testing.assert_close(part[0], whole[1, :130], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_nan_stays_in_its_sample_and_behind_its_token(head_dim: int) -> None:
+    x = random_tensor(2, 300, head_dim, device="cuda")
+    parameters = attention_parameters(head_dim, x.dtype, "cuda")
+    clean = FORWARD(x, *parameters, 1, None, True, None, "ieee", 2)[2]
+    x[1, 200] = math.nan
+    result = FORWARD(x, *parameters, 1, None, True, None, "ieee", 2)[2]
+    assert torch.equal(result[0], clean[0]) and torch.equal(result[1, :192], clean[1, :192])
+    assert result[1, 200:].isnan().all()
+
+
+def test_what_they_do_not_take_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random_tensor(1, 600, 320, device="cuda")
+    OP(x, *attention_parameters(320, x.dtype, "cuda"), 2)
+    assert styleforge.last_path() == "attention:v2:cuda:efficient"
+    half = random_tensor(1, 600, 128, dtype=torch.float16, device="cuda")
+    OP(half, *attention_parameters(128, half.dtype, "cuda"), 2)
+    assert "sm90" not in styleforge.last_path()
+    x = random_tensor(1, 600, 128, device="cuda")
+    parameters = attention_parameters(128, x.dtype, "cuda")
+    OP(x, *parameters, 2)
+    assert styleforge.last_path() == OWN
+    monkeypatch.setenv("STYLEFORGE_PATH", "efficient")
+    OP(x, *parameters, 2)
+    assert styleforge.last_path() == "attention:v2:cuda:efficient"
