@@ -104,7 +104,7 @@ def _matrix_products(paths: set[str]) -> None:
 
 
 def _tiled_attention(paths: set[str]) -> None:
-    """Our own attention of float32, where the GPU has it: each head size, whole rows and ragged ones, masks."""
+    """Our own attention of float32, where the GPU has it: each head size, whole rows and not, masks."""
     os.environ["STYLEFORGE_PATH"] = "sm90"
     forward = torch.ops.styleforge._fused_attention_forward
     for length, embed, heads in (

@@ -1,4 +1,4 @@
-"""The float32 attention kernels of ``fused_attention`` on sm_90 alone: accuracy, masks, tails, choice of path.
+"""The float32 attention kernels of ``fused_attention`` on sm_90: accuracy, masks, tails, choice of path.
 
 What a head computes is the second result of ``_fused_attention_forward``, beside the projected input that it
 is made of; PyTorch's ``scaled_dot_product_attention`` on the same numbers is the yardstick.
