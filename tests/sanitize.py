@@ -107,6 +107,7 @@ def _tiled_attention(paths: set[str]) -> None:
     """Our own attention of float32, where the GPU has it: each head size, whole rows and not, masks."""
     os.environ["STYLEFORGE_PATH"] = "sm90"
     forward = torch.ops.styleforge._fused_attention_forward
+    backward = torch.ops.styleforge._fused_attention_backward
     for length, embed, heads in (
         (200, 64, 2),
         (197, 64, 1),
@@ -122,8 +123,14 @@ def _tiled_attention(paths: set[str]) -> None:
             (True, None),
             (True, torch.rand(2, length, device="cuda") < 0.5),
         ):
-            forward(*tensors, heads, None, is_causal, mask, "ieee", 2)
-            if "sm90" in styleforge.last_path():
+            _, *kept = forward(*tensors, heads, None, is_causal, mask, "ieee", 2)
+            if "sm90" not in styleforge.last_path():
+                continue
+            paths.add(styleforge.last_path())
+            if embed // heads <= 64:
+                needed = (True, False, False, False, False)
+                given = (tensors[0], tensors[0], *kept, tensors[1], tensors[3])
+                backward(*given, heads, None, is_causal, mask, "ieee", *needed)
                 paths.add(styleforge.last_path())
     os.environ["STYLEFORGE_PATH"] = ""
 

@@ -19,6 +19,7 @@ from _reference import (
     assert_as_accurate,
     assert_as_accurate_together,
     attention_parameters,
+    max_error,
     poison,
     random_mask,
     random_tensor,
@@ -27,6 +28,7 @@ from _reference import (
 )
 
 FORWARD = torch.ops.styleforge._fused_attention_forward
+BACKWARD = torch.ops.styleforge._fused_attention_backward
 OP = torch.ops.styleforge.fused_attention
 OWN = "attention:v2:cuda:sm90:3xtf32"
 
@@ -211,3 +213,108 @@ def test_what_they_do_not_take_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("STYLEFORGE_PATH", "efficient")
     OP(x, *parameters, 2)
     assert styleforge.last_path() == "attention:v2:cuda:efficient"
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def _gradients(
+    x: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    grad: Tensor,
+    heads: int,
+    is_causal: bool,
+    mask: Tensor | None,
+    scale: float | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """The projected input, and what the backward operator gives for q, k and v of it.
+
+    That operator multiplies them by the weights: here by ones and zeros, that leave one of the three.
+    """
+    embed = x.shape[2]
+    _, qkv, attention, logsumexp = FORWARD(x, *parameters, heads, scale, is_causal, mask, "ieee", 2)
+    one = torch.eye(embed, device="cuda")
+    gradients = []
+    for which in range(3):
+        pick = torch.zeros(3, embed, embed, device="cuda")
+        pick[which] = one
+        poison(3 * x.numel(), x.dtype, "cuda")
+        rest = (heads, scale, is_causal, mask, "ieee", True, False, False, False, False)
+        gradients.append(BACKWARD(grad, x, qkv, attention, logsumexp, pick.flatten(0, 1), one, *rest)[0])
+    return qkv, gradients
+
+
+def _expected_gradients(
+    qkv: Tensor, grad: Tensor, heads: int, is_causal: bool, mask: Tensor | None, scale: float | None = None
+) -> list[Tensor]:
+    leaf = qkv.double().requires_grad_()
+    batch, length, width = qkv.shape
+    q, k, v = leaf.view(batch, length, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    hidden = torch.zeros(batch, 1, length, length, dtype=torch.bool, device="cuda")
+    if mask is not None:
+        hidden = hidden | mask[:, None, None, :]
+    if is_causal:
+        hidden = hidden | torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1)
+    powers = (scores - scores.detach().amax(-1, keepdim=True)).exp().masked_fill(hidden, 0)
+    weights = powers / powers.sum(-1, keepdim=True).clamp_min(1e-300)
+    (result,) = torch.autograd.grad(_merge(weights @ v), leaf, grad.double())
+    return list(result.chunk(3, -1))
+
+
+def _check_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+    x: Tensor,
+    heads: int,
+    is_causal: bool,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> None:
+    parameters = attention_parameters(x.shape[2], x.dtype, "cuda")
+    grad = torch.randn_like(x)
+    args = (x, parameters, grad, heads, is_causal, mask, scale)
+    qkv, ours = _gradients(*args)
+    assert styleforge.last_path() == "attention_backward:cuda:sm90:3xtf32"
+    with monkeypatch.context() as patch:
+        patch.setenv("STYLEFORGE_PATH", "efficient")
+        their_qkv, theirs = _gradients(*args)
+    expected = _expected_gradients(qkv, grad, heads, is_causal, mask, scale)
+    their_expected = _expected_gradients(their_qkv, grad, heads, is_causal, mask, scale)
+    for name, a, b, e, f in zip("qkv", ours, theirs, expected, their_expected, strict=True):
+        assert a.isfinite().all(), name
+        # A query that sees one key alone has no gradient: what is left are roundings of what cancels.
+        floor = 2e-7 * max(rms(t) for t in expected)
+        assert rms_error(a, e) <= 1.5 * rms_error(b, f) + floor, name
+        assert max_error(a, e) <= 3 * max_error(b, f) + 20 * floor, name
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mask", [None, "some", "left", "dead"])
+@pytest.mark.parametrize("head_dim", [4, 20, 32, 48, 64])
+def test_gradients(head_dim: int, mask: str | None, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for length in (1, 17, 64, 65, 127, 129, 200, 333):
+        hidden = None if mask is None else random_mask(2, length, mask, "cuda")
+        x = random_tensor(2, length, 3 * head_dim, device="cuda")
+        _check_gradients(monkeypatch, x, 3, is_causal, hidden)
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.25, 0.0])
+def test_gradients_with_any_scale(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random_tensor(1, 300, 128, device="cuda")
+    _check_gradients(monkeypatch, x, 2, False, None, scale)
+    _check_gradients(monkeypatch, x, 2, True, random_mask(1, 300, "some", "cuda"), scale)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradients_of_a_long_sequence(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    _check_gradients(monkeypatch, random_tensor(1, 3001, 128, device="cuda"), 2, is_causal)
+
+
+def test_gradients_have_the_same_bits_on_every_run() -> None:
+    x = random_tensor(2, 500, 128, device="cuda")
+    parameters = attention_parameters(128, x.dtype, "cuda")
+    grad = torch.randn_like(x)
+    first = _gradients(x, parameters, grad, 2, True, None)[1]
+    for _ in range(10):
+        for a, b in zip(_gradients(x, parameters, grad, 2, True, None)[1], first, strict=True):
+            assert torch.equal(a, b)

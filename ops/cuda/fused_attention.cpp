@@ -112,6 +112,7 @@ AttentionResult attend(const Attention& attention, bool keep_logsumexp) {
 }
 
 AttentionGradient attend_backward_part(const Attention& attention, const AttentionBackward& backward) {
+  if (auto result = tiled_attention_backward(attention, backward)) return *result;
   const AttentionKernel kernel = choose_backward(attention);
   if (kernel == AttentionKernel::kMath) return math_attention_backward(cublas_baddbmm, attention, backward);
   return sdpa_backward(kernel, attention, backward);

@@ -7,5 +7,6 @@ namespace styleforge::cuda {
 
 constexpr int kTiledAttentionRows = 128;  // queries a block
 constexpr int kTiledAttentionMaxHead = 128;
+constexpr int kTiledAttentionBackwardHead = 64;
 
 }  // namespace styleforge::cuda

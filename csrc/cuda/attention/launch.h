@@ -43,4 +43,22 @@ cudaError_t schedule_tiled_attention(const TiledAttentionParams& params, TiledAt
 cudaError_t launch_tiled_attention(const TiledAttentionParams& params, const TiledAttentionSchedule& schedule,
                                    cudaStream_t stream);
 
+// The gradients, from the logsumexp that the forward kept: weights are computed again, and sums have a fixed order.
+struct TiledAttentionBackwardParams {
+  TiledAttentionParams forward;        // its output and logsumexp are read
+  const float* grad_output = nullptr;  // [batch, length, heads, head_dim], dense
+  float* delta = nullptr;              // [batch, heads, length]: room for the rows' grad_output * output
+  float* grad_q = nullptr;             // as q, k and v: heads dense, tokens grad_row_stride apart
+  float* grad_k = nullptr;
+  float* grad_v = nullptr;
+  int64_t grad_row_stride = 0, grad_batch_stride = 0;
+};
+
+cudaError_t schedule_tiled_attention_backward(const TiledAttentionBackwardParams& params,
+                                              TiledAttentionSchedule& schedule, bool& supported);
+
+// Three launches: delta, the gradient of q, those of k and v.
+cudaError_t launch_tiled_attention_backward(const TiledAttentionBackwardParams& params,
+                                            const TiledAttentionSchedule& schedule, cudaStream_t stream);
+
 }  // namespace styleforge::cuda

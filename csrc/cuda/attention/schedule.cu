@@ -32,4 +32,13 @@ cudaError_t schedule_tiled_attention(const TiledAttentionParams& p, TiledAttenti
   return cudaSuccess;
 }
 
+cudaError_t schedule_tiled_attention_backward(const TiledAttentionBackwardParams& p, TiledAttentionSchedule& s,
+                                              bool& supported) {
+  if (const auto error = schedule_tiled_attention(p.forward, s, supported)) return error;
+  supported = supported && s.vectors && p.forward.head_dim <= kTiledAttentionBackwardHead &&
+              p.grad_row_stride % 4 == 0 && p.grad_batch_stride % 4 == 0 && aligned16(p.grad_output) &&
+              aligned16(p.grad_q) && aligned16(p.grad_k) && aligned16(p.grad_v);
+  return cudaSuccess;
+}
+
 }  // namespace styleforge::cuda
