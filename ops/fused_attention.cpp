@@ -29,11 +29,11 @@ const char* operator_name(AttentionVersion version) {
 #define STYLEFORGE_ATTENTION_PATHS(prefix) \
   {prefix "none", prefix "flash", prefix "cudnn", prefix "efficient", prefix "math", prefix "sm90:3xtf32"}
 
-void record(bool cuda, AttentionVersion version, AttentionKernel kernel) {
+void record(bool cuda, AttentionVersion version, AttentionKernel kernel, const char* products = "") {
   static constexpr const char* kPaths[2][2][6] = {
       {STYLEFORGE_ATTENTION_PATHS("attention:v1:cpu:"), STYLEFORGE_ATTENTION_PATHS("attention:v2:cpu:")},
       {STYLEFORGE_ATTENTION_PATHS("attention:v1:cuda:"), STYLEFORGE_ATTENTION_PATHS("attention:v2:cuda:")}};
-  record_path(kPaths[cuda][version == AttentionVersion::kV2][static_cast<int>(kernel)]);
+  record_path(kPaths[cuda][version == AttentionVersion::kV2][static_cast<int>(kernel)], products);
 }
 
 void record_backward(bool cuda, AttentionKernel kernel) {
@@ -88,12 +88,17 @@ void multiply(const AttentionBackend& backend, const Tensor& out, const Tensor& 
   if (backend.own_mm == nullptr || !backend.own_mm(out, a, b, tf32)) backend.mm(out, a, b);
 }
 
-void project(const AttentionBackend& backend, const Tensor& out, const Tensor& rows, const Tensor& weight,
+// Whether the product was the device's own.
+bool project(const AttentionBackend& backend, const Tensor& out, const Tensor& rows, const Tensor& weight,
              const OptionalTensor& bias, bool tf32) {
   const Tensor out_rows = as_rows(out, rows.size(0));
-  if (backend.own_linear != nullptr && backend.own_linear(out_rows, rows, weight, bias, tf32)) return;
-  if (bias) return backend.addmm(out_rows, *bias, rows, transposed(weight));
-  backend.mm(out_rows, rows, transposed(weight));
+  if (backend.own_linear != nullptr && backend.own_linear(out_rows, rows, weight, bias, tf32)) return true;
+  if (bias) {
+    backend.addmm(out_rows, *bias, rows, transposed(weight));
+  } else {
+    backend.mm(out_rows, rows, transposed(weight));
+  }
+  return false;
 }
 
 }  // namespace
@@ -147,7 +152,8 @@ FusedAttentionResult run_attention(const AttentionBackend& backend, const Attent
                                    wide ? ScalarType::Double : ScalarType::Float);
     return result;
   }
-  project(backend, *qkv, as_rows(args.input, plan.rows()), args.qkv_weight, args.qkv_bias, plan.tf32);
+  const bool first_own =
+      project(backend, *qkv, as_rows(args.input, plan.rows()), args.qkv_weight, args.qkv_bias, plan.tf32);
   AttentionResult attention =
       backend.attend(stage_of(*qkv, args.key_padding_mask, plan.heads, plan.scale, args.is_causal), keep);
   if (keep) result.qkv = qkv;
@@ -155,14 +161,15 @@ FusedAttentionResult run_attention(const AttentionBackend& backend, const Attent
   const Tensor heads =
       strided_view(attention.output, {plan.batch, plan.length, plan.embed}, {plan.length * plan.embed, plan.embed, 1});
   result.output = tokens(backend, args.input, plan.embed);
-  project(backend, result.output, as_rows(heads, plan.rows()), args.out_weight, args.out_bias, plan.tf32);
+  const bool own =
+      project(backend, result.output, as_rows(heads, plan.rows()), args.out_weight, args.out_bias, plan.tf32);
   if (keep) {
     result.attention = heads;
     // Whatever strides of one-element dimensions the kernel left.
     result.logsumexp = strided_view(*attention.logsumexp, {plan.batch, plan.heads, plan.length},
                                     {plan.heads * plan.length, plan.length, 1});
   }
-  record(backend.cuda, plan.version, attention.kernel);
+  record(backend.cuda, plan.version, attention.kernel, first_own || own ? backend.own_paths[plan.tf32] : "");
   return result;
 }
 

@@ -2,10 +2,10 @@
 //
 //   matrix product (Q, K and V in one) -> attention of each head -> matrix product
 //
-// The products are ATen's, and what runs between them is a device's choice; a device's own kernels for the whole take
-// the call before this one (see the device's fused_attention). Where a gradient is needed, the first product, the
-// attention's result and the logarithms of the softmax's denominators are kept: 4 embed + heads numbers a token. No
-// [length, length] tensor exists on any path.
+// The products are ATen's or the device's own, and what runs between them is a device's choice; a device's own kernels
+// for the whole take the call before this one (see the device's fused_attention). Where a gradient is needed, the first
+// product, the attention's result and the logarithms of the softmax's denominators are kept: 4 embed + heads numbers a
+// token. No [length, length] tensor exists on any path.
 #pragma once
 
 #include "checks.h"
@@ -85,6 +85,7 @@ struct AttentionBackend {
   bool (*own_mm)(const Tensor& out, const Tensor& a, const Tensor& b, bool tf32) = nullptr;
   bool (*own_linear)(const Tensor& out, const Tensor& rows, const Tensor& weight, const OptionalTensor& bias,
                      bool tf32) = nullptr;
+  const char* own_paths[2] = {"", ""};  // what is recorded beside the attention's path where one was taken: ieee, tf32
 };
 
 // The result, and where `keep` is set what the backward needs.

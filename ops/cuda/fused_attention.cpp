@@ -1,6 +1,5 @@
-// fused_attention on CUDA: the products are cuBLAS's through ATen, what runs between them is one of ATen's attention
-// kernels. Kernels of our own take their place here: for the whole, in Operators::run before run_attention; for the
-// stage between the products, in choose() and attend().
+// fused_attention on CUDA. Products are our own (csrc/cuda/gemm) or cuBLAS's through ATen; what runs between them is
+// our own in float32 (tiled_attention.h), else one of ATen's attention kernels.
 #include "../fused_attention_operators.h"
 
 #include "../../csrc/cuda/common/launch.h"
@@ -134,7 +133,9 @@ AttentionGradient attend_backward(const Attention& attention, const AttentionBac
 }
 
 const AttentionBackend kBackend{
-    true, cublas_mm, cublas_addmm, attend, attend_backward, [](const Tensor&) {}, run_gemm, run_linear,
+    true,     cublas_mm,       cublas_addmm,
+    attend,   attend_backward, [](const Tensor&) {},
+    run_gemm, run_linear,      {"products:sm90:3xtf32", "products:sm90:tf32"},
 };
 
 using Operators = AttentionOperators<kBackend>;
