@@ -116,7 +116,7 @@ def _check(
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("mask", [None, "some", "left", "dead"])
-@pytest.mark.parametrize("head_dim", [1, 8, 20, 32, 33, 40, 64, 65, 80, 96, 126, 128])
+@pytest.mark.parametrize("head_dim", [1, 8, 20, 32, 33, 40, 64, 65, 80, 96, 126, 128, 129, 160, 255, 256])
 def test_head_sizes_lengths_and_masks(head_dim: int, mask: str | None, is_causal: bool) -> None:
     """Lengths around the tiles of 64 keys, the 64 queries of a warpgroup and the 128 of a block."""
     for length in (1, 2, 17, 63, 64, 65, 127, 128, 129, 191, 193, 333):
@@ -126,7 +126,8 @@ def test_head_sizes_lengths_and_masks(head_dim: int, mask: str | None, is_causal
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
-    ("batch", "length", "heads", "head_dim"), [(2, 1025, 4, 64), (1, 4096, 2, 128), (1, 3000, 3, 48)]
+    ("batch", "length", "heads", "head_dim"),
+    [(2, 1025, 4, 64), (1, 4096, 2, 128), (1, 3000, 3, 48), (1, 2050, 2, 256)],
 )
 def test_long_sequences(batch: int, length: int, heads: int, head_dim: int, is_causal: bool) -> None:
     x = random_tensor(batch, length, heads * head_dim, device="cuda")
@@ -138,7 +139,7 @@ def test_long_sequences(batch: int, length: int, heads: int, head_dim: int, is_c
 def test_no_less_accurate_than_pytorch_on_all_kinds_of_numbers() -> None:
     """Scores that are close and far apart, of one sign and of both, keys of very different size."""
     pairs = []
-    for head_dim, heads in itertools.product((32, 64, 128), (1, 2)):
+    for head_dim, heads in itertools.product((32, 64, 128, 256), (1, 2)):
         x = random_tensor(1, 700, heads * head_dim, device="cuda")
         spread = (2 * torch.randn(700, 1, device="cuda")).exp()
         for numbers in (x, 4 * x, 0.01 * x, x.abs(), x + 10, x * spread):
@@ -150,13 +151,13 @@ def test_no_less_accurate_than_pytorch_on_all_kinds_of_numbers() -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.02, -0.25, 0.0])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_any_scale(scale: float, is_causal: bool) -> None:
-    for head_dim in (24, 128):
+    for head_dim in (24, 128, 200):
         x = random_tensor(2, 200, 2 * head_dim, device="cuda")
         _check(x, 2, is_causal, None, scale)
         _check(x, 2, is_causal, random_mask(2, 200, "dead", "cuda"), scale)
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
 def test_scores_far_from_zero(head_dim: int) -> None:
     """Powers of e overflow float32 from 89 on; only differences from the greatest score may be raised."""
     x = random_tensor(1, 300, head_dim, device="cuda")
@@ -181,7 +182,7 @@ def test_turns_and_their_absence_give_the_same_bits(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_query_does_not_depend_on_the_queries_and_samples_beside_it() -> None:
-    for head_dim in (32, 64, 128):
+    for head_dim in (32, 64, 128, 256):
         x = random_tensor(3, 400, 2 * head_dim, device="cuda")
         parameters = attention_parameters(2 * head_dim, x.dtype, "cuda")
         whole = FORWARD(x, *parameters, 2, None, True, None, "ieee", 2)[2]
@@ -189,7 +190,7 @@ def test_a_query_does_not_depend_on_the_queries_and_samples_beside_it() -> None:
         torch.testing.assert_close(part[0], whole[1, :130], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
 def test_nan_stays_in_its_sample_and_behind_its_token(head_dim: int) -> None:
     x = random_tensor(2, 300, head_dim, device="cuda")
     parameters = attention_parameters(head_dim, x.dtype, "cuda")
@@ -201,9 +202,6 @@ def test_nan_stays_in_its_sample_and_behind_its_token(head_dim: int) -> None:
 
 
 def test_what_they_do_not_take_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = random_tensor(1, 600, 320, device="cuda")
-    OP(x, *attention_parameters(320, x.dtype, "cuda"), 2)
-    assert styleforge.last_path() == "attention:v2:cuda:efficient" + PRODUCTS
     half = random_tensor(1, 600, 128, dtype=torch.float16, device="cuda")
     OP(half, *attention_parameters(128, half.dtype, "cuda"), 2)
     assert "sm90" not in styleforge.last_path()

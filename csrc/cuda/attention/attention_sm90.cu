@@ -1,4 +1,4 @@
-// The attention of launch.h on wgmma (sm_90a).
+// The attention of launch.h on wgmma (sm_90a), heads up to 128.
 //
 //   block:      128 queries of one head against all keys, 64 at a time
 //   producers:  one warpgroup. Reads keys and values from global memory, splits them for 3xTF32 and writes hi and lo to
@@ -98,7 +98,7 @@ cudaError_t launch_tiled_attention(const TiledAttentionParams& p, const TiledAtt
     case 128:
       return launch_head<128>(p, s, facts, stream);
     default:
-      return cudaErrorInvalidValue;
+      return launch_wide_attention(p, s, stream);
   }
 }
 

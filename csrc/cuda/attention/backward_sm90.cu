@@ -119,15 +119,6 @@ struct BackwardConsumer {
     for (int i = 0; i < T::kHead / 2; ++i) sum[i] += d[i];
   }
 
-  __device__ __forceinline__ void split_all(const float (&v)[kTileKeys / 2]) {
-#pragma unroll
-    for (int i = 0; i < kTileKeys / 2; ++i) {
-      const int slot = i / 2 % 2 + i % 2 * 2;  // as in RunningSoftmax
-      split(v[i], hi[i / 4][slot], lo[i / 4][slot]);
-      asm volatile("" : "+r"(hi[i / 4][slot]), "+r"(lo[i / 4][slot]));
-    }
-  }
-
   // scores becomes p, weights (grad_output v^T) becomes ds.
   __device__ __forceinline__ void differentiate(int step) {
     const int begin = (at.first + step) * kTileKeys;
@@ -193,10 +184,10 @@ struct BackwardConsumer {
     differentiate(step);
     mbarrier_wait(&barriers.full_transposed, parity);
     if constexpr (kKeys) {
-      split_all(scores);
+      split_weights(scores, hi, lo);
       multiply_transposed(1, second_total, false);
     }
-    split_all(weights);
+    split_weights(weights, hi, lo);
     multiply_transposed(0, total, true);
   }
 
