@@ -255,6 +255,9 @@ def test_every_kernel(dtype: torch.dtype, device: str, kernel: str, monkeypatch:
             _check_gradients(*args)
     if device == "cpu" or kernel == "math" or (kernel == "efficient" and dtype != torch.float64):
         assert taken == {kernel}
+    elif kernel == "sm90":
+        ours = dtype == torch.float32 and torch.cuda.get_device_capability()[0] == 9
+        assert (taken == {kernel}) == ours
     elif dtype in HALF:
         assert kernel in taken
 

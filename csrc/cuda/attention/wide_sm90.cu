@@ -17,18 +17,19 @@ namespace {
 
 constexpr int kHead = kWideAttentionMaxHead;
 constexpr int kKeys = 32;
-constexpr int kHalf = kHead / 2;                               // columns of a warpgroup
 constexpr int kChunks = kHead / 32;                            // of rows of 128 bytes
-constexpr int kVectors = kHead / 4;                            // of 16 bytes, in a row
 constexpr int kPart = kKeys * kHead * 4;                       // hi or lo of a tile of keys or values
 constexpr int kQueryChunk = kWideAttentionRows * kChunkBytes;  // 32 columns of all rows
-constexpr int kKeyChunk = kKeys * kChunkBytes;                 // 32 columns of all keys
 constexpr int kExchange = 2 * kWideAttentionRows * kKeys * 4;  // both warpgroups' scores of a tile
 constexpr size_t kShared = 1024 + kChunks * kQueryChunk + 4 * kPart + 2 * kExchange;
 constexpr int kUnits = 4;  // of 16 numbers a producer, of keys or of values
 static_assert(kKeys * kHead == kUnits * 16 * 128);
 
 #ifdef STYLEFORGE_HAS_WGMMA
+
+constexpr int kHalf = kHead / 2;                // columns of a warpgroup
+constexpr int kVectors = kHead / 4;             // of 16 bytes, in a row
+constexpr int kKeyChunk = kKeys * kChunkBytes;  // 32 columns of all keys
 
 // As produce.cuh has it, for tiles of 32 keys.
 template <bool kWhole>
