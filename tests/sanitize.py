@@ -95,7 +95,7 @@ def _feed_forward_networks(paths: set[str]) -> None:
 
 def _attention(paths: set[str]) -> None:
     """Every path, forward and backward; head sizes that are padded and that are not, masks."""
-    for forced in ("", "flash", "efficient", "math"):
+    for forced in ("", "flash", "efficient", "math", "sm90"):
         os.environ["STYLEFORGE_PATH"] = forced
         for dtype in (torch.float32, torch.float16):
             for length, embed, heads, is_causal in ((37, 32, 4, True), (70, 39, 3, False), (8, 16, 1, True)):
@@ -147,6 +147,40 @@ def _half_matrix_products(paths: set[str]) -> None:
     os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_GEMM_TUNE"] = ""
 
 
+def _tiled_attention(paths: set[str]) -> None:
+    """Our own attention of float32, where the GPU has it: each head size, whole rows and not, masks."""
+    os.environ["STYLEFORGE_PATH"] = "sm90"
+    forward = torch.ops.styleforge._fused_attention_forward
+    backward = torch.ops.styleforge._fused_attention_backward
+    for length, embed, heads in (
+        (200, 64, 2),
+        (197, 64, 1),
+        (140, 128, 1),
+        (197, 120, 1),
+        (70, 36, 4),
+        (300, 132, 3),
+        (75, 256, 1),
+        (133, 150, 1),
+    ):
+        sizes = ((2, length, embed), (3 * embed, embed), (3 * embed,), (embed, embed), (embed,))
+        tensors = [torch.randn(s, device="cuda") for s in sizes]
+        for is_causal, mask in (
+            (False, None),
+            (True, None),
+            (True, torch.rand(2, length, device="cuda") < 0.5),
+        ):
+            _, *kept = forward(*tensors, heads, None, is_causal, mask, "ieee", 2)
+            if "sm90" not in styleforge.last_path():
+                continue
+            paths.add(styleforge.last_path())
+            if embed // heads <= 64:
+                needed = (True, False, False, False, False)
+                given = (tensors[0], tensors[0], *kept, tensors[1], tensors[3])
+                backward(*given, heads, None, is_causal, mask, "ieee", *needed)
+                paths.add(styleforge.last_path())
+    os.environ["STYLEFORGE_PATH"] = ""
+
+
 def main() -> None:
     paths: set[str] = set()
     device = torch.device("cuda")
@@ -168,6 +202,7 @@ def main() -> None:
     with torch.inference_mode():
         _matrix_products(paths)
         _half_matrix_products(paths)
+        _tiled_attention(paths)
     if "--no-conv" not in sys.argv:
         _feed_forward_networks(paths)
         _attention(paths)

@@ -233,4 +233,21 @@ bool run_column_sums(const Tensor& out, const Tensor& matrix) {
   return true;
 }
 
+bool run_linear(const Tensor& out, const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, bool tf32) {
+  const int64_t m = rows.size(0), k = rows.size(1), n = weight.size(0);
+  if (rows.scalar_type() != ScalarType::Float || !narrow(m) || !narrow(n) || !narrow(k)) return false;
+  if (rows.stride(1) != 1 || rows.stride(0) < k) return false;
+  const CudaScope scope(rows);
+  OptionalTensor held;
+  auto params = product_params(m, weight, tf32);
+  params.a = rows.const_data_ptr();
+  params.a_stride = rows.stride(0);
+  params.bias = bias_data(bias, held);
+  params.output = out.mutable_data_ptr();
+  const auto found = schedule(params);
+  if (!found) return false;
+  run(params, *found, rows, scope);
+  return true;
+}
+
 }  // namespace styleforge
