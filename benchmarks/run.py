@@ -5,8 +5,8 @@
 
 Files: benchmarks/DEVICE-RUN.json. On a GPU the runs first go all at once with a handful of samples, which
 fills the caches of torch.compile: compiling takes nearly all of the time, on the host, and is quick a second
-time. Then each run has the machine alone. A run that takes longer than --limit is ended; what it measured is
-kept.
+time. Then each run has the machine alone. A run that takes longer than --limit, or is not through when the
+--total of all is over, is ended; the operators that it had measured are kept. The first runs matter most.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ RUNS = {
     "tf32-backward": ("--precision", "tf32", "--backward"),
 }
 CPU_RUNS = ("float32",)
+LEAST_SECONDS = 10  # a run takes longer to start than what is left
 MOST_ON_CPU = 1e11  # floating-point operations of a case: seconds a call beyond
 
 
@@ -47,6 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--against", default="eager,compile", help="of styleforge bench")
     parser.add_argument("--device", default="auto", help="of styleforge bench")
     parser.add_argument("--limit", type=float, default=300, help="seconds of one run")
+    parser.add_argument("--total", type=float, default=3600, help="seconds of all runs together")
     parser.add_argument("--no-warm-up", action="store_true", help="leave out the runs that fill the caches")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the files")
     given = parser.parse_args(arguments)
@@ -58,7 +60,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def command(run: str, given: argparse.Namespace, on_gpu: bool, file: Path, seconds: str) -> list[str]:
     """The `styleforge bench` of a run."""
-    found = [sys.executable, "-m", "styleforge", "bench", "--config", given.config, "--seconds", seconds]
+    operators = dict.fromkeys(operator for operator, _ in SHOWN)  # in this order
+    found = [sys.executable, "-m", "styleforge", "bench", *operators]
+    found += ["--config", given.config, "--seconds", seconds]
     found += ["--against", given.against, "--device", given.device, "--json", str(file), *RUNS[run]]
     if given.suite:
         return [*found, "--suite"]
@@ -94,7 +98,7 @@ def _operations(operator: str, shape: str) -> float:
     return parse(operator, "standard", shape).operations
 
 
-def _fill_caches(runs: list[str], given: argparse.Namespace, folder: Path) -> None:
+def _fill_caches(runs: list[str], given: argparse.Namespace, folder: Path, most: float) -> None:
     begin = time.monotonic()
     started = []
     for run in runs:
@@ -103,14 +107,14 @@ def _fill_caches(runs: list[str], given: argparse.Namespace, folder: Path) -> No
         started.append(subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT))
     for process in started:
         try:
-            process.wait(max(1.0, begin + given.limit - time.monotonic()))
+            process.wait(max(1.0, begin + most - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
     print(f"caches of torch.compile: {time.monotonic() - begin:.0f} s", flush=True)
 
 
-def _measure(run: str, given: argparse.Namespace, on_gpu: bool, folder: Path) -> bool:
+def _measure(run: str, given: argparse.Namespace, on_gpu: bool, folder: Path, most: float) -> bool:
     """Measures a run and keeps its file; whether it came to its end with every result right."""
     file, log = folder / f"{run}.json", folder / f"{run}.txt"
     file.unlink(missing_ok=True)
@@ -118,14 +122,18 @@ def _measure(run: str, given: argparse.Namespace, on_gpu: bool, folder: Path) ->
     line = command(run, given, on_gpu, file, given.seconds)
     with log.open("w") as output:
         try:
-            done = subprocess.run(line, stdout=output, stderr=subprocess.STDOUT, timeout=given.limit)
+            done = subprocess.run(line, stdout=output, stderr=subprocess.STDOUT, timeout=most)
             code, ended = done.returncode, f"exit code {done.returncode}"
         except subprocess.TimeoutExpired:
-            code, ended = 1, f"ended after {given.limit:.0f} s"
+            code, ended = 1, f"ended after {most:.0f} s"
     if not file.is_file():
         print(f"{run}: nothing measured, {ended}\n{log.read_text()[-2000:]}", flush=True)
         return False
-    data = json.loads(file.read_text())
+    try:
+        data = json.loads(file.read_text())
+    except ValueError:  # ended while it was writing
+        print(f"{run}: its file is broken, {ended}", flush=True)
+        return False
     device = re.sub(r"[^a-z0-9]+", "-", data["environment"]["device"].lower()).strip("-")
     kept = given.out / f"{device}-{run}.json"
     kept.write_text(compact(data))
@@ -144,11 +152,19 @@ def main(arguments: list[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     on_gpu = given.device.startswith("cuda") or (given.device == "auto" and torch.cuda.is_available())
     runs = given.runs or list(RUNS if on_gpu else CPU_RUNS)
+    stop = time.monotonic() + given.total
+    right = True
     with tempfile.TemporaryDirectory() as folder:
         if on_gpu and not given.no_warm_up and "compile" in given.against:
-            _fill_caches(runs, given, Path(folder))
-        right = [_measure(run, given, on_gpu, Path(folder)) for run in runs]
-    return 0 if all(right) else 1
+            _fill_caches(runs, given, Path(folder), min(given.limit, given.total / 2))
+        for run in runs:
+            left = stop - time.monotonic()
+            if left < LEAST_SECONDS:
+                print(f"{run}: no time left", flush=True)
+                right = False
+            else:
+                right &= _measure(run, given, on_gpu, Path(folder), min(given.limit, left))
+    return 0 if right else 1
 
 
 if __name__ == "__main__":

@@ -207,6 +207,14 @@ def test_a_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [entry["case"] for entry in kept.entries()] == ["1x8x16->32"]  # the other takes a CPU too long
 
 
+def test_time_is_limited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--device", "cpu", "--out", str(tmp_path)]
+    assert run.main([*given, "--total", "5"]) == 1
+    assert run.main([*given, "--limit", "0.5"]) == 1 and not list(tmp_path.iterdir())
+    said = capsys.readouterr().out
+    assert "float32: no time left" in said and "float32: nothing measured, ended after 0 s" in said
+
+
 def test_a_run_that_measures_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["float16", "--device", "cuda:77", "--no-warm-up", "--out", str(tmp_path)]
     assert run.main(given) == 1 and not list(tmp_path.iterdir())
