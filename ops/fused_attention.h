@@ -71,6 +71,8 @@ struct AttentionBackward {
   Tensor logsumexp;            // [batch, heads, length], dense
 };
 
+struct FusedAttentionResult;
+
 // What a device has to offer.
 struct AttentionBackend {
   bool cuda;
@@ -79,6 +81,9 @@ struct AttentionBackend {
   AttentionResult (*attend)(const Attention& attention, bool keep_logsumexp);
   AttentionGradient (*attend_backward)(const Attention& attention, const AttentionBackward& backward);
   void (*fresh)(const Tensor& tensor);  // told of each large tensor just allocated
+  // Kernels for the whole, where there are such for the case. Null: there never are.
+  std::optional<FusedAttentionResult> (*whole)(const AttentionArgs& args, const AttentionPlan& plan,
+                                               bool keep) = nullptr;
 };
 
 // The result, and where `keep` is set what the backward needs.

@@ -8,6 +8,7 @@
 #include "launch.h"
 #include "matmul.h"
 #include "sdpa.h"
+#include "small_attention.h"
 
 #include <algorithm>
 
@@ -130,7 +131,7 @@ AttentionGradient attend_backward(const Attention& attention, const AttentionBac
 }
 
 const AttentionBackend kBackend{
-    true, cublas_mm, cublas_addmm, attend, attend_backward, [](const Tensor&) {},
+    true, cublas_mm, cublas_addmm, attend, attend_backward, [](const Tensor&) {}, run_small_attention,
 };
 
 using Operators = AttentionOperators<kBackend>;
