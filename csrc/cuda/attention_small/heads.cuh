@@ -20,7 +20,7 @@ namespace styleforge::cuda {
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <typename Math, int kHeadDim, int kRows>
-__global__ void __launch_bounds__(kSmallThreads, kHeadDim == 32 || (kHeadDim == 64 && !Math::kSplit) ? 2 : 1)
+__global__ void __launch_bounds__(kSmallThreads, kHeadDim == 32 && !(Math::kSplit && kRows == 32) ? 2 : 1)
     small_heads_kernel(const __grid_constant__ SmallAttentionParams p, int stages, int cluster) {
 #ifdef STYLEFORGE_HAS_MMA
   using T = typename Math::T;
@@ -60,30 +60,16 @@ __global__ void __launch_bounds__(kSmallThreads, kHeadDim == 32 || (kHeadDim == 
     }
     T* out = static_cast<T*>(p.qkv) + (first_token + first_row) * 3 * p.embed + head * p.head_dim;
     const T* bias = static_cast<const T*>(p.qkv_bias) + head * p.head_dim;
+    add_parts(product, memory, [&](int row, int column, float (&v)[4]) {
+      const int part = column / kHeadDim, d = column % kHeadDim;
+      if (row >= rows || d >= p.head_dim) return;
+      if (p.qkv_bias != nullptr) {
+        const auto more = *reinterpret_cast<const Vec<T, 4>*>(bias + part * p.embed + d);
 #pragma unroll
-    for (int i = 0; i < Product::kOwn; ++i) {
-#pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        const int column = Product::pair(i) * 16 + t * 8 + lane % 4 * 2;
-        const int part = column / kHeadDim, d = column % kHeadDim;
-        if (part >= 3 || d >= p.head_dim) continue;
-        float offset[2] = {};
-        if (p.qkv_bias != nullptr) {
-          const auto both = *reinterpret_cast<const Vec<T, 2>*>(bias + part * p.embed + d);
-          offset[0] = to_acc(both.data[0]);
-          offset[1] = to_acc(both.data[1]);
-        }
-#pragma unroll
-        for (int g = 0; g < 2 * Product::kGroups; ++g) {
-          const int row = g * 8 + lane / 4;
-          const float* v = product.sums[i][g / 2][t] + g % 2 * 2;
-          const float both[2] = {v[0] + offset[0], v[1] + offset[1]};
-          if (row < rows) {
-            *reinterpret_cast<Vec<T, 2>*>(out + int64_t{row} * 3 * p.embed + part * p.embed + d) = rounded<T, 2>(both);
-          }
-        }
+        for (int c = 0; c < 4; ++c) v[c] += to_acc(more.data[c]);
       }
-    }
+      *reinterpret_cast<Vec<T, 4>*>(out + (int64_t{row} * 3 + part) * p.embed + d) = rounded<T, 4>(v);
+    });
     if (!(stages & kAttendHeads)) return;
     if (cluster > 1) {
       cluster_arrive();
@@ -104,18 +90,8 @@ __global__ void __launch_bounds__(kSmallThreads, kHeadDim == 32 || (kHeadDim == 
   const int last_key = p.is_causal ? first_row + rows : p.length;  // and no further
   const int chunks = (last_key + Tile::kKeys - 1) / Tile::kKeys;
   const uint32_t keys = ring + Tile::kQueryBytes;
-  const auto load = [&](int chunk, int stage) {
-    const uint32_t to = keys + stage * Tile::kStageBytes;
-    load_tokens<Tile>(to, place, 1, chunk * Tile::kKeys, Tile::kKeys);
-    load_tokens<Tile>(to + Tile::kKeys * Tile::kPitch, place, 2, chunk * Tile::kKeys, Tile::kKeys);
-  };
   constexpr int kStages = Tile::kMostStages;
-  load_tokens<Tile>(ring, place, 0, first_row, kRows);
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (i < chunks) load(i, i);
-    commit_copies();
-  }
+  load_tokens<Tile, kRows>(ring, place, 0, first_row);
 
   RunningSoftmax<Tile> softmax;
   softmax.most[0] = softmax.most[1] = -INFINITY;
@@ -123,19 +99,40 @@ __global__ void __launch_bounds__(kSmallThreads, kHeadDim == 32 || (kHeadDim == 
   const uint32_t queries = ring + group * 16 * Tile::kPitch;
   const float scale = p.scale * kLog2E;
   const int own_row = first_row + group * 16 + lane / 4;
-  int stage = 0;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    wait_copies<kStages - 2>();
-    __syncthreads();
-    if (chunk + kStages - 1 < chunks) load(chunk + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
+  int stage = 0, into = 0;
+#pragma unroll 1
+  for (int i = 0; i < chunks + kStages - 1; ++i) {
+    const int chunk = i - (kStages - 1);
+    if (chunk >= 0) {
+      wait_copies<kStages - 2>();
+      __syncthreads();
+    }
+    if (i < chunks) {
+      const uint32_t to = keys + into * Tile::kStageBytes;
+      load_tokens<Tile, Tile::kKeys>(to, place, 1, i * Tile::kKeys);
+      load_tokens<Tile, Tile::kKeys>(to + Tile::kKeys * Tile::kPitch, place, 2, i * Tile::kKeys);
+      into = into == kStages - 1 ? 0 : into + 1;
+    }
     commit_copies();
+    if (chunk < 0) continue;
     const int in_chunk = part * Tile::kOwn * 8;
     const int first_key = chunk * Tile::kKeys + in_chunk;
     const uint32_t at = stage * Tile::kStageBytes + in_chunk * Tile::kPitch;
-    const unsigned char* flags = hidden + first_key;
-    attend_chunk<Math, Tile>(
-        softmax, queries, keys + at, memory + Tile::kQueryBytes + at + Tile::kKeys * Tile::kPitch, scale,
-        [&](int h, int key) { return flags[key] != 0 || (p.is_causal && first_key + key > own_row + 8 * h); });
+    const bool all_seen = p.hidden == nullptr && (chunk + 1) * Tile::kKeys <= (p.is_causal ? first_row : p.length);
+    attend_chunk<Math, Tile>(softmax, queries, keys + at, memory + Tile::kQueryBytes + at + Tile::kKeys * Tile::kPitch,
+                             scale, [&](float (&s)[Tile::kOwn][4]) {
+                               if (all_seen) return;
+#pragma unroll
+                               for (int j = 0; j < Tile::kOwn; ++j) {
+#pragma unroll
+                                 for (int c = 0; c < 4; ++c) {
+                                   const int key = first_key + 8 * j + lane % 4 * 2 + c % 2;
+                                   if (hidden[key] != 0 || (p.is_causal && key > own_row + c / 2 * 8)) {
+                                     s[j][c] = -INFINITY;
+                                   }
+                                 }
+                               }
+                             });
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
   __syncthreads();  // nobody reads the stages any more

@@ -54,14 +54,24 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&a)[4], uint3
                : "memory");
 }
 
+// To nearest. Ties go to even where that is one instruction; away from zero, which ptxas makes four of, elsewhere.
+__device__ __forceinline__ uint32_t round_piece(float v) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t r;
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
+  return r;
+#else
+  return round_tf32(v);
+#endif
+}
 template <typename Math, int kCount>
 __device__ __forceinline__ void round_piece(Piece<Math, kCount>& piece) {
   if constexpr (Math::kRound) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float v = __uint_as_float(piece.hi[i]);
-      piece.hi[i] = round_tf32(v);
-      if constexpr (Math::kSplit) piece.lo[i] = round_tf32(v - __uint_as_float(piece.hi[i]));
+      piece.hi[i] = round_piece(v);
+      if constexpr (Math::kSplit) piece.lo[i] = round_piece(v - __uint_as_float(piece.hi[i]));
     }
   }
 }

@@ -8,7 +8,6 @@ namespace styleforge::cuda {
 namespace {
 
 constexpr int kColumns = 32;
-constexpr int kSumPitch = kColumns + 8;  // rows of pairs of numbers fall into different banks
 
 template <typename Math, int kRows>
 __global__ void __launch_bounds__(kSmallThreads, 2)
@@ -18,7 +17,6 @@ __global__ void __launch_bounds__(kSmallThreads, 2)
   using Product = ProductTile<Math, kRows, kColumns>;
   extern __shared__ __align__(128) unsigned char memory[];
   constexpr int64_t kSize = sizeof(T);
-  const int lane = threadIdx.x % 32;
   const int first_column = blockIdx.x * kColumns, first_row = blockIdx.y * kRows;
   const int rows = min(kRows, p.batch * p.length - first_row);
 
@@ -30,52 +28,23 @@ __global__ void __launch_bounds__(kSmallThreads, 2)
                          p.embed * kSize, 0, min(kColumns, p.embed - first_column)};
   multiply_rows<kColumns, true>(product, shared_address(memory), a, b, p.embed * static_cast<int>(kSize),
                                 [] { wait_for_predecessor(); });
-  __syncthreads();  // nobody reads the stages any more
-
-  float* sums = reinterpret_cast<float*>(memory);
+  T* out = static_cast<T*>(p.output) + int64_t{first_row} * p.embed + first_column;
+  const T* bias = static_cast<const T*>(p.out_bias) + first_column;
+  add_parts(product, memory, [&](int row, int column, float (&v)[4]) {
+    if (row >= rows || first_column + column >= p.embed) return;
+    if (p.out_bias != nullptr) {
+      const auto more = *reinterpret_cast<const Vec<T, 4>*>(bias + column);
 #pragma unroll
-  for (int i = 0; i < Product::kOwn; ++i) {
-#pragma unroll
-    for (int g = 0; g < 2 * Product::kGroups; ++g) {
-#pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        const float* v = product.sums[i][g / 2][t] + g % 2 * 2;
-        *reinterpret_cast<float2*>(sums + (Product::part() * kRows + g * 8 + lane / 4) * kSumPitch +
-                                   Product::pair(i) * 16 + t * 8 + lane % 4 * 2) = make_float2(v[0], v[1]);
-      }
+      for (int c = 0; c < 4; ++c) v[c] += to_acc(more.data[c]);
     }
-  }
-  __syncthreads();
-  constexpr int kVectors = kColumns / 4;
-  const int row = threadIdx.x / kVectors, column = first_column + threadIdx.x % kVectors * 4;
-  if (row >= rows || column >= p.embed) return;
-  float v[4] = {};
-  if (p.out_bias != nullptr) {
-    const auto bias = *reinterpret_cast<const Vec<T, 4>*>(static_cast<const T*>(p.out_bias) + column);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) v[c] = to_acc(bias.data[c]);
-  }
-  float total[4] = {};
-#pragma unroll
-  for (int j = 0; j < Product::kParts; ++j) {
-    const float4 part = *reinterpret_cast<const float4*>(sums + (j * kRows + row) * kSumPitch + column - first_column);
-    total[0] += part.x;
-    total[1] += part.y;
-    total[2] += part.z;
-    total[3] += part.w;
-  }
-#pragma unroll
-  for (int c = 0; c < 4; ++c) v[c] += total[c];
-  *reinterpret_cast<Vec<T, 4>*>(static_cast<T*>(p.output) + int64_t{first_row + row} * p.embed + column) =
-      rounded<T, 4>(v);
+    *reinterpret_cast<Vec<T, 4>*>(out + int64_t{row} * p.embed + column) = rounded<T, 4>(v);
+  });
 #endif
 }
 
 template <typename Math, int kRows>
 cudaError_t launch_rows(const SmallAttentionParams& p, cudaStream_t stream) {
   using Product = ProductTile<Math, kRows, kColumns>;
-  static_assert(Product::kParts * kRows * kSumPitch * sizeof(float) <= Product::kRingBytes);
-  static_assert(Product::kParts * Product::kAcross == kSmallWarps && Product::kOwn == 1);
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const dim3 grid(static_cast<unsigned>(ceil_div(p.embed, kColumns)),

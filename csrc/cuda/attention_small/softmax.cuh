@@ -55,15 +55,17 @@ struct HeadPlace {
   int length, first_row;
 };
 
-template <typename Tile>
-__device__ __forceinline__ void load_tokens(uint32_t to, const HeadPlace& place, int part, int first, int count) {
-  const unsigned char* from = place.qkv + part * place.part_stride;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < count * Tile::kUnits; i += kSmallThreads) {
-    const int token = i / Tile::kUnits, unit = i % Tile::kUnits;
-    const bool there = first + token < place.length && unit * 16 < place.head_bytes;
-    copy_async(to + token * Tile::kPitch + unit * 16,
-               there ? from + (first + token) * place.stride + unit * 16 : place.qkv, there ? 16 : 0);
+template <typename Tile, int kCount>
+__device__ __forceinline__ void load_tokens(uint32_t to, const HeadPlace& place, int part, int first) {
+  constexpr int kAtOnce = kSmallThreads / Tile::kUnits;
+  const int token = threadIdx.x / Tile::kUnits, unit = threadIdx.x % Tile::kUnits;
+  const int left = unit * 16 < place.head_bytes ? place.length - first - token : 0;
+  const unsigned char* from = place.qkv + part * place.part_stride + (first + token) * place.stride + unit * 16;
+  const uint32_t into = to + token * Tile::kPitch + unit * 16;
+#pragma unroll
+  for (int i = 0; i < (kCount + kAtOnce - 1) / kAtOnce; ++i) {
+    if (kCount % kAtOnce != 0 && i * kAtOnce + token >= kCount) break;
+    copy_async(into + i * kAtOnce * Tile::kPitch, from + i * kAtOnce * place.stride, i * kAtOnce < left ? 16 : 0);
   }
 }
 
@@ -75,16 +77,18 @@ struct RunningSoftmax {
 };
 
 // One warp's part of a chunk: `keys`, `values` and `queries` are shared addresses of its first row of each.
-template <typename Math, typename Tile, typename Hidden>
+// hide(scores) makes those of keys that take no part -infinity.
+template <typename Math, typename Tile, typename Hide>
 __device__ __forceinline__ void attend_chunk(RunningSoftmax<Tile>& r, uint32_t queries, uint32_t keys,
-                                             const unsigned char* values, float scale, const Hidden& hidden) {
+                                             const unsigned char* values, float scale, const Hide& hide) {
   constexpr int kOwn = Tile::kOwn, kPitch = Tile::kPitch;
   const int lane = threadIdx.x % 32;
   float s[kOwn][4] = {};
   const uint32_t q_at = queries + lane % 16 * kPitch + lane / 16 * 16;
   const uint32_t k_at = keys + (lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 16;
-#pragma unroll
-  for (int step = 0; step < Tile::kWidth / 32; ++step) {
+  constexpr int kSteps = Tile::kWidth / 32;
+#pragma unroll(kSteps > 8 ? 4 : kSteps)
+  for (int step = 0; step < kSteps; ++step) {
     Piece<Math, 4> q;
     load_matrices(q.hi, q_at + step * 32);
     round_piece(q);
@@ -99,17 +103,17 @@ __device__ __forceinline__ void attend_chunk(RunningSoftmax<Tile>& r, uint32_t q
   }
 
 #pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+#pragma unroll
+    for (float& v : s[j]) v *= scale;
+  }
+  hide(s);
+
+#pragma unroll
   for (int h = 0; h < 2; ++h) {
     float most = r.most[h];
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        float& v = s[j][2 * h + c];
-        v = hidden(h, 8 * j + 2 * (lane % 4) + c) ? -INFINITY : v * scale;
-        most = fmaxf(most, v);
-      }
-    }
+    for (int j = 0; j < kOwn; ++j) most = fmaxf(most, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
     most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
     most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
     const float base = most == -INFINITY ? 0.0f : most;  // no key so far: every power is 0, not NaN
