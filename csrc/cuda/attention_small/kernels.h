@@ -9,14 +9,11 @@ namespace styleforge::cuda {
 constexpr int kSmallMaxCluster = 16;
 constexpr int kSmallMaxLength = 4096;  // a byte a key lies in shared memory
 
-// What a launch of the first kernel does: both with a barrier of the cluster between, or one of them.
-enum SmallAttentionStage : int { kProjectHeads = 1, kAttendHeads = 2 };
-
-// Of 16-bit numbers and of float32, for they are two files.
+// Up to the second projection. Of 16-bit numbers and of float32, for they are two files.
 cudaError_t launch_small_heads_16_bit(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
-                                      int stages, cudaStream_t stream);
+                                      cudaStream_t stream);
 cudaError_t launch_small_heads_float32(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
-                                       int stages, cudaStream_t stream);
+                                       cudaStream_t stream);
 cudaError_t launch_small_output(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
                                 cudaStream_t stream);
 

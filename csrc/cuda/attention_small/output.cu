@@ -21,6 +21,14 @@ __global__ void __launch_bounds__(kSmallThreads, 2)
   const int rows = min(kRows, p.batch * p.length - first_row);
 
   release_successor();
+  __shared__ __align__(16) T bias[kColumns];
+  constexpr int kWidth = 16 / sizeof(T);
+  if (threadIdx.x < kColumns / kWidth) {
+    const int column = first_column + threadIdx.x * kWidth;
+    const bool there = p.out_bias != nullptr && column < p.embed;
+    const T* from = static_cast<const T*>(there ? p.out_bias : p.out_weight);
+    copy_async(shared_address(bias + threadIdx.x * kWidth), there ? from + column : from, there ? 16 : 0);
+  }
   Product product;
   const ProductRows a{static_cast<const unsigned char*>(p.attended) + int64_t{first_row} * p.embed * kSize,
                       p.embed * kSize, rows};
@@ -29,14 +37,11 @@ __global__ void __launch_bounds__(kSmallThreads, 2)
   multiply_rows<kColumns, true>(product, shared_address(memory), a, b, p.embed * static_cast<int>(kSize),
                                 [] { wait_for_predecessor(); });
   T* out = static_cast<T*>(p.output) + int64_t{first_row} * p.embed + first_column;
-  const T* bias = static_cast<const T*>(p.out_bias) + first_column;
   add_parts(product, memory, [&](int row, int column, float (&v)[4]) {
     if (row >= rows || first_column + column >= p.embed) return;
-    if (p.out_bias != nullptr) {
-      const auto more = *reinterpret_cast<const Vec<T, 4>*>(bias + column);
+    const auto more = *reinterpret_cast<const Vec<T, 4>*>(bias + column);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) v[c] += to_acc(more.data[c]);
-    }
+    for (int c = 0; c < 4; ++c) v[c] += to_acc(more.data[c]);
     *reinterpret_cast<Vec<T, 4>*>(out + int64_t{row} * p.embed + column) = rounded<T, 4>(v);
   });
 #endif

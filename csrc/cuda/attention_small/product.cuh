@@ -25,7 +25,9 @@ struct ProductTile {
   static constexpr int kParts = kColumns > 256 ? 1 : 4;  // of a stage's steps
   static constexpr int kAcross = kSmallWarps / kParts;   // warps next to one another
   static constexpr int kOwn = kPairs / kAcross;          // pairs of a warp
-  static constexpr int kLineBytes = 128;                 // a stage has two lines of each row
+  static constexpr int kAtOnce =
+      Math::kSplit && kOwn * kGroups > 6 ? kOwn / 2 : kOwn;  // of these, for want of registers
+  static constexpr int kLineBytes = 128;                     // a stage has two lines of each row
   static constexpr int kHalfBytes = (32 + kColumns) * kLineBytes;
   static constexpr int kStageBytes = 2 * kHalfBytes;
   static constexpr int kStages = kColumns > 256 ? 2 : 3;
@@ -130,24 +132,30 @@ __device__ __forceinline__ void multiply_rows(ProductTile<Math, kRows, kColumns>
     commit_copies();
     if (!multiplies) continue;
     const uint32_t at = stage * Tile::kStageBytes;
-#pragma unroll(2)
+#pragma unroll(Tile::kAtOnce == Tile::kOwn ? 2 : 1)
     for (int s = 0; s < kSteps; ++s) {
       const uint32_t a_stage = ((a_at + at) ^ (s % 4 << 5)) + s / 4 * Tile::kHalfBytes;
       const uint32_t b_stage = ((b_at + at) ^ (s % 4 << 5)) + s / 4 * Tile::kHalfBytes;
-      Piece<Math, 4> left[Tile::kGroups], right[Tile::kOwn];
+      Piece<Math, 4> left[Tile::kGroups];
 #pragma unroll
       for (int g = 0; g < Tile::kGroups; ++g) load_matrices(left[g].hi, a_stage + g * 16 * kLine);
 #pragma unroll
-      for (int j = 0; j < Tile::kOwn; ++j) load_matrices(right[j].hi, b_stage + j * 16 * kLine);
+      for (int first = 0; first < Tile::kOwn; first += Tile::kAtOnce) {
+        Piece<Math, 4> right[Tile::kAtOnce];
 #pragma unroll
-      for (int g = 0; g < Tile::kGroups; ++g) round_piece(left[g]);
+        for (int j = 0; j < Tile::kAtOnce; ++j) load_matrices(right[j].hi, b_stage + (first + j) * 16 * kLine);
+        if (first == 0) {
 #pragma unroll
-      for (int j = 0; j < Tile::kOwn; ++j) {
-        round_piece(right[j]);
+          for (int g = 0; g < Tile::kGroups; ++g) round_piece(left[g]);
+        }
 #pragma unroll
-        for (int g = 0; g < Tile::kGroups; ++g) {
+        for (int j = 0; j < Tile::kAtOnce; ++j) {
+          round_piece(right[j]);
 #pragma unroll
-          for (int t = 0; t < 2; ++t) multiply(tile.sums[j][g][t], left[g], right[j], 2 * t);
+          for (int g = 0; g < Tile::kGroups; ++g) {
+#pragma unroll
+            for (int t = 0; t < 2; ++t) multiply(tile.sums[first + j][g][t], left[g], right[j], 2 * t);
+          }
         }
       }
     }
@@ -155,14 +163,16 @@ __device__ __forceinline__ void multiply_rows(ProductTile<Math, kRows, kColumns>
   }
 }
 
-// The sums of all parts in their order, four columns at a time: store(row, column, values).
-template <typename Math, int kRows, int kColumns, typename Store>
-__device__ __forceinline__ void add_parts(const ProductTile<Math, kRows, kColumns>& tile, unsigned char* memory,
-                                          const Store& store) {
+// Puts down the sums of this warp where add_parts finds them: outside of the stages, or wherever `between`, called once
+// nobody in the block reads them any more.
+template <typename Math, int kRows, int kColumns, typename Between>
+__device__ __forceinline__ void write_parts(const ProductTile<Math, kRows, kColumns>& tile, unsigned char* memory,
+                                            const Between& between) {
   using Tile = ProductTile<Math, kRows, kColumns>;
   const int lane = threadIdx.x % 32;
   float* sums = reinterpret_cast<float*>(memory);
-  __syncthreads();  // nobody reads the stages any more
+  __syncthreads();
+  between();
 #pragma unroll
   for (int j = 0; j < Tile::kOwn; ++j) {
 #pragma unroll
@@ -175,14 +185,20 @@ __device__ __forceinline__ void add_parts(const ProductTile<Math, kRows, kColumn
       }
     }
   }
-  __syncthreads();
-  constexpr int kVectors = kColumns / 4;
-  for (int i = threadIdx.x; i < kRows * kVectors; i += kSmallThreads) {
+}
+
+// After a barrier: the sums of all parts in their order, four columns at a time, to store(row, column, values).
+template <typename Tile, typename Store>
+__device__ __forceinline__ void add_parts(const unsigned char* memory, const Store& store) {
+  constexpr int kVectors = Tile::kColumns / 4;
+  const float* sums = reinterpret_cast<const float*>(memory);
+  for (int i = threadIdx.x; i < Tile::kRows * kVectors; i += kSmallThreads) {
     const int row = i / kVectors, column = i % kVectors * 4;
     float v[4] = {};
 #pragma unroll
     for (int part = 0; part < Tile::kParts; ++part) {
-      const float4 more = *reinterpret_cast<const float4*>(sums + (part * kRows + row) * Tile::kSumPitch + column);
+      const float4 more =
+          *reinterpret_cast<const float4*>(sums + (part * Tile::kRows + row) * Tile::kSumPitch + column);
       v[0] += more.x;
       v[1] += more.y;
       v[2] += more.z;
@@ -190,6 +206,15 @@ __device__ __forceinline__ void add_parts(const ProductTile<Math, kRows, kColumn
     }
     store(row, column, v);
   }
+}
+
+// Both, in place of the stages.
+template <typename Math, int kRows, int kColumns, typename Store>
+__device__ __forceinline__ void add_parts(const ProductTile<Math, kRows, kColumns>& tile, unsigned char* memory,
+                                          const Store& store) {
+  write_parts(tile, memory, [] {});
+  __syncthreads();
+  add_parts<ProductTile<Math, kRows, kColumns>>(memory, store);
 }
 
 #endif  // STYLEFORGE_HAS_MMA

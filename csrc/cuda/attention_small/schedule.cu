@@ -2,31 +2,28 @@
 #include <algorithm>
 
 #include "../common/overrides.h"
+#include "dispatch.cuh"
 #include "kernels.h"
-#include "softmax.cuh"
 
 namespace styleforge::cuda {
 namespace {
 
 // STYLEFORGE_SMALL_ATTENTION_TUNE="rows=16,cluster=8,out_rows=16"
-constexpr int kReserved = 2048;         // what the kernel declares by itself, and what the system takes
+constexpr int kReserved = 4096;         // what the kernel declares by itself, and what the system takes
 constexpr int64_t kMostRows = 1 << 19;  // a grid has 65535 tiles of them
 constexpr const char* kTuneVariable = "STYLEFORGE_SMALL_ATTENTION_TUNE";
 
 // Where these kernels are faster than ATen's.
 bool pays(const SmallAttentionParams& p) { return p.length <= 512 && p.embed <= 512; }
 
-// Shared memory of a block, all of the first kernel's stages.
-template <typename Math, int kHeadDim>
-int shared_bytes(const SmallAttentionParams& p) {
-  return (p.length + 127) / 128 * 128 +
-         std::max(ProductTile<Math, 32, 3 * kHeadDim>::kRingBytes, HeadTile<Math, kHeadDim, 32>::bytes(p.length));
-}
+// Shared memory of a block, the most of all its launches.
 template <typename Math>
 int shared_bytes(const SmallAttentionParams& p, const SmallAttentionSchedule& s) {
-  return s.head_dim == 32   ? shared_bytes<Math, 32>(p)
-         : s.head_dim == 64 ? shared_bytes<Math, 64>(p)
-                            : shared_bytes<Math, 128>(p);
+  return switch_heads<Math>(s, [&]<int kHeadDim, int kRows>() {
+    if (s.cluster > 0) return ClusterMemory<Math, kHeadDim, kRows>::bytes(p.length);
+    return std::max<int>(ProductTile<Math, kRows, 3 * kHeadDim>::kRingBytes,
+                         padded_length(p.length) + HeadTile<Math, kHeadDim, kRows>::bytes(p.length));
+  });
 }
 int shared_bytes(const SmallAttentionParams& p, const SmallAttentionSchedule& s) {
   return p.dtype == DType::kFloat32 ? shared_bytes<Ieee>(p, s) : shared_bytes<Half>(p, s);
@@ -59,12 +56,12 @@ cudaError_t schedule_small_attention(const SmallAttentionParams& p, SmallAttenti
   s.head_dim = p.head_dim <= 32 ? 32 : p.head_dim <= 64 ? 64 : 128;
   const bool wide = s.head_dim == 128 && p.dtype == DType::kFloat32;
   s.rows = wide ? 32 : tuned("rows", p.length <= 128 ? 16 : 32);
-  const int together = power_of_two_above(ceil_div(p.length, s.rows));
-  s.cluster = together <= kSmallMaxCluster ? together : 0;
-  if (dependent || (together > 1 && !facts.has_cluster())) s.cluster = 0;
+  const auto fits = [&] { return shared_bytes(p, s) <= facts.max_shared_per_block - kReserved; };
+  s.cluster = power_of_two_above(ceil_div(p.length, s.rows));
+  if (dependent || !facts.has_cluster() || s.cluster > kSmallMaxCluster || !fits()) s.cluster = 0;
   if (cluster && s.cluster == 0) return cudaSuccess;
   s.out_rows = tuned("out_rows", p.batch * p.length <= 256 ? 16 : 32);
-  supported = shared_bytes(p, s) <= facts.max_shared_per_block - kReserved;
+  supported = fits();
   return cudaSuccess;
 }
 
@@ -78,12 +75,7 @@ bool small_attention_takes_memory(const SmallAttentionParams& p) {
 cudaError_t launch_small_attention(const SmallAttentionParams& p, const SmallAttentionSchedule& s,
                                    cudaStream_t stream) {
   const auto heads = p.dtype == DType::kFloat32 ? launch_small_heads_float32 : launch_small_heads_16_bit;
-  if (s.cluster > 0) {
-    if (const auto error = heads(p, s, kProjectHeads | kAttendHeads, stream)) return error;
-  } else {
-    if (const auto error = heads(p, s, kProjectHeads, stream)) return error;
-    if (const auto error = heads(p, s, kAttendHeads, stream)) return error;
-  }
+  if (const auto error = heads(p, s, stream)) return error;
   return launch_small_output(p, s, stream);
 }
 

@@ -52,7 +52,7 @@ struct HeadPlace {
   const unsigned char* qkv;     // the first token's query
   int64_t stride, part_stride;  // bytes from token to token, from queries to keys to values
   int head_bytes;
-  int length, first_row;
+  int length;
 };
 
 template <typename Tile, int kCount>
@@ -72,7 +72,8 @@ __device__ __forceinline__ void load_tokens(uint32_t to, const HeadPlace& place,
 // The sums of one warp.
 template <typename Tile>
 struct RunningSoftmax {
-  float most[2], sum[2] = {};  // of rows lane / 4 and lane / 4 + 8; `sum` of this lane's keys alone
+  float most[2] = {-INFINITY, -INFINITY},
+        sum[2] = {};  // of rows lane / 4 and lane / 4 + 8; `sum` of this lane's keys alone
   float values[Tile::kHeadDim / 8][4] = {};
 };
 
@@ -178,7 +179,8 @@ __device__ __forceinline__ void attend_chunk(RunningSoftmax<Tile>& r, uint32_t q
 }
 
 // Adds up the parts, of which `most` and `sum` hold a float for each row of each warp, and hands them on, four columns
-// at a time: store(row, column, values), and of every row store_logarithm(row, its base 2).
+// at a time: store(row, column, values), and of every row store_logarithm(row, highest, total): of 2^(scores -
+// highest).
 template <typename Tile, typename Store, typename StoreLogarithm>
 __device__ __forceinline__ void finish_rows(RunningSoftmax<Tile>& r, unsigned char* shared, float* most, float* sum,
                                             const Store& store, const StoreLogarithm& store_logarithm) {
@@ -218,10 +220,11 @@ __device__ __forceinline__ void finish_rows(RunningSoftmax<Tile>& r, unsigned ch
       v[2] += weight * part.z;
       v[3] += weight * part.w;
     }
+    const float share = total == 0 ? 0.0f : __frcp_rn(total);
 #pragma unroll
-    for (float& x : v) x = total == 0 ? 0.0f : x / total;
+    for (float& x : v) x *= share;
     store(row, column, v);
-    if (column == 0) store_logarithm(row, highest + log2f(total));
+    if (column == 0) store_logarithm(row, highest, total);
   }
 }
 
