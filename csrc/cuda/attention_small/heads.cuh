@@ -74,27 +74,32 @@ struct HeadBlock {
   // One past the last key that any of the rows sees.
   __device__ __forceinline__ int end_of_keys() const { return p.is_causal ? first_row + rows : p.length; }
 
-  // One chunk; `keys` and `values` begin with it.
+  // kChunks chunks; `keys` and `values` begin with the first one. A warp has twice the keys of two: half of the steps
+  // in which everything waits for the largest score.
+  template <int kChunks>
   __device__ __forceinline__ void attend(RunningSoftmax<Tile>& softmax, uint32_t queries, const unsigned char* keys,
                                          const unsigned char* values, const unsigned char* hidden, int chunk) const {
+    constexpr int kOwn = kChunks * Tile::kOwn;
     const int lane = threadIdx.x % 32;
     const int group = threadIdx.x / 32 / Tile::kParts, part = threadIdx.x / 32 % Tile::kParts;
-    const int in_chunk = part * Tile::kOwn * 8;
+    const int in_chunk = part * kOwn * 8;
     const int first_key = chunk * Tile::kKeys + in_chunk + lane % 4 * 2;
     const int row = first_row + group * 16 + lane / 4;
-    const bool all_seen = p.hidden == nullptr && (chunk + 1) * Tile::kKeys <= (p.is_causal ? first_row : p.length);
-    attend_chunk<Math>(softmax, queries + group * 16 * Tile::kPitch, shared_address(keys) + in_chunk * Tile::kPitch,
-                       values + in_chunk * Tile::kPitch, p.scale * kLog2E, [&](float (&s)[Tile::kOwn][4]) {
-                         if (all_seen) return;
+    const bool all_seen =
+        p.hidden == nullptr && (chunk + kChunks) * Tile::kKeys <= (p.is_causal ? first_row : p.length);
+    attend_chunk<kOwn, Math>(softmax, queries + group * 16 * Tile::kPitch,
+                             shared_address(keys) + in_chunk * Tile::kPitch, values + in_chunk * Tile::kPitch,
+                             p.scale * kLog2E, [&](float (&s)[kOwn][4]) {
+                               if (all_seen) return;
 #pragma unroll
-                         for (int j = 0; j < Tile::kOwn; ++j) {
+                               for (int j = 0; j < kOwn; ++j) {
 #pragma unroll
-                           for (int c = 0; c < 4; ++c) {
-                             const int key = first_key + 8 * j + c % 2;
-                             if (hidden[key] != 0 || (p.is_causal && key > row + c / 2 * 8)) s[j][c] = -INFINITY;
-                           }
-                         }
-                       });
+                                 for (int c = 0; c < 4; ++c) {
+                                   const int key = first_key + 8 * j + c % 2;
+                                   if (hidden[key] != 0 || (p.is_causal && key > row + c / 2 * 8)) s[j][c] = -INFINITY;
+                                 }
+                               }
+                             });
   }
 
   // After a barrier: nobody reads `memory` any more.
@@ -177,7 +182,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     if (i == 0) block.fill_hidden(dynamic, padded);
     if (chunk < 0) continue;
     const unsigned char* keys = stages + stage * Tile::kStageBytes;
-    block.attend(softmax, shared_address(memory), keys, keys + Tile::kKeys * Tile::kPitch, dynamic, chunk);
+    block.template attend<1>(softmax, shared_address(memory), keys, keys + Tile::kKeys * Tile::kPitch, dynamic, chunk);
     stage = stage == kStages - 1 ? 0 : stage + 1;
   }
   __syncthreads();

@@ -97,11 +97,18 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
 
   RunningSoftmax<Tile> softmax;
   const int chunks = (block.end_of_keys() + Tile::kKeys - 1) / Tile::kKeys;
-#pragma unroll 1
-  for (int chunk = 0; chunk < chunks; ++chunk) {
+  const auto attend = [&]<int kChunks>(int chunk) {
     const int at = chunk * Tile::kKeys * Tile::kPitch;
-    block.attend(softmax, shared_address(memory), keys + at, values + at, dynamic, chunk);
+    block.template attend<kChunks>(softmax, shared_address(memory), keys + at, values + at, dynamic, chunk);
+  };
+  constexpr bool kByTwo = !Math::kSplit || kHeadDim == 32;  // for want of registers
+  int chunk = 0;
+  if constexpr (kByTwo) {
+#pragma unroll 1
+    for (; chunk + 2 <= chunks; chunk += 2) attend.template operator()<2>(chunk);
   }
+#pragma unroll 1
+  for (; chunk < chunks; ++chunk) attend.template operator()<1>(chunk);
   __syncthreads();
   block.finish(softmax, memory);
 #endif

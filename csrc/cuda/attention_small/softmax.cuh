@@ -77,12 +77,12 @@ struct RunningSoftmax {
   float values[Tile::kHeadDim / 8][4] = {};
 };
 
-// One warp's part of a chunk: `keys`, `values` and `queries` are shared addresses of its first row of each.
-// hide(scores) makes those of keys that take no part -infinity.
-template <typename Math, typename Tile, typename Hide>
+// One warp's part of a chunk, kOwn tiles of eight keys: `keys`, `values` and `queries` are shared addresses of its
+// first row of each. hide(scores) makes those of keys that take no part -infinity.
+template <int kOwn, typename Math, typename Tile, typename Hide>
 __device__ __forceinline__ void attend_chunk(RunningSoftmax<Tile>& r, uint32_t queries, uint32_t keys,
                                              const unsigned char* values, float scale, const Hide& hide) {
-  constexpr int kOwn = Tile::kOwn, kPitch = Tile::kPitch;
+  constexpr int kPitch = Tile::kPitch;
   const int lane = threadIdx.x % 32;
   float s[kOwn][4] = {};
   const uint32_t q_at = queries + lane % 16 * kPitch + lane / 16 * 16;
