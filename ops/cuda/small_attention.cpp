@@ -83,9 +83,8 @@ std::optional<FusedAttentionResult> run_small_attention(const AttentionArgs& arg
   } else {
     // Beside one another: embed is a multiple of 16 bytes.
     const size_t tokens = static_cast<size_t>(plan.rows() * embed) * args.input.element_size();
-    const bool projected = schedule.cluster == 0;
-    params.attended = workspace(args.input, (projected ? 4 : 1) * tokens, both);
-    if (projected) params.qkv = static_cast<unsigned char*>(params.attended) + tokens;
+    params.attended = workspace(args.input, 4 * tokens, both);
+    params.qkv = static_cast<unsigned char*>(params.attended) + tokens;
   }
   check_cuda(kOp, cuda::launch_small_attention(params, schedule, scope.stream()));
   record_path(schedule.cluster > 0 ? "attention:v1:cuda:cluster" : "attention:v1:cuda:dependent");

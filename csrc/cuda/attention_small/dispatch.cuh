@@ -1,7 +1,7 @@
 // From a schedule to the kernels of a head.
 #pragma once
 
-#include "heads_cluster.cuh"
+#include "heads.cuh"
 
 namespace styleforge::cuda {
 
@@ -16,8 +16,8 @@ cudaError_t launch_heads(const SmallAttentionParams& p, const SmallAttentionSche
   if (s.cluster > 0) {
     grid.x = static_cast<unsigned>(s.cluster);
     return launch(small_cluster_kernel<Math, kHeadDim, kRows>, grid, dim3(kSmallThreads),
-                  static_cast<size_t>(ClusterMemory<Math, kHeadDim, kRows>::bytes(p.length)), s.cluster, facts, stream,
-                  p, padded);
+                  static_cast<size_t>(padded + std::max(Block::Product::kRingBytes, Block::Tile::bytes(p.length))),
+                  s.cluster, facts, stream, p, padded);
   }
   if (const auto error = launch(small_project_kernel<Math, kHeadDim, kRows>, grid, dim3(kSmallThreads),
                                 Block::Product::kRingBytes, 1, facts, stream, p)) {

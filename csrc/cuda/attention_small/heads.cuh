@@ -1,7 +1,10 @@
-// What the kernels of a head share: where a block stands, its first product, its end; and the two launches of the path
-// without a cluster, which hand queries, keys and values on through memory (the L2 cache).
+// The first launches of launch.h: a head's queries, keys and values, and its attention.
 //
-//   grid:  blocks of queries, heads, samples
+//   grid:   blocks of queries, heads, samples
+//   block:  projects its rows to the head's queries, keys and values; reads the keys and values of all blocks (they lie
+//           in the L2 cache); attends
+//
+// Two launches, or one where the blocks of a head are a cluster.
 #pragma once
 
 #include <algorithm>
@@ -23,6 +26,7 @@ struct HeadBlock {
   using Tile = HeadTile<Math, kHeadDim, kRows>;
   using Product = ProductTile<Math, kRows, 3 * kHeadDim>;
   static constexpr int64_t kSize = sizeof(T);
+  static constexpr int kAtOnce = Math::kSplit && kHeadDim > 32 ? 1 : 2;  // chunks; 1 for want of registers
 
   const SmallAttentionParams& p;
   const int head = blockIdx.y, sample = blockIdx.z;
@@ -123,23 +127,101 @@ struct HeadBlock {
 #endif
 };
 
-template <typename Math, int kHeadDim, int kRows>
-__global__ void __launch_bounds__(kSmallThreads, 1)
-    small_project_kernel(const __grid_constant__ SmallAttentionParams p) {
 #ifdef STYLEFORGE_HAS_MMA
-  using Block = HeadBlock<Math, kHeadDim, kRows>;
-  extern __shared__ __align__(128) unsigned char memory[];
-  const Block block{p};
-  wait_for_predecessor();
-  release_successor();
-  __shared__ __align__(16) typename Block::T bias[3 * kHeadDim];
+
+template <typename Block>
+__device__ __forceinline__ void project_rows(const Block& block, unsigned char* memory) {
+  using Tile = typename Block::Tile;
+  __shared__ __align__(16) typename Block::T bias[3 * Tile::kHeadDim];
   block.load_bias(bias);
   typename Block::Product product;
   block.multiply(product, shared_address(memory));
   add_parts(product, memory, [&](int row, int column, float (&v)[4]) {
-    const int part = column / kHeadDim, d = column % kHeadDim;
-    if (row < block.rows && d < p.head_dim) block.store(Block::with_bias(v, bias + column), row, part, d);
+    const int part = column / Tile::kHeadDim, d = column % Tile::kHeadDim;
+    if (row < block.rows && d < block.p.head_dim) block.store(Block::with_bias(v, bias + column), row, part, d);
   });
+}
+
+// `memory`: queries; then all keys and all values where there is room for them, which saves barriers and passes twice
+// as many keys a step; else a ring of chunks.
+template <typename Block>
+__device__ __forceinline__ void attend_rows(const Block& block, unsigned char* memory, unsigned char* hidden,
+                                            int padded) {
+  using Tile = typename Block::Tile;
+  constexpr int kStages = Tile::kMostStages, kHalfBytes = Tile::kKeys * Tile::kPitch;
+  constexpr auto size = static_cast<int>(Block::kSize);
+  const SmallAttentionParams& p = block.p;
+  const HeadPlace place{
+      static_cast<const unsigned char*>(p.qkv) + (block.first_token * 3 * p.embed + block.head * p.head_dim) * size,
+      int64_t{3} * p.embed * size, int64_t{p.embed} * size, p.head_dim * size, p.length};
+  const uint32_t queries = shared_address(memory);
+  unsigned char* keys = memory + Tile::kQueryBytes;
+  load_tokens<Tile, Tile::kRows>(queries, place, 0, block.first_row);
+
+  RunningSoftmax<Tile> softmax;
+  const int chunks = (block.end_of_keys() + Tile::kKeys - 1) / Tile::kKeys;
+  if (Tile::chunks(p.length) <= kStages) {
+    unsigned char* values = keys + chunks * kHalfBytes;
+#pragma unroll 1
+    for (int i = 0; i < chunks; ++i) {
+      load_tokens<Tile, Tile::kKeys>(shared_address(keys) + i * kHalfBytes, place, 1, i * Tile::kKeys);
+      load_tokens<Tile, Tile::kKeys>(shared_address(values) + i * kHalfBytes, place, 2, i * Tile::kKeys);
+      commit_copies();
+    }
+    block.fill_hidden(hidden, padded);
+    int chunk = 0;
+#pragma unroll 1
+    for (; chunk + Block::kAtOnce <= chunks; chunk += Block::kAtOnce) {
+      wait_all_but(chunks - chunk - Block::kAtOnce);
+      __syncthreads();
+      block.template attend<Block::kAtOnce>(softmax, queries, keys + chunk * kHalfBytes, values + chunk * kHalfBytes,
+                                            hidden, chunk);
+    }
+    if constexpr (Block::kAtOnce > 1) {
+      if (chunk < chunks) {
+        wait_copies<0>();
+        __syncthreads();
+        block.template attend<1>(softmax, queries, keys + chunk * kHalfBytes, values + chunk * kHalfBytes, hidden,
+                                 chunk);
+      }
+    }
+  } else {
+    block.fill_hidden(hidden, padded);
+    int stage = 0, into = 0;
+#pragma unroll 1
+    for (int i = 0; i < chunks + kStages - 1; ++i) {
+      const int chunk = i - (kStages - 1);
+      if (chunk >= 0) {
+        wait_copies<kStages - 2>();
+        __syncthreads();
+      }
+      if (i < chunks) {
+        const uint32_t to = shared_address(keys) + into * Tile::kStageBytes;
+        load_tokens<Tile, Tile::kKeys>(to, place, 1, i * Tile::kKeys);
+        load_tokens<Tile, Tile::kKeys>(to + kHalfBytes, place, 2, i * Tile::kKeys);
+        into = into == kStages - 1 ? 0 : into + 1;
+      }
+      commit_copies();
+      if (chunk < 0) continue;
+      const unsigned char* at = keys + stage * Tile::kStageBytes;
+      block.template attend<1>(softmax, queries, at, at + kHalfBytes, hidden, chunk);
+      stage = stage == kStages - 1 ? 0 : stage + 1;
+    }
+  }
+  __syncthreads();
+  block.finish(softmax, memory);
+}
+
+#endif  // STYLEFORGE_HAS_MMA
+
+template <typename Math, int kHeadDim, int kRows>
+__global__ void __launch_bounds__(kSmallThreads, 1)
+    small_project_kernel(const __grid_constant__ SmallAttentionParams p) {
+#ifdef STYLEFORGE_HAS_MMA
+  extern __shared__ __align__(128) unsigned char memory[];
+  wait_for_predecessor();
+  release_successor();
+  project_rows(HeadBlock<Math, kHeadDim, kRows>{p}, memory);
 #endif
 }
 
@@ -147,46 +229,29 @@ template <typename Math, int kHeadDim, int kRows>
 __global__ void __launch_bounds__(kSmallThreads, 1)
     small_attend_kernel(const __grid_constant__ SmallAttentionParams p, int padded) {
 #ifdef STYLEFORGE_HAS_MMA
-  using Block = HeadBlock<Math, kHeadDim, kRows>;
-  using Tile = typename Block::Tile;
-  constexpr int kStages = Tile::kMostStages;
-  extern __shared__ __align__(128) unsigned char dynamic[];
-  unsigned char* memory = dynamic + padded;  // queries, then the stages
-  const Block block{p};
+  extern __shared__ __align__(128) unsigned char memory[];  // a byte a key first
   wait_for_predecessor();
   release_successor();
-  const auto size = static_cast<int>(Block::kSize);
-  const HeadPlace place{
-      static_cast<const unsigned char*>(p.qkv) + (block.first_token * 3 * p.embed + block.head * p.head_dim) * size,
-      int64_t{3} * p.embed * size, int64_t{p.embed} * size, p.head_dim * size, p.length};
-  unsigned char* stages = memory + Tile::kQueryBytes;
-  load_tokens<Tile, kRows>(shared_address(memory), place, 0, block.first_row);
+  attend_rows(HeadBlock<Math, kHeadDim, kRows>{p}, memory + padded, memory, padded);
+#endif
+}
 
-  RunningSoftmax<Tile> softmax;
-  const int chunks = (block.end_of_keys() + Tile::kKeys - 1) / Tile::kKeys;
-  int stage = 0, into = 0;
-#pragma unroll 1
-  for (int i = 0; i < chunks + kStages - 1; ++i) {
-    const int chunk = i - (kStages - 1);
-    if (chunk >= 0) {
-      wait_copies<kStages - 2>();
-      __syncthreads();
-    }
-    if (i < chunks) {
-      const uint32_t to = shared_address(stages) + into * Tile::kStageBytes;
-      load_tokens<Tile, Tile::kKeys>(to, place, 1, i * Tile::kKeys);
-      load_tokens<Tile, Tile::kKeys>(to + Tile::kKeys * Tile::kPitch, place, 2, i * Tile::kKeys);
-      into = into == kStages - 1 ? 0 : into + 1;
-    }
-    commit_copies();
-    if (i == 0) block.fill_hidden(dynamic, padded);
-    if (chunk < 0) continue;
-    const unsigned char* keys = stages + stage * Tile::kStageBytes;
-    block.template attend<1>(softmax, shared_address(memory), keys, keys + Tile::kKeys * Tile::kPitch, dynamic, chunk);
-    stage = stage == kStages - 1 ? 0 : stage + 1;
-  }
-  __syncthreads();
-  block.finish(softmax, memory);
+// Both, where the blocks of a head are a cluster: they wait for one another instead of for the end of a kernel. Keys
+// and values go through the L2 cache here as well; what blocks write into each other's shared memory moves at a third
+// of its rate (measured: 14 bytes a cycle and multiprocessor), which costs more than the way there and back.
+template <typename Math, int kHeadDim, int kRows>
+__global__ void __launch_bounds__(kSmallThreads, 1)
+    small_cluster_kernel(const __grid_constant__ SmallAttentionParams p, int padded) {
+#if defined(STYLEFORGE_HAS_MMA) && defined(STYLEFORGE_HAS_CLUSTER)
+  extern __shared__ __align__(128) unsigned char memory[];  // a byte a key first
+  const HeadBlock<Math, kHeadDim, kRows> block{p};
+  wait_for_predecessor();
+  release_successor();
+  if (block.rows > 0) project_rows(block, memory + padded);
+  __syncwarp();
+  cluster_arrive();
+  cluster_wait();
+  if (block.rows > 0) attend_rows(block, memory + padded, memory, padded);
 #endif
 }
 

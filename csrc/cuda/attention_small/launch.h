@@ -22,8 +22,7 @@ struct SmallAttentionParams {
   const void* out_weight = nullptr;  // [embed, embed], dense
   const void* out_bias = nullptr;    // [embed] or null
   const bool* hidden = nullptr;      // [batch, length], true where a key takes no part, or null
-  void* qkv = nullptr;               // [batch, length, 3, heads, head_dim], dense; may be null where nobody wants it
-                                     // and SmallAttentionSchedule::cluster is not 0
+  void* qkv = nullptr;               // [batch, length, 3, heads, head_dim], dense
   void* attended = nullptr;          // [batch, length, heads, head_dim], dense
   float* logsumexp = nullptr;        // [batch, heads, length], dense, or null
   void* output = nullptr;            // [batch, length, embed], dense

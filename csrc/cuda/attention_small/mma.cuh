@@ -123,6 +123,18 @@ template <int kLeft>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
+// The same for a number that is not known before; of more than three, fewer may be left.
+__device__ __forceinline__ void wait_all_but(int left) {
+  if (left <= 0) {
+    wait_copies<0>();
+  } else if (left == 1) {
+    wait_copies<1>();
+  } else if (left == 2) {
+    wait_copies<2>();
+  } else {
+    wait_copies<3>();
+  }
+}
 
 #endif  // STYLEFORGE_HAS_MMA
 

@@ -163,16 +163,14 @@ __device__ __forceinline__ void multiply_rows(ProductTile<Math, kRows, kColumns>
   }
 }
 
-// Puts down the sums of this warp where add_parts finds them: outside of the stages, or wherever `between`, called once
-// nobody in the block reads them any more.
-template <typename Math, int kRows, int kColumns, typename Between>
-__device__ __forceinline__ void write_parts(const ProductTile<Math, kRows, kColumns>& tile, unsigned char* memory,
-                                            const Between& between) {
+// The sums of all parts in their order, in place of the stages, four columns at a time: store(row, column, values).
+template <typename Math, int kRows, int kColumns, typename Store>
+__device__ __forceinline__ void add_parts(const ProductTile<Math, kRows, kColumns>& tile, unsigned char* memory,
+                                          const Store& store) {
   using Tile = ProductTile<Math, kRows, kColumns>;
   const int lane = threadIdx.x % 32;
   float* sums = reinterpret_cast<float*>(memory);
-  __syncthreads();
-  between();
+  __syncthreads();  // nobody reads the stages any more
 #pragma unroll
   for (int j = 0; j < Tile::kOwn; ++j) {
 #pragma unroll
@@ -185,20 +183,15 @@ __device__ __forceinline__ void write_parts(const ProductTile<Math, kRows, kColu
       }
     }
   }
-}
-
-// After a barrier: the sums of all parts in their order, four columns at a time, to store(row, column, values).
-template <typename Tile, typename Store>
-__device__ __forceinline__ void add_parts(const unsigned char* memory, const Store& store) {
-  constexpr int kVectors = Tile::kColumns / 4;
-  const float* sums = reinterpret_cast<const float*>(memory);
-  for (int i = threadIdx.x; i < Tile::kRows * kVectors; i += kSmallThreads) {
+  __syncthreads();
+  constexpr int kVectors = kColumns / 4;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kRows * kVectors; i += kSmallThreads) {
     const int row = i / kVectors, column = i % kVectors * 4;
     float v[4] = {};
 #pragma unroll
     for (int part = 0; part < Tile::kParts; ++part) {
-      const float4 more =
-          *reinterpret_cast<const float4*>(sums + (part * Tile::kRows + row) * Tile::kSumPitch + column);
+      const float4 more = *reinterpret_cast<const float4*>(sums + (part * kRows + row) * Tile::kSumPitch + column);
       v[0] += more.x;
       v[1] += more.y;
       v[2] += more.z;
@@ -206,15 +199,6 @@ __device__ __forceinline__ void add_parts(const unsigned char* memory, const Sto
     }
     store(row, column, v);
   }
-}
-
-// Both, in place of the stages.
-template <typename Math, int kRows, int kColumns, typename Store>
-__device__ __forceinline__ void add_parts(const ProductTile<Math, kRows, kColumns>& tile, unsigned char* memory,
-                                          const Store& store) {
-  write_parts(tile, memory, [] {});
-  __syncthreads();
-  add_parts<ProductTile<Math, kRows, kColumns>>(memory, store);
 }
 
 #endif  // STYLEFORGE_HAS_MMA

@@ -16,13 +16,12 @@ constexpr const char* kTuneVariable = "STYLEFORGE_SMALL_ATTENTION_TUNE";
 // Where these kernels are faster than ATen's.
 bool pays(const SmallAttentionParams& p) { return p.length <= 512 && p.embed <= 512; }
 
-// Shared memory of a block, the most of all its launches.
+// Shared memory of a block, where it projects and attends.
 template <typename Math>
 int shared_bytes(const SmallAttentionParams& p, const SmallAttentionSchedule& s) {
   return switch_heads<Math>(s, [&]<int kHeadDim, int kRows>() {
-    if (s.cluster > 0) return ClusterMemory<Math, kHeadDim, kRows>::bytes(p.length);
-    return std::max<int>(ProductTile<Math, kRows, 3 * kHeadDim>::kRingBytes,
-                         padded_length(p.length) + HeadTile<Math, kHeadDim, kRows>::bytes(p.length));
+    return padded_length(p.length) + std::max(ProductTile<Math, kRows, 3 * kHeadDim>::kRingBytes,
+                                              HeadTile<Math, kHeadDim, kRows>::bytes(p.length));
   });
 }
 int shared_bytes(const SmallAttentionParams& p, const SmallAttentionSchedule& s) {

@@ -32,9 +32,9 @@ struct HeadTile {
   static_assert(kOwn % 2 == 0, "ldmatrix brings two tiles");
 
   // Only as many stages as there are chunks take memory.
+  static __host__ __device__ int chunks(int length) { return (length + kKeys - 1) / kKeys; }
   static int bytes(int length) {
-    const int chunks = (length + kKeys - 1) / kKeys;
-    const int ring = kQueryBytes + (chunks < kMostStages ? chunks : kMostStages) * kStageBytes;
+    const int ring = kQueryBytes + (chunks(length) < kMostStages ? chunks(length) : kMostStages) * kStageBytes;
     return ring > kSumBytes ? ring : kSumBytes;
   }
 };
