@@ -44,13 +44,14 @@ struct HeadBlock {
   }
 
   // The head's queries, keys and values of the block's rows.
-  __device__ __forceinline__ void multiply(Product& product, uint32_t ring) const {
+  template <typename Wait>
+  __device__ __forceinline__ void multiply(Product& product, uint32_t ring, const Wait& wait) const {
     const ProductRows a{static_cast<const unsigned char*>(p.input) +
                             (sample * p.input_stride[0] + first_row * p.input_stride[1]) * kSize,
                         p.input_stride[1] * kSize, rows};
     const ProductWeights b{static_cast<const unsigned char*>(p.qkv_weight) + head * p.head_dim * p.embed * kSize,
                            p.embed * kSize, p.embed * kSize * p.embed, p.head_dim};
-    multiply_rows<kHeadDim, false>(product, ring, a, b, p.embed * static_cast<int>(kSize), [] {});
+    multiply_rows<kHeadDim, false>(product, ring, a, b, p.embed * static_cast<int>(kSize), wait);
   }
 
   // The bias of queries, keys and values on its way to shared memory, zeros where there is none.
@@ -129,13 +130,22 @@ struct HeadBlock {
 
 #ifdef STYLEFORGE_HAS_MMA
 
-template <typename Block>
-__device__ __forceinline__ void project_rows(const Block& block, unsigned char* memory) {
+// Nothing may be read before.
+__device__ __forceinline__ void wait_and_release() {
+  wait_for_predecessor();
+  release_successor();
+}
+
+// `wait` is called once all is ready for the first load, as in attend_rows.
+template <typename Block, typename Wait>
+__device__ __forceinline__ void project_rows(const Block& block, unsigned char* memory, const Wait& wait) {
   using Tile = typename Block::Tile;
   __shared__ __align__(16) typename Block::T bias[3 * Tile::kHeadDim];
-  block.load_bias(bias);
   typename Block::Product product;
-  block.multiply(product, shared_address(memory));
+  block.multiply(product, shared_address(memory), [&] {
+    wait();
+    block.load_bias(bias);
+  });
   add_parts(product, memory, [&](int row, int column, float (&v)[4]) {
     const int part = column / Tile::kHeadDim, d = column % Tile::kHeadDim;
     if (row < block.rows && d < block.p.head_dim) block.store(Block::with_bias(v, bias + column), row, part, d);
@@ -144,9 +154,9 @@ __device__ __forceinline__ void project_rows(const Block& block, unsigned char* 
 
 // `memory`: queries; then all keys and all values where there is room for them, which saves barriers and passes twice
 // as many keys a step; else a ring of chunks.
-template <typename Block>
+template <typename Block, typename Wait>
 __device__ __forceinline__ void attend_rows(const Block& block, unsigned char* memory, unsigned char* hidden,
-                                            int padded) {
+                                            int padded, const Wait& wait) {
   using Tile = typename Block::Tile;
   constexpr int kStages = Tile::kMostStages, kHalfBytes = Tile::kKeys * Tile::kPitch;
   constexpr auto size = static_cast<int>(Block::kSize);
@@ -154,9 +164,11 @@ __device__ __forceinline__ void attend_rows(const Block& block, unsigned char* m
   const HeadPlace place{
       static_cast<const unsigned char*>(p.qkv) + (block.first_token * 3 * p.embed + block.head * p.head_dim) * size,
       int64_t{3} * p.embed * size, int64_t{p.embed} * size, p.head_dim * size, p.length};
+  const TokenCopies<Tile> copies(place);
   const uint32_t queries = shared_address(memory);
   unsigned char* keys = memory + Tile::kQueryBytes;
-  load_tokens<Tile, Tile::kRows>(queries, place, 0, block.first_row);
+  wait();
+  copies.template load<Tile::kRows>(queries, 0, block.first_row);
 
   RunningSoftmax<Tile> softmax;
   const int chunks = (block.end_of_keys() + Tile::kKeys - 1) / Tile::kKeys;
@@ -164,8 +176,8 @@ __device__ __forceinline__ void attend_rows(const Block& block, unsigned char* m
     unsigned char* values = keys + chunks * kHalfBytes;
 #pragma unroll 1
     for (int i = 0; i < chunks; ++i) {
-      load_tokens<Tile, Tile::kKeys>(shared_address(keys) + i * kHalfBytes, place, 1, i * Tile::kKeys);
-      load_tokens<Tile, Tile::kKeys>(shared_address(values) + i * kHalfBytes, place, 2, i * Tile::kKeys);
+      copies.template load<Tile::kKeys>(shared_address(keys) + i * kHalfBytes, 1, i * Tile::kKeys);
+      copies.template load<Tile::kKeys>(shared_address(values) + i * kHalfBytes, 2, i * Tile::kKeys);
       commit_copies();
     }
     block.fill_hidden(hidden, padded);
@@ -197,8 +209,8 @@ __device__ __forceinline__ void attend_rows(const Block& block, unsigned char* m
       }
       if (i < chunks) {
         const uint32_t to = shared_address(keys) + into * Tile::kStageBytes;
-        load_tokens<Tile, Tile::kKeys>(to, place, 1, i * Tile::kKeys);
-        load_tokens<Tile, Tile::kKeys>(to + kHalfBytes, place, 2, i * Tile::kKeys);
+        copies.template load<Tile::kKeys>(to, 1, i * Tile::kKeys);
+        copies.template load<Tile::kKeys>(to + kHalfBytes, 2, i * Tile::kKeys);
         into = into == kStages - 1 ? 0 : into + 1;
       }
       commit_copies();
@@ -219,9 +231,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     small_project_kernel(const __grid_constant__ SmallAttentionParams p) {
 #ifdef STYLEFORGE_HAS_MMA
   extern __shared__ __align__(128) unsigned char memory[];
-  wait_for_predecessor();
-  release_successor();
-  project_rows(HeadBlock<Math, kHeadDim, kRows>{p}, memory);
+  project_rows(HeadBlock<Math, kHeadDim, kRows>{p}, memory, wait_and_release);
 #endif
 }
 
@@ -230,9 +240,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
     small_attend_kernel(const __grid_constant__ SmallAttentionParams p, int padded) {
 #ifdef STYLEFORGE_HAS_MMA
   extern __shared__ __align__(128) unsigned char memory[];  // a byte a key first
-  wait_for_predecessor();
-  release_successor();
-  attend_rows(HeadBlock<Math, kHeadDim, kRows>{p}, memory + padded, memory, padded);
+  attend_rows(HeadBlock<Math, kHeadDim, kRows>{p}, memory + padded, memory, padded, wait_and_release);
 #endif
 }
 
@@ -245,13 +253,15 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
 #if defined(STYLEFORGE_HAS_MMA) && defined(STYLEFORGE_HAS_CLUSTER)
   extern __shared__ __align__(128) unsigned char memory[];  // a byte a key first
   const HeadBlock<Math, kHeadDim, kRows> block{p};
-  wait_for_predecessor();
-  release_successor();
-  if (block.rows > 0) project_rows(block, memory + padded);
+  if (block.rows > 0) {
+    project_rows(block, memory + padded, wait_and_release);
+  } else {
+    wait_and_release();
+  }
   __syncwarp();
   cluster_arrive();
   cluster_wait();
-  if (block.rows > 0) attend_rows(block, memory + padded, memory, padded);
+  if (block.rows > 0) attend_rows(block, memory + padded, memory, padded, [] {});
 #endif
 }
 

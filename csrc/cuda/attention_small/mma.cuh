@@ -113,6 +113,11 @@ __device__ __forceinline__ void multiply(float (&total)[4], const Piece<Math, 4>
   }
 }
 
+// Computed here, not where it is first used: before a wait, and once for a loop.
+__device__ __forceinline__ void keep_computed(const unsigned char*& pointer) { asm volatile("" : "+l"(pointer)); }
+__device__ __forceinline__ void keep_computed(uint32_t& address) { asm volatile("" : "+r"(address)); }
+__device__ __forceinline__ void keep_computed(int& number) { asm volatile("" : "+r"(number)); }
+
 // 16 bytes from global to shared memory, behind the back of the threads; the first `bytes` of them, zeros after.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");

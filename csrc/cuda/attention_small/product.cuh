@@ -68,13 +68,18 @@ __device__ __forceinline__ void multiply_rows(ProductTile<Math, kRows, kColumns>
   static_assert(kPart % 32 == 0 && kColumns % kPart == 0);
   const int lane = threadIdx.x % 32;
   const int unit = threadIdx.x % 8, line = threadIdx.x / 8;  // what this thread copies, of each 32 lines
-  const uint32_t to = ring + line * kLine + ((unit ^ (line & 7)) << 4);
+  uint32_t to = ring + line * kLine + ((unit ^ (line & 7)) << 4);
   const unsigned char* a_from = a.data + line * a.stride + unit * 16;
   const unsigned char* b_from = b.data + line * b.stride + unit * 16;
   const int64_t b_step = 32 * b.stride;
-  const int a_left = line < a.valid ? k_bytes - unit * 16 : 0;  // bytes of k that this thread has something of
-  const int b_left = k_bytes - unit * 16;
+  int a_left = line < a.valid ? k_bytes - unit * 16 : 0;  // bytes of k that this thread has something of
+  int b_left = k_bytes - unit * 16;
   const int chunks = (k_bytes + 2 * kLine - 1) / (2 * kLine);
+  keep_computed(to);
+  keep_computed(a_from);
+  keep_computed(b_from);
+  keep_computed(a_left);
+  keep_computed(b_left);
 
   const auto load_a = [&](int chunk, int stage) {
     if (kRows == 32 || line < kRows) {

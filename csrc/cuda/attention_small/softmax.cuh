@@ -55,19 +55,38 @@ struct HeadPlace {
   int length;
 };
 
-template <typename Tile, int kCount>
-__device__ __forceinline__ void load_tokens(uint32_t to, const HeadPlace& place, int part, int first) {
-  constexpr int kAtOnce = kSmallThreads / Tile::kUnits;
-  const int token = threadIdx.x / Tile::kUnits, unit = threadIdx.x % Tile::kUnits;
-  const int left = unit * 16 < place.head_bytes ? place.length - first - token : 0;
-  const unsigned char* from = place.qkv + part * place.part_stride + (first + token) * place.stride + unit * 16;
-  const uint32_t into = to + token * Tile::kPitch + unit * 16;
-#pragma unroll
-  for (int i = 0; i < (kCount + kAtOnce - 1) / kAtOnce; ++i) {
-    if (kCount % kAtOnce != 0 && i * kAtOnce + token >= kCount) break;
-    copy_async(into + i * kAtOnce * Tile::kPitch, from + i * kAtOnce * place.stride, i * kAtOnce < left ? 16 : 0);
+// Copies rows of queries, keys or values to shared memory; a thread has the same 16 bytes of every few of them.
+template <typename Tile>
+struct TokenCopies {
+  static constexpr int kAtOnce = kSmallThreads / Tile::kUnits;
+  const unsigned char* from;
+  uint32_t into;  // from a shared address on
+  int64_t stride, part_stride;
+  int left;  // tokens from this thread's first one on, none where its 16 bytes are not the head's
+
+  __device__ __forceinline__ explicit TokenCopies(const HeadPlace& place)
+      : stride(place.stride), part_stride(place.part_stride) {
+    const int token = threadIdx.x / Tile::kUnits, unit = threadIdx.x % Tile::kUnits;
+    from = place.qkv + token * stride + unit * 16;
+    into = token * Tile::kPitch + unit * 16;
+    left = unit * 16 < place.head_bytes ? place.length - token : 0;
+    keep_computed(from);
+    keep_computed(into);
+    keep_computed(left);
   }
-}
+
+  // part: 0 queries, 1 keys, 2 values
+  template <int kCount>
+  __device__ __forceinline__ void load(uint32_t to, int part, int first) const {
+    const unsigned char* at = from + part * part_stride + first * stride;
+#pragma unroll
+    for (int i = 0; i < (kCount + kAtOnce - 1) / kAtOnce; ++i) {
+      if (kCount % kAtOnce != 0 && i * kAtOnce + static_cast<int>(threadIdx.x) / Tile::kUnits >= kCount) break;
+      copy_async(to + into + i * kAtOnce * Tile::kPitch, at + i * kAtOnce * stride,
+                 first + i * kAtOnce < left ? 16 : 0);
+    }
+  }
+};
 
 // The sums of one warp.
 template <typename Tile>
