@@ -80,6 +80,7 @@ __device__ __forceinline__ void multiply_rows(ProductTile<Math, kRows, kColumns>
   keep_computed(b_from);
   keep_computed(a_left);
   keep_computed(b_left);
+  computed_before_wait(a_from, b_from, to);
 
   const auto load_a = [&](int chunk, int stage) {
     if (kRows == 32 || line < kRows) {

@@ -73,6 +73,7 @@ struct TokenCopies {
     keep_computed(from);
     keep_computed(into);
     keep_computed(left);
+    computed_before_wait(from, from, into);
   }
 
   // part: 0 queries, 1 keys, 2 values
