@@ -72,6 +72,8 @@ struct AttentionBackward {
   Tensor logsumexp;            // [batch, heads, length], dense
 };
 
+struct FusedAttentionResult;
+
 // What a device has to offer.
 struct AttentionBackend {
   bool cuda;
@@ -86,6 +88,9 @@ struct AttentionBackend {
   bool (*own_linear)(const Tensor& out, const Tensor& rows, const Tensor& weight, const OptionalTensor& bias,
                      bool tf32) = nullptr;
   const char* own_paths[2] = {"", ""};  // what is recorded beside the attention's path where one was taken: ieee, tf32
+  // Kernels for the whole, where there are such for the case. Null: there never are.
+  std::optional<FusedAttentionResult> (*whole)(const AttentionArgs& args, const AttentionPlan& plan,
+                                               bool keep) = nullptr;
 };
 
 // The result, and where `keep` is set what the backward needs.

@@ -8,7 +8,11 @@ namespace styleforge {
 template <const AttentionBackend& kBackend>
 struct AttentionOperators {
   static FusedAttentionResult run(const AttentionArgs& args, bool keep) {
-    return run_attention(kBackend, args, plan_attention(args), keep);
+    const AttentionPlan plan = plan_attention(args);
+    if (kBackend.whole != nullptr) {
+      if (auto result = kBackend.whole(args, plan, keep)) return *std::move(result);
+    }
+    return run_attention(kBackend, args, plan, keep);
   }
 
   template <AttentionVersion kVersion>

@@ -8,6 +8,7 @@
 #include "launch.h"
 #include "matmul.h"
 #include "sdpa.h"
+#include "small_attention.h"
 #include "tiled_attention.h"
 
 #include <algorithm>
@@ -133,9 +134,16 @@ AttentionGradient attend_backward(const Attention& attention, const AttentionBac
 }
 
 const AttentionBackend kBackend{
-    true,     cublas_mm,       cublas_addmm,
-    attend,   attend_backward, [](const Tensor&) {},
-    run_gemm, run_linear,      {"products:sm90:3xtf32", "products:sm90:tf32"},
+    true,
+    cublas_mm,
+    cublas_addmm,
+    attend,
+    attend_backward,
+    [](const Tensor&) {},
+    run_gemm,
+    run_linear,
+    {"products:sm90:3xtf32", "products:sm90:tf32"},
+    run_small_attention,
 };
 
 using Operators = AttentionOperators<kBackend>;
