@@ -29,6 +29,8 @@ constexpr int kConsumers = 128 * kGroups;
 constexpr int kThreads = kConsumers + 128;
 constexpr int kABytes = kRows * kBoxRowBytes;
 constexpr int kStageBytes = kABytes + kColumns * kBoxRowBytes;
+
+#ifdef STYLEFORGE_HAS_WGMMA
 constexpr int kTurn = 1;  // name of the first warpgroup's barrier
 
 struct Tile {
@@ -43,6 +45,7 @@ __device__ __forceinline__ Tile tile_at(int index, int tiles_m, int tiles_n, int
   const int column = r / height;
   return {(first + r - column * height) * kRows, column * kColumns};
 }
+#endif  // STYLEFORGE_HAS_WGMMA
 
 template <typename T, bool kGradient>
 __global__ void __launch_bounds__(kThreads, 1)
