@@ -45,8 +45,9 @@ def _fused_convolutions(channels_last: bool, paths: set[str]) -> None:
             fused_conv_instance_norm_relu(
                 x, w, padding=kernel // 2, padding_mode="reflect", upsample=upsample, precision=precision
             )
-            if "sm90" in styleforge.last_path():  # else it was cuDNN's, which takes some tools minutes
-                paths.add(styleforge.last_path())
+            path = styleforge.last_path()
+            if "sm90" in path or "picture" in path:  # else it was cuDNN's, which takes some tools minutes
+                paths.add(path)
         x = torch.randn(1, 32, 21, 35, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
         w = torch.randn(3, 32, 9, 9, device="cuda", dtype=dtype)
         torch.ops.styleforge._reflect_conv2d(x, w, None, precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -243,10 +244,10 @@ def test_wrong_in_one_memory_format_is_wrong(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_result_that_changes_from_run_to_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    right = styleforge.FusedFFN.forward
+    right, calls = styleforge.FusedFFN.forward, itertools.count()
 
     def forward(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return right(self, input, residual) * (1 + 1e-6 * torch.rand(()))
+        return right(self, input, residual) * (1 + 1e-6 * (next(calls) % 2))
 
     monkeypatch.setattr(styleforge.FusedFFN, "forward", forward)
     data, result = _json(tmp_path, "ffn", "--case", "1x8x16->32", "--against", "eager", code=1)

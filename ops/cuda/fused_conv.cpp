@@ -225,6 +225,50 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
   return launch_fused_conv(args, plan, params, *schedule, scope);
 }
 
+std::optional<Tensor> run_picture_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+  if (args.upsample != 1) return {};
+  cuda::ConvParams params = output_params(args, plan);
+  params.in_channels = narrow(args.input.size(1));
+  params.height = narrow(args.input.size(2));
+  params.width = narrow(args.input.size(3));
+  params.kernel_h = narrow(args.weight.size(2));
+  params.kernel_w = narrow(args.weight.size(3));
+  params.stride_h = narrow(plan.stride[0]);
+  params.stride_w = narrow(plan.stride[1]);
+  params.pad_top = narrow(plan.padding[0]);
+  params.pad_left = narrow(plan.padding[1]);
+  params.mode = plan.mode;
+
+  const CudaScope scope(args.input);
+  cuda::ConvSchedule schedule;
+  bool supported = false;
+  check_cuda(kOp, cuda::schedule_picture_conv(params, schedule, supported));
+  if (!supported) return {};
+
+  cuda::PictureConv picture;
+  for (int d = 0; d < 4; ++d) {
+    picture.input_stride[d] = args.input.stride(d);
+    picture.weight_stride[d] = args.weight.stride(d);
+  }
+  params.input = args.input.const_data_ptr();
+  params.weight = args.weight.const_data_ptr();
+  Scratch scratch;
+  const size_t moments = scratch.add(schedule.moments_bytes(params));
+  scratch.allocate(args.input);
+  params.moments = static_cast<float2*>(scratch.at(moments));
+  const auto dtype = args.input.scalar_type();
+  const Tensor output = empty_dense(args.input, plan.output_sizes, plan.channels_last, dtype);
+  const Tensor raw = plan.channels_last ? output : empty_dense(args.input, plan.output_sizes, true, dtype);
+  params.output = raw.mutable_data_ptr();
+  InstanceNormRequest request = norm_request(args, plan);
+  request.in_place = true;
+  const auto call = prepare_instance_norm(request, output, args.norm_weight, args.norm_bias, args.residual);
+  const char* name = nullptr;
+  check_cuda(kOp, cuda::launch_picture_conv(params, picture, schedule, call.params, scope.stream(), name));
+  record_path("conv_instance_norm_relu:cuda", name);
+  return output;
+}
+
 std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
   const int64_t full = 16 / static_cast<int64_t>(args.input.element_size());
   const int64_t kernel_w = args.weight.size(3);

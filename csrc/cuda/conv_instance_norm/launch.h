@@ -5,6 +5,7 @@
 //   convolution  conv_sm90.cu   implicit GEMM with (mean, M2) of each tile's channels; where all tiles are on the chip
 //   at
 //                               the same time, all that follows, too; else it writes the raw result
+//                conv_picture.cu the same for one to four input channels, raw
 //   finish       finish.cu      merges the tiles' moments; normalises, adds the residual, activates, in place
 //                finish_nchw.cu the same, to another tensor, which is NCHW
 //   columns      columns.cu     adds up a convolution that ran by the columns of its kernel (few output channels, no
@@ -85,6 +86,17 @@ cudaError_t launch_conv_one_pass(const ConvParams& params, const ConvSchedule& s
 // In two: the convolution writes params.output, channels_last, which norm.output may be if it is channels_last, too.
 cudaError_t launch_conv_two_passes(const ConvParams& params, ConvSchedule schedule, const InstanceNormParams& norm,
                                    cudaStream_t stream, const char*& name);
+
+// A convolution of few input channels, read where they lie: strides in elements, of [N, C, H, W] and [Co, Ci, kh, kw].
+// params.in_channels is the picture's own number of channels.
+struct PictureConv {
+  int64_t input_stride[4] = {};
+  int64_t weight_stride[4] = {};
+};
+cudaError_t schedule_picture_conv(const ConvParams& params, ConvSchedule& schedule, bool& supported);
+// Writes params.output, channels_last, and what follows goes to norm.output, as for launch_conv_two_passes.
+cudaError_t launch_picture_conv(const ConvParams& params, const PictureConv& picture, const ConvSchedule& schedule,
+                                const InstanceNormParams& norm, cudaStream_t stream, const char*& name);
 
 struct ConvWeightsParams {
   const void* weight = nullptr;  // [out_channels, in_channels, kernel_h, kernel_w], any strides
