@@ -123,7 +123,7 @@ def test_both_formats_give_the_same_bits(
             poison(reference.numel(), dtype, "cuda")
             nchw = CONV(x, w, None, *args, r, precision)
             path = styleforge.last_path()
-            assert "sm90" in path
+            assert "sm90" in path or (ci == 3 and not forced)  # pictures have a kernel of their own
             poison(reference.numel(), dtype, "cuda")
             nhwc = CONV(_channels_last(x), _channels_last(w), None, *args, r, precision)
             assert nchw.stride() == dense_strides(nchw.shape, x)
