@@ -201,6 +201,17 @@ def test_each_operator(tmp_path: Path, operator: str, mode: str, text: str) -> N
     assert out.index("relative error") < out.index("x as fast") < out.index("where we lose")
 
 
+def test_cases_of_several_operators(tmp_path: Path) -> None:
+    texts = ("--case", "ffn 1x8x16->32", "--case", "conv 1x4->8@9x8k3s2", "--case", "ffn 2x8x16->32")
+    data, _ = _json(tmp_path, *texts, "--against", "eager")
+    found = [(case["operator"], case["case"]) for table in data["tables"] for case in table["cases"]]
+    assert found == [("ffn", "1x8x16->32"), ("ffn", "2x8x16->32"), ("conv", "1x4->8@9x8k3s2")]
+    conv = data["tables"][1]["cases"][0]["contenders"]
+    for contender in conv.values():
+        assert set(contender["formats"]) == {"contiguous", "channels_last"}
+        assert min(contender["formats"].values()) == contender["wall"]["median"]
+
+
 def test_training_step(tmp_path: Path) -> None:
     data, _ = _json(tmp_path, "conv", "--case", "1x4->8@8x8k3s1", "--against", "eager,jax", "--backward")
     (case,) = data["tables"][0]["cases"]
@@ -380,6 +391,7 @@ def test_page_of_an_earlier_run(tmp_path: Path) -> None:
         (("ffn", "--against", "tensorflow"), "got 'tensorflow'"),
         (("ffn", "--case", "1x2"), "a case of ffn is written like 8x1024x512->2048, got '1x2'"),
         (("--case", "1x2"), "--case needs one operator"),
+        (("ffn", "--case", "conv 1x4->8@8x8k3s1"), "with one of ffn, got 'conv 1x4->8@8x8k3s1'"),
         (("attention", "--mode", "residual"), "attention has no residual mode"),
         (("ffn", "--dtype", "int8"), "got 'int8'"),
         (("ffn", "--json", "/nowhere/at/all.json"), "there is no folder /nowhere/at"),

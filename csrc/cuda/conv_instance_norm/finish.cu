@@ -15,7 +15,7 @@
 namespace styleforge::cuda {
 namespace {
 
-constexpr int kMergeChannels = 16;  // 128 bytes of moments
+constexpr int kMergeChannels = 4;  // a sector of moments
 constexpr int kMergeThreads = 512;
 constexpr int kMaxMerged = 64;  // tiles that every block of `finish` merges for itself
 constexpr int kThreads = 256;

@@ -15,6 +15,7 @@ constexpr int kMaxWeightStages = 8;
 constexpr int kShared = 227 * 1024 - 2048;  // of a block, less what is declared statically
 constexpr int kAlignment = 1024 + 128;      // lost to the starts of the rings and of what lies behind them
 constexpr int kMaxTiles = 4;                // of a block of a resident grid
+constexpr int kMaxTilesInTurn = 64;         // of one that is not
 constexpr int kMaxMerged = 32;              // moments that a thread loads where every block merges for itself
 
 // STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6,tiles=2"
@@ -80,10 +81,11 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
   const int parts_bytes = s.tile_height * s.columns * static_cast<int>(sizeof(float2));
 
   // The rings take what `tiles` of a block leave of a multiprocessor's shared memory, or of half of it.
-  const auto fit = [&](int tiles) {
+  const auto fit = [&](int tiles, bool resident) {
     const int room = pairs && all > facts.multiprocessors ? (kShared - 2048) / 2 : kShared;
     const bool several = tiles > 1;
-    const int behind = several ? (tiles - 1) * stash_bytes + 2 * parts_bytes : 0;
+    const int held = !several ? 0 : resident ? tiles - 1 : 1;  // what is written at once leaves its place to the next
+    const int behind = several ? held * stash_bytes + 2 * parts_bytes : 0;
     s.weight_stages = std::min({tiles * steps, kMaxWeightStages, tuned("weights", room < kShared ? 4 : split ? 8 : 6)});
     s.input_stages = std::min({tiles * chunks, kMaxInputStages, tuned("inputs", kMaxInputStages)});
     const auto rings = [&] { return s.weight_stages * weight_bytes + s.input_stages * s.halo_bytes; };
@@ -97,14 +99,15 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
     while (bytes() > kShared && s.weight_stages > std::min(steps, 2)) --s.weight_stages;
     s.tiles = tiles;
     s.stash_offset = (std::max(rings(), stash_bytes) + 127) / 128 * 128;
-    s.parts_offset = several ? s.stash_offset + (tiles - 1) * stash_bytes : stash_bytes;
+    s.parts_offset = several ? s.stash_offset + held * stash_bytes : stash_bytes;
     s.shared_bytes = static_cast<size_t>(bytes());
     return bytes() <= kShared;
   };
   const int64_t capacity = int64_t{facts.multiprocessors} * (pairs ? 2 : 1);
-  const auto tiles = tuned("tiles", static_cast<int>(std::min<int64_t>(ceil_div(all, capacity), kMaxTiles + 1)));
-  s.resident = !two_passes && tiles <= kMaxTiles && groups * ceil_div(s.entries, tiles) <= capacity && fit(tiles);
-  if (!s.resident && !fit(1)) return cudaSuccess;
+  const auto tiles = tuned("tiles", static_cast<int>(std::min<int64_t>(ceil_div(all, capacity), kMaxTilesInTurn)));
+  s.resident = !two_passes && tiles <= kMaxTiles && groups * ceil_div(s.entries, tiles) <= capacity && fit(tiles, true);
+  // One after the other also where nothing is held: the next tile is loaded while the last one is written.
+  if (!s.resident && !fit(tiles, false) && !fit(1, false)) return cudaSuccess;
   // To NCHW, the phases of an upsampling would each write every second element; tiles of 128 channels take the same
   // time in TF32 either way, and in fp16 1.5 us more in one pass (1x128x128x128 and 8x128x64x64).
   s.resident_nchw = s.resident && p.phases == 1 && (s.columns < 128 || one_pass);

@@ -36,10 +36,14 @@ class FusedConvInstanceNormReLU(nn.Module):
         negative_slope: of leaky_relu.
         precision: of float32 on the GPU: "ieee", "tf32", or None: what ``torch.backends.cudnn`` says at every
             call (a scripted module keeps what it said when the module was built).
+        device: of the parameters.
+        dtype: of the parameters.
 
     Attributes:
-        weight: [Co, Ci, kh, kw]; bias: [Co] or None; norm_weight, norm_bias: [Co] or None. State dicts with
-        the older names ``gamma`` and ``beta`` load as well.
+        weight: [Co, Ci, kh, kw].
+        bias: [Co] or None.
+        norm_weight: [Co] or None; ``gamma`` in older state dicts, which load as well.
+        norm_bias: [Co] or None; ``beta`` in older state dicts.
 
     Shape:
         input [N, Ci, H, W], residual and output [N, Co, Ho, Wo]; channels_last where the input is.
@@ -180,6 +184,10 @@ class FusedConvInstanceNormReLU(nn.Module):
 
     def load_from_pytorch(self, conv: nn.Conv2d, instance_norm: nn.InstanceNorm2d) -> None:
         """Copies the parameters of existing layers into this one.
+
+        Args:
+            conv: a convolution of this module's channels and kernel, without groups and dilation.
+            instance_norm: the norm after it, without running statistics.
 
         Raises:
             ValueError: the layers have something that this module does not, or other shapes.

@@ -50,6 +50,12 @@ def fused_conv_instance_norm_relu(
 ) -> Tensor:
     """Convolution, instance norm, residual and activation as one operator.
 
+        output = activation(instance_norm(conv2d(pad(upsample(input)), weight)) + residual)
+
+    with the norm of ``fused_instance_norm``; the bias cancels under it. By schema
+    ``torch.ops.styleforge.fused_conv_instance_norm_relu``. Differentiable once; autocast, vmap and CUDA
+    graphs work.
+
     Args:
         input: [N, Ci, H, W], float32, float16, bfloat16 or float64, any strides.
         weight: [Co, Ci, kh, kw], the input's dtype.
@@ -73,6 +79,10 @@ def fused_conv_instance_norm_relu(
 
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what was given.
+
+    Source:
+        Johnson, Alahi, Fei-Fei, "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", 2016,
+        arXiv:1603.08155.
     """
     result: Tensor = _op(
         input,
