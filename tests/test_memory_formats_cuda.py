@@ -118,20 +118,20 @@ def test_both_formats_give_the_same_bits(
         reference = conv_instance_norm(x, w, None, *args)
         r = torch.randn_like(reference).to(dtype) if batch > 1 else None
         reference = conv_instance_norm(x, w, None, *args, r)
-        for forced in ("", "sm90:two_pass"):
+        for forced in ("", "sm90:one_pass", "sm90:two_pass"):
             monkeypatch.setenv("STYLEFORGE_PATH", forced)
             poison(reference.numel(), dtype, "cuda")
             nchw = CONV(x, w, None, *args, r, precision)
             path = styleforge.last_path()
-            assert "sm90" in path
+            assert "sm90" in path or (ci == 3 and not forced)  # pictures have a kernel of their own
             poison(reference.numel(), dtype, "cuda")
             nhwc = CONV(_channels_last(x), _channels_last(w), None, *args, r, precision)
             assert nchw.stride() == dense_strides(nchw.shape, x)
             assert nhwc.stride() == dense_strides(nhwc.shape, _channels_last(x))
             if path == styleforge.last_path():
                 assert torch.equal(nchw, nhwc)
-            else:  # to NCHW, phases of an upsampling take two passes
-                assert upsample == 2 and not forced
+            else:  # to NCHW, phases of an upsampling take two passes, and tiles of 128 channels unless forced
+                assert upsample == 2 or not forced
             limit = {torch.float16: 1e-3, torch.bfloat16: 6e-3}.get(
                 dtype, 1e-3 if precision == "tf32" else 2e-6
             )

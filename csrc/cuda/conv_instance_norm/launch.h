@@ -57,8 +57,9 @@ struct ConvSchedule {
   int halo_height = 0, halo_width = 0, halo_bytes = 0;  // of a tile's input, one stage
   unsigned halo_divisor = 0, tiles_x_divisor = 0;       // 2^32 / halo_width and / tiles_x, rounded up
   int tiles = 1;                                        // of a block, one after the other
-  bool resident = false;     // the grid is on the chip as a whole, and the convolution's kernel normalises
-  bool merge_apart = false;  // resident: moments are merged in a step of their own
+  bool resident = false;       // the grid is on the chip as a whole, and the convolution's kernel normalises
+  bool resident_nchw = false;  // it does so also where the result is NCHW
+  bool merge_apart = false;    // resident: moments are merged in a step of their own
   // Behind the rings in shared memory: the results of all but a block's last tile, then the moments of its warps. What
   // belongs to the last tile lies over the rings.
   int stash_offset = 0, parts_offset = 0;

@@ -13,12 +13,13 @@ namespace styleforge::cuda {
 namespace {
 
 constexpr int kThreads = kTransposeThreads;
+constexpr int kTapsAlone = 1, kTapsBeside = 3;  // of a thread
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) conv_weights_kernel(const __grid_constant__ ConvWeightsParams p) {
   wait_for_predecessor();
   release_successor();
-  write_conv_weights<T>(p, static_cast<int>(blockIdx.x * kThreads + threadIdx.x));
+  write_conv_weights<T, kTapsAlone>(p, static_cast<int>(blockIdx.x * kThreads + threadIdx.x));
 }
 
 // The weights' blocks are the first planes of the grid: they have longer to go than the transposition's.
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 6)
     return;
   }
   const int block = (z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-  write_conv_weights<T>(p, static_cast<int>(block * kThreads + threadIdx.x));
+  write_conv_weights<T, kTapsBeside>(p, static_cast<int>(block * kThreads + threadIdx.x));
 }
 
 // The element type that moves weights: only float32 is ever computed with.
@@ -56,7 +57,7 @@ cudaError_t switch_weights(DType dtype, Body&& body) {
 cudaError_t launch_conv_weights(const ConvWeightsParams& params, cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  const auto grid = dim3(static_cast<unsigned>(ceil_div(weight_threads(params), kThreads)));
+  const auto grid = dim3(static_cast<unsigned>(ceil_div(weight_threads<kTapsAlone>(params), kThreads)));
   return switch_weights(params.dtype, [&]<typename T>() {
     return launch(conv_weights_kernel<T>, grid, dim3(kThreads), 0, 1, facts, stream, params);
   });
@@ -67,7 +68,7 @@ cudaError_t launch_conv_operands(const ConvWeightsParams& weights, const Transpo
   if (const auto error = device_facts(facts)) return error;
   dim3 grid = transpose_grid(input);
   const int64_t plane = static_cast<int64_t>(grid.x) * grid.y;
-  const auto planes = static_cast<unsigned>(ceil_div(ceil_div(weight_threads(weights), kThreads), plane));
+  const auto planes = static_cast<unsigned>(ceil_div(ceil_div(weight_threads<kTapsBeside>(weights), kThreads), plane));
   if (grid.z + planes > 65535) {  // a grid's limit
     if (const auto error = launch_conv_weights(weights, stream)) return error;
     return launch_transpose(input, stream);

@@ -1,6 +1,10 @@
-// A kernel's weights, brought to [rows, taps, in_channels]: a thread has nine taps of one output and one input channel,
-// neighbouring threads have neighbouring input channels. The taps lie side by side in PyTorch's layout, so that the
-// reads of a warp are lines that it needs as a whole, and its writes are runs of channels.
+// A kernel's weights, brought to [rows, taps, in_channels]: a thread has a few taps of one output and one input
+// channel, neighbouring threads have neighbouring input channels. The taps lie side by side in PyTorch's layout, so
+// that the reads of a warp's turns are the same lines, and its writes are runs of channels.
+//
+// Few taps make many blocks, and that counts for more than the index arithmetic they share: blocks come early, while
+// the multiprocessors are full of the kernel before, and crowd on those that are not. Alone, one tap is best (nine: up
+// to 2 us later on 128x128x3x3), beside a transposition three.
 #pragma once
 
 #include "../common/tf32.cuh"
@@ -9,8 +13,6 @@
 
 namespace styleforge::cuda {
 
-constexpr int kWeightTaps = 9;  // of a thread, whose loads are on their way together: a 3x3 kernel's
-
 // Of the result: a kernel's taps and rows.
 __host__ __device__ inline int weight_taps(const ConvWeightsParams& p) {
   return p.column_rows > 0 ? p.kernel_h : p.kernel_h * p.kernel_w;
@@ -18,16 +20,17 @@ __host__ __device__ inline int weight_taps(const ConvWeightsParams& p) {
 __host__ __device__ inline int weight_rows(const ConvWeightsParams& p) {
   return p.column_rows > 0 ? p.column_rows : p.out_channels;
 }
-inline int64_t weight_threads(const ConvWeightsParams& p) {
-  return int64_t{weight_rows(p)} * p.in_channels * ((weight_taps(p) + kWeightTaps - 1) / kWeightTaps);
+template <int kTaps>
+int64_t weight_threads(const ConvWeightsParams& p) {
+  return int64_t{weight_rows(p)} * p.in_channels * ((weight_taps(p) + kTaps - 1) / kTaps);
 }
 
 // Any `thread` from 0 on; those from weight_threads on do nothing.
-template <typename T>
+template <typename T, int kTaps>
 __device__ __forceinline__ void write_conv_weights(const ConvWeightsParams& p, int thread) {
   const int pairs = weight_rows(p) * p.in_channels;
   const int taps = weight_taps(p);
-  const int first = thread / pairs * kWeightTaps;
+  const int first = thread / pairs * kTaps;
   if (first >= taps) return;
   const int pair = thread % pairs;
   const int row = pair / p.in_channels;
@@ -40,9 +43,9 @@ __device__ __forceinline__ void write_conv_weights(const ConvWeightsParams& p, i
   int y = by_columns ? first : first / p.kernel_w;
   int x = by_columns ? (exists ? column : 0) : first - y * p.kernel_w;
   // No load is conditional, or they would wait for each other: beyond the last tap it is the last one again.
-  T value[kWeightTaps];
+  T value[kTaps];
 #pragma unroll
-  for (int u = 0; u < kWeightTaps; ++u) {
+  for (int u = 0; u < kTaps; ++u) {
     value[u] = from[y * p.stride[2] + x * p.stride[3]];
     const bool last = first + u + 1 >= taps;
     const bool wraps = by_columns || x + 1 == p.kernel_w;
@@ -51,7 +54,7 @@ __device__ __forceinline__ void write_conv_weights(const ConvWeightsParams& p, i
   }
   const int64_t to = (static_cast<int64_t>(row) * taps + first) * p.in_channels + ci;
 #pragma unroll
-  for (int u = 0; u < kWeightTaps; ++u) {
+  for (int u = 0; u < kTaps; ++u) {
     if (first + u >= taps) continue;
     const T own = exists ? value[u] : T{};
     const int64_t at = to + static_cast<int64_t>(u) * p.in_channels;
