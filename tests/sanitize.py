@@ -174,8 +174,6 @@ def _tiled_attention(paths: set[str]) -> None:
         (197, 120, 1),
         (70, 36, 4),
         (300, 132, 3),
-        (75, 256, 1),
-        (133, 150, 1),
     ):
         sizes = ((2, length, embed), (3 * embed, embed), (3 * embed,), (embed, embed), (embed,))
         tensors = [torch.randn(s, device="cuda") for s in sizes]

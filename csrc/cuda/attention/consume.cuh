@@ -130,8 +130,7 @@ struct AttentionConsumer {
       }
       hide_keys(scores, bits);
     }
-    softmax.update(scores, factor);
-    split_weights(scores, p_hi, p_lo);
+    softmax.update(scores, factor, p_hi, p_lo);
   }
 
   // One tile of this warpgroup's; with both products in a turn, its scores are there already.
