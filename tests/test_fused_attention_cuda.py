@@ -28,7 +28,6 @@ PATHS = [
     ("cudnn", 256, 128, 4),
     ("efficient", 130, 128, 4),
     ("math", 130, 128, 4),
-    ("cluster", 130, 128, 4),
     ("dependent", 300, 128, 2),
 ]
 CASES = pytest.mark.parametrize(("forced", "length", "embed", "heads"), PATHS, ids=str)
