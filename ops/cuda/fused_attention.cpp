@@ -1,6 +1,6 @@
 // fused_attention on CUDA: the products are cuBLAS's through ATen, what runs between them is one of ATen's attention
-// kernels. Kernels of our own take their place here: for the whole, in Operators::run before run_attention; for the
-// stage between the products, in choose() and attend().
+// kernels. Kernels of our own take their place: for the whole of a short sequence those of small_attention.h, for the
+// stage between the products in choose() and attend().
 #include "../fused_attention_operators.h"
 
 #include "../../csrc/cuda/common/launch.h"

@@ -48,8 +48,9 @@ struct HeadBlock {
     const ProductRows a{static_cast<const unsigned char*>(p.input) +
                             (sample * p.input_stride[0] + first_row * p.input_stride[1]) * kSize,
                         p.input_stride[1] * kSize, rows};
-    const ProductWeights b{static_cast<const unsigned char*>(p.qkv_weight) + head * p.head_dim * p.embed * kSize,
-                           p.embed * kSize, p.embed * kSize * p.embed, p.head_dim};
+    const ProductWeights b{
+        static_cast<const unsigned char*>(p.qkv_weight) + int64_t{head} * p.head_dim * p.embed * kSize, p.embed * kSize,
+        p.embed * kSize * p.embed, p.head_dim};
     multiply_rows<kHeadDim, false>(product, ring, a, b, p.embed * static_cast<int>(kSize), [] {});
   }
 

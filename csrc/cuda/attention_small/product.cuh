@@ -69,9 +69,13 @@ __device__ __forceinline__ void multiply_rows(ProductTile<Math, kRows, kColumns>
   const int lane = threadIdx.x % 32;
   const int unit = threadIdx.x % 8, line = threadIdx.x / 8;  // what this thread copies, of each 32 lines
   const uint32_t to = ring + line * kLine + ((unit ^ (line & 7)) << 4);
-  const unsigned char* a_from = a.data + line * a.stride + unit * 16;
-  const unsigned char* b_from = b.data + line * b.stride + unit * 16;
-  const int64_t b_step = 32 * b.stride;
+  // Where nothing is to be read, the addresses are those of the first row or its first bytes: none lies outside.
+  const int unit_at = unit * 16 < k_bytes ? unit * 16 : 0;
+  const unsigned char* a_from = a.data + (line < a.valid ? line : 0) * a.stride + unit_at;
+  const unsigned char* b_from = b.data + unit_at;
+  int64_t row_at[kPerPart];
+#pragma unroll
+  for (int j = 0; j < kPerPart; ++j) row_at[j] = (line + j * 32 < b.valid ? line + j * 32 : 0) * b.stride;
   const int a_left = line < a.valid ? k_bytes - unit * 16 : 0;  // bytes of k that this thread has something of
   const int b_left = k_bytes - unit * 16;
   const int chunks = (k_bytes + 2 * kLine - 1) / (2 * kLine);
@@ -81,7 +85,8 @@ __device__ __forceinline__ void multiply_rows(ProductTile<Math, kRows, kColumns>
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int at = (2 * chunk + half) * kLine;
-        copy_async(to + stage * Tile::kStageBytes + half * Tile::kHalfBytes, a_from + at, at < a_left ? 16 : 0);
+        const bool there = at < a_left;
+        copy_async(to + stage * Tile::kStageBytes + half * Tile::kHalfBytes, a_from + (there ? at : 0), there ? 16 : 0);
       }
     }
   };
@@ -91,11 +96,10 @@ __device__ __forceinline__ void multiply_rows(ProductTile<Math, kRows, kColumns>
       const int at = (2 * chunk + half) * kLine;
       const bool there = at < b_left;
       const uint32_t into = to + stage * Tile::kStageBytes + half * Tile::kHalfBytes + 32 * kLine;
-      const unsigned char* from = b_from + at;
+      const unsigned char* from = b_from + (there ? at : 0);
 #pragma unroll
       for (int i = 0; i < kColumns / 32; ++i) {
-        const unsigned char* part = from + i / kPerPart * b.part_stride;
-        copy_async(into + i * 32 * kLine, part + i % kPerPart * b_step,
+        copy_async(into + i * 32 * kLine, from + i / kPerPart * b.part_stride + row_at[i % kPerPart],
                    there && line + i % kPerPart * 32 < b.valid ? 16 : 0);
       }
     }

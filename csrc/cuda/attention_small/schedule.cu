@@ -9,10 +9,10 @@ namespace styleforge::cuda {
 namespace {
 
 // STYLEFORGE_SMALL_ATTENTION_TUNE="rows=16,out_rows=16"
-constexpr int kReserved = 4096;         // what the kernel declares by itself, and what the system takes
-constexpr int64_t kMostRows = 1 << 19;  // a grid has 65535 tiles of them
-constexpr int kMostBlocks = 65535;      // in a grid's second and third dimension
-constexpr int64_t kFewNumbers = 256 * 128;
+constexpr int kReserved = 4096;             // what the kernel declares by itself, and what the system takes
+constexpr int64_t kMostRows = 1 << 19;      // a grid has 65535 tiles of them
+constexpr int kMostBlocks = 65535;          // in a grid's second and third dimension
+constexpr int64_t kFewNumbers = 256 * 128;  // in the input
 constexpr const char* kTuneVariable = "STYLEFORGE_SMALL_ATTENTION_TUNE";
 
 int64_t blocks(const SmallAttentionParams& p, int rows) { return ceil_div(p.length, rows) * p.heads * p.batch; }

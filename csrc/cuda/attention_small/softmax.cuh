@@ -65,15 +65,17 @@ __device__ __forceinline__ void load_tokens(uint32_t to, const HeadPlace& place,
 #pragma unroll
   for (int i = 0; i < (kCount + kAtOnce - 1) / kAtOnce; ++i) {
     if (kCount % kAtOnce != 0 && i * kAtOnce + token >= kCount) break;
-    copy_async(into + i * kAtOnce * Tile::kPitch, from + i * kAtOnce * place.stride, i * kAtOnce < left ? 16 : 0);
+    const bool there = i * kAtOnce < left;
+    copy_async(into + i * kAtOnce * Tile::kPitch, there ? from + i * kAtOnce * place.stride : place.qkv,
+               there ? 16 : 0);
   }
 }
 
 // The sums of one warp.
 template <typename Tile>
 struct RunningSoftmax {
-  float most[2] = {-INFINITY, -INFINITY},
-        sum[2] = {};  // of rows lane / 4 and lane / 4 + 8; `sum` of this lane's keys alone
+  float most[2] = {-INFINITY, -INFINITY};  // of rows lane / 4 and lane / 4 + 8
+  float sum[2] = {};                       // of the same, this lane's keys alone
   float values[Tile::kHeadDim / 8][4] = {};
 };
 
