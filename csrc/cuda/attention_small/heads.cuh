@@ -31,7 +31,7 @@ struct HeadBlock {
   const SmallAttentionParams& p;
   const int head = blockIdx.y, sample = blockIdx.z;
   const int first_row = blockIdx.x * kRows;
-  const int rows = p.length - first_row < kRows ? p.length - first_row : kRows;  // not above 0 in blocks that fill up
+  const int rows = p.length - first_row < kRows ? p.length - first_row : kRows;
   const int64_t first_token = int64_t{sample} * p.length;
 
 #ifdef STYLEFORGE_HAS_MMA
