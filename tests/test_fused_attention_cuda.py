@@ -30,7 +30,6 @@ PATHS = [
     ("math", 130, 128, 4),
     ("sm90", 300, 128, 4),
     ("sm90", 77, 60, 1),
-    ("cluster", 130, 128, 4),
     ("dependent", 300, 128, 2),
 ]
 CASES = pytest.mark.parametrize(("forced", "length", "embed", "heads"), PATHS, ids=str)

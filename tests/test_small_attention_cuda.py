@@ -1,7 +1,7 @@
 """The kernels of fused_attention_v1 for a whole block: every way to cut it, and what they leave to others.
 
-STYLEFORGE_PATH forces them: ``cluster`` is two launches, ``dependent`` three. What a server asks of them
-(graphs, streams, repeatability) is in test_fused_attention_cuda.py, with the other paths.
+STYLEFORGE_PATH=dependent forces them. What a server asks of them (graphs, streams, repeatability) is in
+test_fused_attention_cuda.py, with the other paths.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from _reference import (
 
 OP = torch.ops.styleforge.fused_attention_v1
 FORWARD = torch.ops.styleforge._fused_attention_forward
-PATHS = ("cluster", "dependent")
+PATH = "dependent"
 # dtype, precision
 ARITHMETIC = [
     (torch.float32, "ieee"),
@@ -47,11 +47,11 @@ pytestmark = [
 ]
 
 
-def _taken(path: str) -> bool:
-    return styleforge.last_path() == f"attention:v1:cuda:{path}"
+def _taken() -> bool:
+    return styleforge.last_path() == f"attention:v1:cuda:{PATH}"
 
 
-def _compare(*args: Any, path: str, precision: str = "ieee") -> Tensor:
+def _compare(*args: Any, precision: str = "ieee") -> Tensor:
     reference = attention(*args)
     with matmul_tf32(precision == "tf32"):
         yardstick = torch_attention(*args)
@@ -59,7 +59,7 @@ def _compare(*args: Any, path: str, precision: str = "ieee") -> Tensor:
     for factor in (1, 3, 4):
         poison(factor * reference.numel(), dtype, "cuda")
     result = OP(*args, precision=precision)
-    assert _taken(path)
+    assert _taken()
     assert result.is_contiguous() and result.dtype == dtype
     # One number out of a handful is chance.
     ulps = 0.5 if dtype.itemsize == 2 else 4.0
@@ -71,57 +71,48 @@ def _compare(*args: Any, path: str, precision: str = "ieee") -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("dtype", "precision"), ARITHMETIC, ids=str)
 @pytest.mark.parametrize(("embed", "heads"), WIDTHS)
 def test_every_cut(
-    embed: int, heads: int, dtype: torch.dtype, precision: str, path: str, monkeypatch: pytest.MonkeyPatch
+    embed: int, heads: int, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("STYLEFORGE_PATH", path)
+    monkeypatch.setenv("STYLEFORGE_PATH", PATH)
     for length, rows in itertools.product((1, 17, 128, 250, 333, 512, 1025), (16, 32)):
-        wide = dtype == torch.float32 and embed // heads > 64  # always in 32 rows
-        if path == "cluster" and length > 16 * (32 if wide else rows):
-            continue  # more blocks than a cluster has
         out_rows = 48 - rows
         monkeypatch.setenv("STYLEFORGE_SMALL_ATTENTION_TUNE", f"rows={rows},out_rows={out_rows}")
         x = random_tensor(2, length, embed, dtype=dtype, device="cuda")
         for is_causal, mask in ((False, None), (True, None), (False, "some"), (True, "dead")):
             parameters = attention_parameters(embed, dtype, "cuda", "none" if mask == "some" else "both")
             hidden = None if mask is None else random_mask(2, length, mask, "cuda")
-            _compare(x, *parameters, heads, None, is_causal, hidden, path=path, precision=precision)
+            _compare(x, *parameters, heads, None, is_causal, hidden, precision=precision)
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("length", [64, 128, 256, 512])
 @pytest.mark.parametrize("embed", [128, 256, 512])
-def test_the_seeds_correctness_grid(
-    embed: int, length: int, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STYLEFORGE_PATH", path)
+def test_the_seeds_correctness_grid(embed: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STYLEFORGE_PATH", PATH)
     for batch, heads, bias in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8), (True, False)):
         if embed // heads > 128:
             continue
         x = random_tensor(batch, length, embed, device="cuda")
         args = (x, *attention_parameters(embed, device="cuda", biases="both" if bias else "none"), heads)
         result, reference = OP(*args), attention(*args)
-        assert _taken(path)
+        assert _taken()
         assert max_error(result, reference) < 1e-4
         assert_as_accurate(result, torch_attention(*args), reference, ulps=2.0)
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_scale(dtype: torch.dtype, scale: float, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STYLEFORGE_PATH", path)
+def test_any_scale(dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STYLEFORGE_PATH", PATH)
     x = random_tensor(2, 200, 96, dtype=dtype, device="cuda")
     hidden = random_mask(2, 200, "some", "cuda")
-    _compare(x, *attention_parameters(96, dtype, "cuda"), 3, scale, False, hidden, path=path)
+    _compare(x, *attention_parameters(96, dtype, "cuda"), 3, scale, False, hidden)
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_what_the_backward_needs(dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_backward_needs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same, but for rounding, as the path of matrix products keeps."""
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
     for is_causal, mask in ((False, None), (True, None), (True, "some")):
@@ -130,9 +121,9 @@ def test_what_the_backward_needs(dtype: torch.dtype, path: str, monkeypatch: pyt
         args = (x, *attention_parameters(96, dtype, "cuda"), 3, None, is_causal, hidden, "ieee", 1)
         monkeypatch.setenv("STYLEFORGE_PATH", "math")
         expected = FORWARD(*args)
-        monkeypatch.setenv("STYLEFORGE_PATH", path)
+        monkeypatch.setenv("STYLEFORGE_PATH", PATH)
         results = FORWARD(*args)
-        assert _taken(path)
+        assert _taken()
         assert torch.equal(results[0], OP(*args[:-1]))
         seen = torch.ones(2, 3, 130, dtype=torch.bool, device="cuda")
         if hidden is not None:
@@ -142,9 +133,8 @@ def test_what_the_backward_needs(dtype: torch.dtype, path: str, monkeypatch: pyt
         torch.testing.assert_close(results[3][seen], expected[3][seen], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_inputs_of_other_strides(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STYLEFORGE_PATH", path)
+def test_inputs_of_other_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STYLEFORGE_PATH", PATH)
     for dtype in (torch.float32, torch.float16):
         for x in (
             random_tensor(2, 70, 128, dtype=dtype, device="cuda")[:, :, 32:96],
@@ -155,12 +145,11 @@ def test_inputs_of_other_strides(path: str, monkeypatch: pytest.MonkeyPatch) -> 
             for layout in ("contiguous", "transposed"):
                 parameters = attention_parameters(64, dtype, "cuda", layout=layout)
                 hidden = random_mask(70, 2, "some", "cuda").T
-                _compare(x, *parameters, 2, None, False, hidden, path=path)
+                _compare(x, *parameters, 2, None, False, hidden)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_one_sample_of_nan_stays_alone(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STYLEFORGE_PATH", path)
+def test_one_sample_of_nan_stays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STYLEFORGE_PATH", PATH)
     for dtype in (torch.float32, torch.bfloat16):
         x = random_tensor(3, 40, 64, dtype=dtype, device="cuda")
         parameters = attention_parameters(64, dtype, "cuda")
@@ -171,9 +160,8 @@ def test_one_sample_of_nan_stays_alone(path: str, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(result[::2], expected[::2])
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_what_the_kernels_do_not_take_runs_elsewhere(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STYLEFORGE_PATH", path)
+def test_what_the_kernels_do_not_take_runs_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STYLEFORGE_PATH", PATH)
 
     def last_path(length: int, embed: int, heads: int, dtype: torch.dtype, layout: str = "contiguous") -> str:
         x = random_tensor(1, length, embed, dtype=dtype, device="cuda", layout=layout)
@@ -188,4 +176,4 @@ def test_what_the_kernels_do_not_take_runs_elsewhere(path: str, monkeypatch: pyt
         last_path(20, 64, 2, torch.float16, "offset"),  # rows that do not begin at 16 bytes
     )
     for name in given:
-        assert name.startswith("attention:v1:cuda:") and name.rpartition(":")[2] not in PATHS
+        assert name.startswith("attention:v1:cuda:") and not name.endswith(PATH)

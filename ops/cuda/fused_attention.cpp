@@ -1,5 +1,6 @@
-// fused_attention on CUDA. Products are our own (csrc/cuda/gemm) or cuBLAS's through ATen; what runs between them is
-// our own in float32 (tiled_attention.h), else one of ATen's attention kernels.
+// fused_attention on CUDA. The whole of a short sequence is our own (small_attention.h). Else products are our own
+// (csrc/cuda/gemm) or cuBLAS's through ATen, and what runs between them is our own in float32 (tiled_attention.h), or
+// one of ATen's attention kernels.
 #include "../fused_attention_operators.h"
 
 #include "../../csrc/cuda/common/launch.h"

@@ -87,7 +87,7 @@ std::optional<FusedAttentionResult> run_small_attention(const AttentionArgs& arg
     params.qkv = static_cast<unsigned char*>(params.attended) + tokens;
   }
   check_cuda(kOp, cuda::launch_small_attention(params, schedule, scope.stream()));
-  record_path(schedule.cluster > 0 ? "attention:v1:cuda:cluster" : "attention:v1:cuda:dependent");
+  record_path("attention:v1:cuda:dependent");
   return result;
 }
 

@@ -6,19 +6,13 @@
 namespace styleforge::cuda {
 
 template <typename Math, int kHeadDim, int kRows>
-cudaError_t launch_heads(const SmallAttentionParams& p, const SmallAttentionSchedule& s, cudaStream_t stream) {
+cudaError_t launch_heads(const SmallAttentionParams& p, cudaStream_t stream) {
   using Block = HeadBlock<Math, kHeadDim, kRows>;
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const int padded = padded_length(p.length);
-  dim3 grid(static_cast<unsigned>(ceil_div(p.length, kRows)), static_cast<unsigned>(p.heads),
-            static_cast<unsigned>(p.batch));
-  if (s.cluster > 0) {
-    grid.x = static_cast<unsigned>(s.cluster);
-    return launch(small_cluster_kernel<Math, kHeadDim, kRows>, grid, dim3(kSmallThreads),
-                  static_cast<size_t>(padded + std::max(Block::Product::kRingBytes, Block::Tile::bytes(p.length))),
-                  s.cluster, facts, stream, p, padded);
-  }
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.length, kRows)), static_cast<unsigned>(p.heads),
+                  static_cast<unsigned>(p.batch));
   if (const auto error = launch(small_project_kernel<Math, kHeadDim, kRows>, grid, dim3(kSmallThreads),
                                 Block::Product::kRingBytes, 1, facts, stream, p)) {
     return error;
@@ -46,8 +40,8 @@ auto switch_heads(const SmallAttentionSchedule& s, const Body& body) {
 
 template <typename Math>
 cudaError_t launch_heads(const SmallAttentionParams& p, const SmallAttentionSchedule& s, cudaStream_t stream) {
-  return switch_heads<Math>(
-      s, [&]<int kHeadDim, int kRows>() { return launch_heads<Math, kHeadDim, kRows>(p, s, stream); });
+  return switch_heads<Math>(s,
+                            [&]<int kHeadDim, int kRows>() { return launch_heads<Math, kHeadDim, kRows>(p, stream); });
 }
 
 }  // namespace styleforge::cuda

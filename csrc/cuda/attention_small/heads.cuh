@@ -1,10 +1,11 @@
-// The first launches of launch.h: a head's queries, keys and values, and its attention.
+// The first two launches of launch.h: a head's queries, keys and values, which go through memory (that is, the L2
+// cache), and its attention.
 //
-//   grid:   blocks of queries, heads, samples
-//   block:  projects its rows to the head's queries, keys and values; reads the keys and values of all blocks (they lie
-//           in the L2 cache); attends
+//   grid:  blocks of queries, heads, samples
 //
-// Two launches, or one where the blocks of a head are a cluster.
+// Both in one launch, with the blocks of a head as a cluster, was tried: handing keys and values on through each
+// other's shared memory is slower than through the L2 cache (some 14 bytes a cycle and multiprocessor), and a barrier
+// of the cluster behind stores to memory waits for these as long as a dependent launch does.
 #pragma once
 
 #include <algorithm>
@@ -26,12 +27,11 @@ struct HeadBlock {
   using Tile = HeadTile<Math, kHeadDim, kRows>;
   using Product = ProductTile<Math, kRows, 3 * kHeadDim>;
   static constexpr int64_t kSize = sizeof(T);
-  static constexpr int kAtOnce = Math::kSplit && kHeadDim > 32 ? 1 : 2;  // chunks; 1 for want of registers
 
   const SmallAttentionParams& p;
   const int head = blockIdx.y, sample = blockIdx.z;
   const int first_row = blockIdx.x * kRows;
-  const int rows = p.length - first_row < kRows ? p.length - first_row : kRows;  // not above 0 in blocks that fill up
+  const int rows = p.length - first_row < kRows ? p.length - first_row : kRows;
   const int64_t first_token = int64_t{sample} * p.length;
 
 #ifdef STYLEFORGE_HAS_MMA
@@ -44,14 +44,14 @@ struct HeadBlock {
   }
 
   // The head's queries, keys and values of the block's rows.
-  template <typename Wait>
-  __device__ __forceinline__ void multiply(Product& product, uint32_t ring, const Wait& wait) const {
+  __device__ __forceinline__ void multiply(Product& product, uint32_t ring) const {
     const ProductRows a{static_cast<const unsigned char*>(p.input) +
                             (sample * p.input_stride[0] + first_row * p.input_stride[1]) * kSize,
                         p.input_stride[1] * kSize, rows};
-    const ProductWeights b{static_cast<const unsigned char*>(p.qkv_weight) + head * p.head_dim * p.embed * kSize,
-                           p.embed * kSize, p.embed * kSize * p.embed, p.head_dim};
-    multiply_rows<kHeadDim, false>(product, ring, a, b, p.embed * static_cast<int>(kSize), wait);
+    const ProductWeights b{
+        static_cast<const unsigned char*>(p.qkv_weight) + int64_t{head} * p.head_dim * p.embed * kSize, p.embed * kSize,
+        p.embed * kSize * p.embed, p.head_dim};
+    multiply_rows<kHeadDim, false>(product, ring, a, b, p.embed * static_cast<int>(kSize), [] {});
   }
 
   // The bias of queries, keys and values on its way to shared memory, zeros where there is none.
@@ -79,32 +79,27 @@ struct HeadBlock {
   // One past the last key that any of the rows sees.
   __device__ __forceinline__ int end_of_keys() const { return p.is_causal ? first_row + rows : p.length; }
 
-  // kChunks chunks; `keys` and `values` begin with the first one. A warp has twice the keys of two: half of the steps
-  // in which everything waits for the largest score.
-  template <int kChunks>
+  // One chunk; `keys` and `values` begin with it.
   __device__ __forceinline__ void attend(RunningSoftmax<Tile>& softmax, uint32_t queries, const unsigned char* keys,
                                          const unsigned char* values, const unsigned char* hidden, int chunk) const {
-    constexpr int kOwn = kChunks * Tile::kOwn;
     const int lane = threadIdx.x % 32;
     const int group = threadIdx.x / 32 / Tile::kParts, part = threadIdx.x / 32 % Tile::kParts;
-    const int in_chunk = part * kOwn * 8;
+    const int in_chunk = part * Tile::kOwn * 8;
     const int first_key = chunk * Tile::kKeys + in_chunk + lane % 4 * 2;
     const int row = first_row + group * 16 + lane / 4;
-    const bool all_seen =
-        p.hidden == nullptr && (chunk + kChunks) * Tile::kKeys <= (p.is_causal ? first_row : p.length);
-    attend_chunk<kOwn, Math>(softmax, queries + group * 16 * Tile::kPitch,
-                             shared_address(keys) + in_chunk * Tile::kPitch, values + in_chunk * Tile::kPitch,
-                             p.scale * kLog2E, [&](float (&s)[kOwn][4]) {
-                               if (all_seen) return;
+    const bool all_seen = p.hidden == nullptr && (chunk + 1) * Tile::kKeys <= (p.is_causal ? first_row : p.length);
+    attend_chunk<Math>(softmax, queries + group * 16 * Tile::kPitch, shared_address(keys) + in_chunk * Tile::kPitch,
+                       values + in_chunk * Tile::kPitch, p.scale * kLog2E, [&](float (&s)[Tile::kOwn][4]) {
+                         if (all_seen) return;
 #pragma unroll
-                               for (int j = 0; j < kOwn; ++j) {
+                         for (int j = 0; j < Tile::kOwn; ++j) {
 #pragma unroll
-                                 for (int c = 0; c < 4; ++c) {
-                                   const int key = first_key + 8 * j + c % 2;
-                                   if (hidden[key] != 0 || (p.is_causal && key > row + c / 2 * 8)) s[j][c] = -INFINITY;
-                                 }
-                               }
-                             });
+                           for (int c = 0; c < 4; ++c) {
+                             const int key = first_key + 8 * j + c % 2;
+                             if (hidden[key] != 0 || (p.is_causal && key > row + c / 2 * 8)) s[j][c] = -INFINITY;
+                           }
+                         }
+                       });
   }
 
   // After a barrier: nobody reads `memory` any more.
@@ -119,119 +114,32 @@ struct HeadBlock {
           }
         },
         [&](int row, float highest, float total) {
-          if (p.logsumexp != nullptr && row < rows) {
-            p.logsumexp[(int64_t{sample} * p.heads + head) * p.length + first_row + row] =
-                (highest + log2f(total)) * kLn2;
-          }
+          if (p.logsumexp == nullptr || row >= rows) return;
+          // Infinite where nothing is seen: e^(score - logsumexp) is 0 for the backward, whatever the score.
+          p.logsumexp[(int64_t{sample} * p.heads + head) * p.length + first_row + row] =
+              total == 0 ? INFINITY : (highest + log2f(total)) * kLn2;
         });
   }
 #endif
 };
 
-#ifdef STYLEFORGE_HAS_MMA
-
-// Nothing may be read before.
-__device__ __forceinline__ void wait_and_release() {
-  wait_for_predecessor();
-  release_successor();
-}
-
-// `wait` is called once all is ready for the first load, as in attend_rows.
-template <typename Block, typename Wait>
-__device__ __forceinline__ void project_rows(const Block& block, unsigned char* memory, const Wait& wait) {
-  using Tile = typename Block::Tile;
-  __shared__ __align__(16) typename Block::T bias[3 * Tile::kHeadDim];
-  typename Block::Product product;
-  block.multiply(product, shared_address(memory), [&] {
-    wait();
-    block.load_bias(bias);
-  });
-  add_parts(product, memory, [&](int row, int column, float (&v)[4]) {
-    const int part = column / Tile::kHeadDim, d = column % Tile::kHeadDim;
-    if (row < block.rows && d < block.p.head_dim) block.store(Block::with_bias(v, bias + column), row, part, d);
-  });
-}
-
-// `memory`: queries; then all keys and all values where there is room for them, which saves barriers and passes twice
-// as many keys a step; else a ring of chunks.
-template <typename Block, typename Wait>
-__device__ __forceinline__ void attend_rows(const Block& block, unsigned char* memory, unsigned char* hidden,
-                                            int padded, const Wait& wait) {
-  using Tile = typename Block::Tile;
-  constexpr int kStages = Tile::kMostStages, kHalfBytes = Tile::kKeys * Tile::kPitch;
-  constexpr auto size = static_cast<int>(Block::kSize);
-  const SmallAttentionParams& p = block.p;
-  const HeadPlace place{
-      static_cast<const unsigned char*>(p.qkv) + (block.first_token * 3 * p.embed + block.head * p.head_dim) * size,
-      int64_t{3} * p.embed * size, int64_t{p.embed} * size, p.head_dim * size, p.length};
-  const TokenCopies<Tile> copies(place);
-  const uint32_t queries = shared_address(memory);
-  unsigned char* keys = memory + Tile::kQueryBytes;
-  wait();
-  copies.template load<Tile::kRows>(queries, 0, block.first_row);
-
-  RunningSoftmax<Tile> softmax;
-  const int chunks = (block.end_of_keys() + Tile::kKeys - 1) / Tile::kKeys;
-  if (Tile::chunks(p.length) <= kStages) {
-    unsigned char* values = keys + chunks * kHalfBytes;
-#pragma unroll 1
-    for (int i = 0; i < chunks; ++i) {
-      copies.template load<Tile::kKeys>(shared_address(keys) + i * kHalfBytes, 1, i * Tile::kKeys);
-      copies.template load<Tile::kKeys>(shared_address(values) + i * kHalfBytes, 2, i * Tile::kKeys);
-      commit_copies();
-    }
-    block.fill_hidden(hidden, padded);
-    int chunk = 0;
-#pragma unroll 1
-    for (; chunk + Block::kAtOnce <= chunks; chunk += Block::kAtOnce) {
-      wait_all_but(chunks - chunk - Block::kAtOnce);
-      __syncthreads();
-      block.template attend<Block::kAtOnce>(softmax, queries, keys + chunk * kHalfBytes, values + chunk * kHalfBytes,
-                                            hidden, chunk);
-    }
-    if constexpr (Block::kAtOnce > 1) {
-      if (chunk < chunks) {
-        wait_copies<0>();
-        __syncthreads();
-        block.template attend<1>(softmax, queries, keys + chunk * kHalfBytes, values + chunk * kHalfBytes, hidden,
-                                 chunk);
-      }
-    }
-  } else {
-    block.fill_hidden(hidden, padded);
-    int stage = 0, into = 0;
-#pragma unroll 1
-    for (int i = 0; i < chunks + kStages - 1; ++i) {
-      const int chunk = i - (kStages - 1);
-      if (chunk >= 0) {
-        wait_copies<kStages - 2>();
-        __syncthreads();
-      }
-      if (i < chunks) {
-        const uint32_t to = shared_address(keys) + into * Tile::kStageBytes;
-        copies.template load<Tile::kKeys>(to, 1, i * Tile::kKeys);
-        copies.template load<Tile::kKeys>(to + kHalfBytes, 2, i * Tile::kKeys);
-        into = into == kStages - 1 ? 0 : into + 1;
-      }
-      commit_copies();
-      if (chunk < 0) continue;
-      const unsigned char* at = keys + stage * Tile::kStageBytes;
-      block.template attend<1>(softmax, queries, at, at + kHalfBytes, hidden, chunk);
-      stage = stage == kStages - 1 ? 0 : stage + 1;
-    }
-  }
-  __syncthreads();
-  block.finish(softmax, memory);
-}
-
-#endif  // STYLEFORGE_HAS_MMA
-
 template <typename Math, int kHeadDim, int kRows>
 __global__ void __launch_bounds__(kSmallThreads, 1)
     small_project_kernel(const __grid_constant__ SmallAttentionParams p) {
 #ifdef STYLEFORGE_HAS_MMA
+  using Block = HeadBlock<Math, kHeadDim, kRows>;
   extern __shared__ __align__(128) unsigned char memory[];
-  project_rows(HeadBlock<Math, kHeadDim, kRows>{p}, memory, wait_and_release);
+  const Block block{p};
+  wait_for_predecessor();
+  release_successor();
+  __shared__ __align__(16) typename Block::T bias[3 * kHeadDim];
+  block.load_bias(bias);
+  typename Block::Product product;
+  block.multiply(product, shared_address(memory));
+  add_parts(product, memory, [&](int row, int column, float (&v)[4]) {
+    const int part = column / kHeadDim, d = column % kHeadDim;
+    if (row < block.rows && d < p.head_dim) block.store(Block::with_bias(v, bias + column), row, part, d);
+  });
 #endif
 }
 
@@ -239,29 +147,46 @@ template <typename Math, int kHeadDim, int kRows>
 __global__ void __launch_bounds__(kSmallThreads, 1)
     small_attend_kernel(const __grid_constant__ SmallAttentionParams p, int padded) {
 #ifdef STYLEFORGE_HAS_MMA
-  extern __shared__ __align__(128) unsigned char memory[];  // a byte a key first
-  attend_rows(HeadBlock<Math, kHeadDim, kRows>{p}, memory + padded, memory, padded, wait_and_release);
-#endif
-}
+  using Block = HeadBlock<Math, kHeadDim, kRows>;
+  using Tile = typename Block::Tile;
+  constexpr int kStages = Tile::kMostStages;
+  extern __shared__ __align__(128) unsigned char dynamic[];
+  unsigned char* memory = dynamic + padded;  // queries, then the stages
+  const Block block{p};
+  wait_for_predecessor();
+  release_successor();
+  const auto size = static_cast<int>(Block::kSize);
+  const HeadPlace place{
+      static_cast<const unsigned char*>(p.qkv) + (block.first_token * 3 * p.embed + block.head * p.head_dim) * size,
+      int64_t{3} * p.embed * size, int64_t{p.embed} * size, p.head_dim * size, p.length};
+  unsigned char* stages = memory + Tile::kQueryBytes;
+  load_tokens<Tile, kRows>(shared_address(memory), place, 0, block.first_row);
 
-// Both, where the blocks of a head are a cluster: they wait for one another instead of for the end of a kernel. Keys
-// and values go through the L2 cache here as well; what blocks write into each other's shared memory moves at a third
-// of its rate (measured: 14 bytes a cycle and multiprocessor), which costs more than the way there and back.
-template <typename Math, int kHeadDim, int kRows>
-__global__ void __launch_bounds__(kSmallThreads, 1)
-    small_cluster_kernel(const __grid_constant__ SmallAttentionParams p, int padded) {
-#if defined(STYLEFORGE_HAS_MMA) && defined(STYLEFORGE_HAS_CLUSTER)
-  extern __shared__ __align__(128) unsigned char memory[];  // a byte a key first
-  const HeadBlock<Math, kHeadDim, kRows> block{p};
-  if (block.rows > 0) {
-    project_rows(block, memory + padded, wait_and_release);
-  } else {
-    wait_and_release();
+  RunningSoftmax<Tile> softmax;
+  const int chunks = (block.end_of_keys() + Tile::kKeys - 1) / Tile::kKeys;
+  int stage = 0, into = 0;
+#pragma unroll 1
+  for (int i = 0; i < chunks + kStages - 1; ++i) {
+    const int chunk = i - (kStages - 1);
+    if (chunk >= 0) {
+      wait_copies<kStages - 2>();
+      __syncthreads();
+    }
+    if (i < chunks) {
+      const uint32_t to = shared_address(stages) + into * Tile::kStageBytes;
+      load_tokens<Tile, Tile::kKeys>(to, place, 1, i * Tile::kKeys);
+      load_tokens<Tile, Tile::kKeys>(to + Tile::kKeys * Tile::kPitch, place, 2, i * Tile::kKeys);
+      into = into == kStages - 1 ? 0 : into + 1;
+    }
+    commit_copies();
+    if (i == 0) block.fill_hidden(dynamic, padded);
+    if (chunk < 0) continue;
+    const unsigned char* keys = stages + stage * Tile::kStageBytes;
+    block.attend(softmax, shared_address(memory), keys, keys + Tile::kKeys * Tile::kPitch, dynamic, chunk);
+    stage = stage == kStages - 1 ? 0 : stage + 1;
   }
-  __syncwarp();
-  cluster_arrive();
-  cluster_wait();
-  if (block.rows > 0) attend_rows(block, memory + padded, memory, padded, [] {});
+  __syncthreads();
+  block.finish(softmax, memory);
 #endif
 }
 

@@ -6,7 +6,6 @@
 
 namespace styleforge::cuda {
 
-constexpr int kSmallMaxCluster = 16;
 constexpr int kSmallMaxLength = 4096;  // a byte a key lies in shared memory
 
 // Up to the second projection. Of 16-bit numbers and of float32, for they are two files.

@@ -3,8 +3,8 @@
 //   qkv = x qkv_weight^T + qkv_bias;  heads = softmax(scale q k^T) v of each head;  output = heads out_weight^T +
 //   out_bias
 //
-// in two launches where a cluster of blocks holds the queries of a head, else in three; each starts while the one
-// before it drains. float32 (3xTF32 to float32 accuracy, or TF32), float16, bfloat16, sums in float32.
+// in three launches, each of which starts while the one before it drains. float32 (3xTF32 to float32 accuracy, or
+// TF32), float16, bfloat16, sums in float32.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -39,7 +39,6 @@ struct SmallAttentionParams {
 struct SmallAttentionSchedule {
   int head_dim = 32;  // as the kernel has it, at least the one given
   int rows = 32;      // of queries in a block, 16 or 32
-  int cluster = 0;    // blocks that share a head's keys and values; 0: the projection is a launch of its own
   int out_rows = 32;  // of a block of the second projection, 16 or 32
 };
 

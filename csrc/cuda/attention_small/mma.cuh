@@ -113,17 +113,6 @@ __device__ __forceinline__ void multiply(float (&total)[4], const Piece<Math, 4>
   }
 }
 
-// Computed here, once, and not in the loop that uses it.
-__device__ __forceinline__ void keep_computed(const unsigned char*& pointer) { asm volatile("" : "+l"(pointer)); }
-__device__ __forceinline__ void keep_computed(uint32_t& address) { asm volatile("" : "+r"(address)); }
-__device__ __forceinline__ void keep_computed(int& number) { asm volatile("" : "+r"(number)); }
-// The same before a wait: only a branch that depends on the addresses keeps ptxas from moving what computes them behind
-// the wait, where it is on everybody's way. They are aligned, and the branch never taken.
-__device__ __forceinline__ void computed_before_wait(const unsigned char* a, const unsigned char* b, uint32_t c) {
-  const auto low = [](const unsigned char* p) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(p)); };
-  if ((low(a) | low(b) | c) & 15) asm volatile("trap;");
-}
-
 // 16 bytes from global to shared memory, behind the back of the threads; the first `bytes` of them, zeros after.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
@@ -133,18 +122,6 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int kLeft>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-}
-// The same for a number that is not known before; of more than three, fewer may be left.
-__device__ __forceinline__ void wait_all_but(int left) {
-  if (left <= 0) {
-    wait_copies<0>();
-  } else if (left == 1) {
-    wait_copies<1>();
-  } else if (left == 2) {
-    wait_copies<2>();
-  } else {
-    wait_copies<3>();
-  }
 }
 
 #endif  // STYLEFORGE_HAS_MMA

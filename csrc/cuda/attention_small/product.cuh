@@ -68,26 +68,25 @@ __device__ __forceinline__ void multiply_rows(ProductTile<Math, kRows, kColumns>
   static_assert(kPart % 32 == 0 && kColumns % kPart == 0);
   const int lane = threadIdx.x % 32;
   const int unit = threadIdx.x % 8, line = threadIdx.x / 8;  // what this thread copies, of each 32 lines
-  uint32_t to = ring + line * kLine + ((unit ^ (line & 7)) << 4);
-  const unsigned char* a_from = a.data + line * a.stride + unit * 16;
-  const unsigned char* b_from = b.data + line * b.stride + unit * 16;
-  const int64_t b_step = 32 * b.stride;
-  int a_left = line < a.valid ? k_bytes - unit * 16 : 0;  // bytes of k that this thread has something of
-  int b_left = k_bytes - unit * 16;
+  const uint32_t to = ring + line * kLine + ((unit ^ (line & 7)) << 4);
+  // Where nothing is to be read, the addresses are those of the first row or its first bytes: none lies outside.
+  const int unit_at = unit * 16 < k_bytes ? unit * 16 : 0;
+  const unsigned char* a_from = a.data + (line < a.valid ? line : 0) * a.stride + unit_at;
+  const unsigned char* b_from = b.data + unit_at;
+  int64_t row_at[kPerPart];
+#pragma unroll
+  for (int j = 0; j < kPerPart; ++j) row_at[j] = (line + j * 32 < b.valid ? line + j * 32 : 0) * b.stride;
+  const int a_left = line < a.valid ? k_bytes - unit * 16 : 0;  // bytes of k that this thread has something of
+  const int b_left = k_bytes - unit * 16;
   const int chunks = (k_bytes + 2 * kLine - 1) / (2 * kLine);
-  keep_computed(to);
-  keep_computed(a_from);
-  keep_computed(b_from);
-  keep_computed(a_left);
-  keep_computed(b_left);
-  computed_before_wait(a_from, b_from, to);
 
   const auto load_a = [&](int chunk, int stage) {
     if (kRows == 32 || line < kRows) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int at = (2 * chunk + half) * kLine;
-        copy_async(to + stage * Tile::kStageBytes + half * Tile::kHalfBytes, a_from + at, at < a_left ? 16 : 0);
+        const bool there = at < a_left;
+        copy_async(to + stage * Tile::kStageBytes + half * Tile::kHalfBytes, a_from + (there ? at : 0), there ? 16 : 0);
       }
     }
   };
@@ -97,11 +96,10 @@ __device__ __forceinline__ void multiply_rows(ProductTile<Math, kRows, kColumns>
       const int at = (2 * chunk + half) * kLine;
       const bool there = at < b_left;
       const uint32_t into = to + stage * Tile::kStageBytes + half * Tile::kHalfBytes + 32 * kLine;
-      const unsigned char* from = b_from + at;
+      const unsigned char* from = b_from + (there ? at : 0);
 #pragma unroll
       for (int i = 0; i < kColumns / 32; ++i) {
-        const unsigned char* part = from + i / kPerPart * b.part_stride;
-        copy_async(into + i * 32 * kLine, part + i % kPerPart * b_step,
+        copy_async(into + i * 32 * kLine, from + i / kPerPart * b.part_stride + row_at[i % kPerPart],
                    there && line + i % kPerPart * 32 < b.valid ? 16 : 0);
       }
     }
@@ -169,14 +167,16 @@ __device__ __forceinline__ void multiply_rows(ProductTile<Math, kRows, kColumns>
   }
 }
 
-// The sums of all parts in their order, in place of the stages, four columns at a time: store(row, column, values).
-template <typename Math, int kRows, int kColumns, typename Store>
-__device__ __forceinline__ void add_parts(const ProductTile<Math, kRows, kColumns>& tile, unsigned char* memory,
-                                          const Store& store) {
+// Puts down the sums of this warp where add_parts finds them: outside of the stages, or wherever `between`, called once
+// nobody in the block reads them any more.
+template <typename Math, int kRows, int kColumns, typename Between>
+__device__ __forceinline__ void write_parts(const ProductTile<Math, kRows, kColumns>& tile, unsigned char* memory,
+                                            const Between& between) {
   using Tile = ProductTile<Math, kRows, kColumns>;
   const int lane = threadIdx.x % 32;
   float* sums = reinterpret_cast<float*>(memory);
-  __syncthreads();  // nobody reads the stages any more
+  __syncthreads();
+  between();
 #pragma unroll
   for (int j = 0; j < Tile::kOwn; ++j) {
 #pragma unroll
@@ -189,15 +189,20 @@ __device__ __forceinline__ void add_parts(const ProductTile<Math, kRows, kColumn
       }
     }
   }
-  __syncthreads();
-  constexpr int kVectors = kColumns / 4;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < kRows * kVectors; i += kSmallThreads) {
+}
+
+// After a barrier: the sums of all parts in their order, four columns at a time, to store(row, column, values).
+template <typename Tile, typename Store>
+__device__ __forceinline__ void add_parts(const unsigned char* memory, const Store& store) {
+  constexpr int kVectors = Tile::kColumns / 4;
+  const float* sums = reinterpret_cast<const float*>(memory);
+  for (int i = threadIdx.x; i < Tile::kRows * kVectors; i += kSmallThreads) {
     const int row = i / kVectors, column = i % kVectors * 4;
     float v[4] = {};
 #pragma unroll
     for (int part = 0; part < Tile::kParts; ++part) {
-      const float4 more = *reinterpret_cast<const float4*>(sums + (part * kRows + row) * Tile::kSumPitch + column);
+      const float4 more =
+          *reinterpret_cast<const float4*>(sums + (part * Tile::kRows + row) * Tile::kSumPitch + column);
       v[0] += more.x;
       v[1] += more.y;
       v[2] += more.z;
@@ -205,6 +210,15 @@ __device__ __forceinline__ void add_parts(const ProductTile<Math, kRows, kColumn
     }
     store(row, column, v);
   }
+}
+
+// Both, in place of the stages.
+template <typename Math, int kRows, int kColumns, typename Store>
+__device__ __forceinline__ void add_parts(const ProductTile<Math, kRows, kColumns>& tile, unsigned char* memory,
+                                          const Store& store) {
+  write_parts(tile, memory, [] {});
+  __syncthreads();
+  add_parts<ProductTile<Math, kRows, kColumns>>(memory, store);
 }
 
 #endif  // STYLEFORGE_HAS_MMA

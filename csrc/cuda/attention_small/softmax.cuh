@@ -32,9 +32,9 @@ struct HeadTile {
   static_assert(kOwn % 2 == 0, "ldmatrix brings two tiles");
 
   // Only as many stages as there are chunks take memory.
-  static __host__ __device__ int chunks(int length) { return (length + kKeys - 1) / kKeys; }
   static int bytes(int length) {
-    const int ring = kQueryBytes + (chunks(length) < kMostStages ? chunks(length) : kMostStages) * kStageBytes;
+    const int chunks = (length + kKeys - 1) / kKeys;
+    const int ring = kQueryBytes + (chunks < kMostStages ? chunks : kMostStages) * kStageBytes;
     return ring > kSumBytes ? ring : kSumBytes;
   }
 };
@@ -55,54 +55,36 @@ struct HeadPlace {
   int length;
 };
 
-// Copies rows of queries, keys or values to shared memory; a thread has the same 16 bytes of every few of them.
-template <typename Tile>
-struct TokenCopies {
-  static constexpr int kAtOnce = kSmallThreads / Tile::kUnits;
-  const unsigned char* from;
-  uint32_t into;  // from a shared address on
-  int64_t stride, part_stride;
-  int left;  // tokens from this thread's first one on, none where its 16 bytes are not the head's
-
-  __device__ __forceinline__ explicit TokenCopies(const HeadPlace& place)
-      : stride(place.stride), part_stride(place.part_stride) {
-    const int token = threadIdx.x / Tile::kUnits, unit = threadIdx.x % Tile::kUnits;
-    from = place.qkv + token * stride + unit * 16;
-    into = token * Tile::kPitch + unit * 16;
-    left = unit * 16 < place.head_bytes ? place.length - token : 0;
-    keep_computed(from);
-    keep_computed(into);
-    keep_computed(left);
-    computed_before_wait(from, from, into);
-  }
-
-  // part: 0 queries, 1 keys, 2 values
-  template <int kCount>
-  __device__ __forceinline__ void load(uint32_t to, int part, int first) const {
-    const unsigned char* at = from + part * part_stride + first * stride;
+template <typename Tile, int kCount>
+__device__ __forceinline__ void load_tokens(uint32_t to, const HeadPlace& place, int part, int first) {
+  constexpr int kAtOnce = kSmallThreads / Tile::kUnits;
+  const int token = threadIdx.x / Tile::kUnits, unit = threadIdx.x % Tile::kUnits;
+  const int left = unit * 16 < place.head_bytes ? place.length - first - token : 0;
+  const unsigned char* from = place.qkv + part * place.part_stride + (first + token) * place.stride + unit * 16;
+  const uint32_t into = to + token * Tile::kPitch + unit * 16;
 #pragma unroll
-    for (int i = 0; i < (kCount + kAtOnce - 1) / kAtOnce; ++i) {
-      if (kCount % kAtOnce != 0 && i * kAtOnce + static_cast<int>(threadIdx.x) / Tile::kUnits >= kCount) break;
-      copy_async(to + into + i * kAtOnce * Tile::kPitch, at + i * kAtOnce * stride,
-                 first + i * kAtOnce < left ? 16 : 0);
-    }
+  for (int i = 0; i < (kCount + kAtOnce - 1) / kAtOnce; ++i) {
+    if (kCount % kAtOnce != 0 && i * kAtOnce + token >= kCount) break;
+    const bool there = i * kAtOnce < left;
+    copy_async(into + i * kAtOnce * Tile::kPitch, there ? from + i * kAtOnce * place.stride : place.qkv,
+               there ? 16 : 0);
   }
-};
+}
 
 // The sums of one warp.
 template <typename Tile>
 struct RunningSoftmax {
-  float most[2] = {-INFINITY, -INFINITY},
-        sum[2] = {};  // of rows lane / 4 and lane / 4 + 8; `sum` of this lane's keys alone
+  float most[2] = {-INFINITY, -INFINITY};  // of rows lane / 4 and lane / 4 + 8
+  float sum[2] = {};                       // of the same, this lane's keys alone
   float values[Tile::kHeadDim / 8][4] = {};
 };
 
-// One warp's part of a chunk, kOwn tiles of eight keys: `keys`, `values` and `queries` are shared addresses of its
-// first row of each. hide(scores) makes those of keys that take no part -infinity.
-template <int kOwn, typename Math, typename Tile, typename Hide>
+// One warp's part of a chunk: `keys`, `values` and `queries` are shared addresses of its first row of each.
+// hide(scores) makes those of keys that take no part -infinity.
+template <typename Math, typename Tile, typename Hide>
 __device__ __forceinline__ void attend_chunk(RunningSoftmax<Tile>& r, uint32_t queries, uint32_t keys,
                                              const unsigned char* values, float scale, const Hide& hide) {
-  constexpr int kPitch = Tile::kPitch;
+  constexpr int kOwn = Tile::kOwn, kPitch = Tile::kPitch;
   const int lane = threadIdx.x % 32;
   float s[kOwn][4] = {};
   const uint32_t q_at = queries + lane % 16 * kPitch + lane / 16 * 16;
