@@ -29,10 +29,6 @@ struct AttentionTile {
 
 #ifdef STYLEFORGE_HAS_WGMMA
 
-__device__ __forceinline__ void named_arrive(int name, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
-}
-
 __device__ __forceinline__ void store_shared(uint32_t to, const uint32_t (&v)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
                : "memory");
