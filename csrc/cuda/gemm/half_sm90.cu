@@ -10,7 +10,8 @@
 // the tensor cores need for a tile with k = 512. Both warpgroups on one tile of 128 x 256 leave the tensor cores idle
 // meanwhile: 77 us for 8192 x 512 -> 2048 with erf-GELU, 63 us with ReLU, against 57 us of cuBLAS for the products
 // alone. Such tiles in a cluster of two, each block loading half of b for both, were no faster: the L2 cache keeps up.
-// Taking turns: 68 us and 59 us. What is left is the way out, longer than the other warpgroup's mainloop also with ReLU.
+// Taking turns: 68 us and 59 us. What is left is the way out, longer than the other warpgroup's mainloop also with
+// ReLU.
 #include <algorithm>
 
 #include "../common/launch.h"
