@@ -25,8 +25,6 @@ const FfnBackend kBackend{
     false,
     nullptr,
     nullptr,
-    nullptr,
-    nullptr,
 };
 
 using Operators = FfnOperators<kBackend>;

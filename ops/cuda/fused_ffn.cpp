@@ -31,8 +31,6 @@ const FfnBackend kBackend{
     true,
     run_ffn_gemm,
     run_gemm,
-    run_activation_gradient,
-    run_column_sums,
 };
 
 using Operators = FfnOperators<kBackend>;

@@ -171,68 +171,6 @@ bool run_gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool tf32) {
   return true;
 }
 
-bool run_activation_gradient(const FfnActivationGradient& args) {
-  const int64_t rows = args.hidden.size(0), hidden = args.hidden.size(1), out = args.weight.size(0);
-  if (!narrow(rows) || !narrow(hidden) || !narrow(out) || args.grad_output.stride(1) != 1) return false;
-  const CudaScope scope(args.hidden);
-  cuda::GemmParams params;
-  params.dtype = kernel_dtype(kOp, "input", args.hidden.scalar_type());
-  params.gradient = true;
-  params.activation = args.activation;
-  params.m = static_cast<int>(rows);
-  params.n = static_cast<int>(hidden);
-  params.k = static_cast<int>(out);
-  params.a = args.grad_output.const_data_ptr();
-  params.a_stride = args.grad_output.stride(0);
-  params.b = args.weight.const_data_ptr();
-  params.b_stride[0] = args.weight.stride(1);
-  params.b_stride[1] = args.weight.stride(0);
-  params.residual = args.hidden.const_data_ptr();
-  params.residual_stride = hidden;
-  params.output = args.gradient.mutable_data_ptr();
-  if (args.activated) params.product = args.activated->mutable_data_ptr();
-  const auto found = schedule(params);
-  if (!found) return false;
-  std::optional<Tensor> holder;
-  cuda::ColumnSumsParams sums;
-  if (args.sum) {
-    sums.part_count = static_cast<int>((rows + 15) / 16);
-    const size_t count = static_cast<size_t>(sums.part_count) * static_cast<size_t>(hidden);
-    params.column_sums = sums.parts = static_cast<float*>(workspace(args.hidden, count * sizeof(float), holder));
-    sums.output = args.sum->mutable_data_ptr();
-    sums.columns = params.n;
-    sums.dtype = params.dtype;
-  }
-  check_cuda(kOp, cuda::launch_gemm(params, *found, scope.stream()));
-  if (args.sum) check_cuda(kOp, cuda::launch_column_sums(sums, scope.stream()));
-  record_path("ffn_backward:cuda:sm90:16bit", "aten_matmul");
-  return true;
-}
-
-bool run_column_sums(const Tensor& out, const Tensor& matrix) {
-  const int64_t rows = matrix.size(0), columns = matrix.size(1);
-  if (matrix.element_size() != 2 || !narrow(rows) || !narrow(columns) || columns % 8 != 0) return false;
-  // Parts of rows are the second dimension of a grid.
-  if (matrix.stride(1) != 1 || matrix.stride(0) % 8 != 0 || cuda::column_sum_parts(static_cast<int>(rows)) > 65535) {
-    return false;
-  }
-  cuda::ColumnSumsParams sums;
-  sums.matrix = matrix.const_data_ptr();
-  if (reinterpret_cast<uintptr_t>(sums.matrix) % 16 != 0) return false;
-  const CudaScope scope(matrix);
-  sums.dtype = kernel_dtype(kOp, "grad_output", matrix.scalar_type());
-  sums.stride = matrix.stride(0);
-  sums.rows = static_cast<int>(rows);
-  sums.columns = static_cast<int>(columns);
-  sums.part_count = cuda::column_sum_parts(sums.rows);
-  std::optional<Tensor> holder;
-  const size_t count = static_cast<size_t>(sums.part_count) * static_cast<size_t>(columns);
-  sums.parts = static_cast<float*>(workspace(matrix, count * sizeof(float), holder));
-  sums.output = out.mutable_data_ptr();
-  check_cuda(kOp, cuda::launch_column_sums(sums, scope.stream()));
-  return true;
-}
-
 bool run_linear(const Tensor& out, const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, bool tf32) {
   const int64_t m = rows.size(0), k = rows.size(1), n = weight.size(0);
   if (rows.scalar_type() != ScalarType::Float || !narrow(m) || !narrow(n) || !narrow(k)) return false;

@@ -1,13 +1,12 @@
 // A small feed-forward network of 16-bit numbers in one launch, on wgmma (sm_90a).
 //
 //   cluster:  64 rows, the hidden width cut up among its blocks
-//   block:    four warpgroups. 64 hidden columns at a time: first product (each warpgroup a quarter of the columns),
-//   bias
-//             and activation into shared memory, from where they are multiplied again (a quarter of the outputs each)
+//   block:    two warpgroups. 64 hidden columns at a time: first product (each warpgroup half of the columns), bias and
+//             activation into shared memory, from where they are multiplied again (each warpgroup half of the outputs)
 //
 // What such sizes cost is latency: of a launch, of a load, of the activation of what one thread has. So everything is
-// loaded at once where it fits, and the hidden activations never leave the multiprocessor. At the end each block sends
-// its sums to the blocks that have a share of the rows each, and those add them in the order of the blocks.
+// loaded at once where it fits, and the hidden activations never leave the multiprocessor. At the end the blocks' sums
+// lie in shared memory, and each block adds those of its share of the rows, in the order of the blocks.
 #include <algorithm>
 
 #include "../common/cluster.cuh"
@@ -23,8 +22,7 @@ namespace styleforge::cuda {
 namespace {
 
 constexpr int kRows = 64;
-constexpr int kGroups = 4;  // warpgroups
-constexpr int kThreads = 128 * kGroups;
+constexpr int kThreads = 256;
 constexpr int kHiddenColumns = kBoxColumns;  // at a time
 constexpr int kMaxParts = 8;
 constexpr int kMaxStages = 4;
@@ -36,8 +34,7 @@ struct WholeFfnSchedule {
   int blocks = 0;  // of the grid
 };
 
-// Shared memory: the input's rows, the activated columns, the ring of weights; then sums, [part][row of this block's
-// share][output], which other blocks may write while this one still multiplies.
+// Shared memory: the input's rows, the activated columns, then the ring of weights. All of it holds sums in the end.
 template <int kOut>
 struct Layout {
   int x_boxes, stage_bytes;
@@ -45,8 +42,9 @@ struct Layout {
   __host__ __device__ explicit Layout(int embed)
       : x_boxes((embed + kBoxColumns - 1) / kBoxColumns), stage_bytes(x_boxes * kBoxBytes + kOut * kBoxRowBytes) {}
   __host__ __device__ int ring() const { return (x_boxes + 1) * kBoxBytes; }
-  __host__ __device__ int sums(int stages) const { return ring() + stages * stage_bytes; }
-  int bytes(int stages) const { return 1024 + sums(stages) + kRows * kPitch * static_cast<int>(sizeof(float)); }
+  int bytes(int stages) const {
+    return 1024 + std::max(ring() + stages * stage_bytes, kRows * kPitch * static_cast<int>(sizeof(float)));
+  }
 };
 
 // Four outputs of a row on their way out: what is added to their sums.
@@ -88,7 +86,6 @@ __global__ void __launch_bounds__(kThreads)
     mbarrier_init_fence();
   }
   __syncthreads();
-  cluster_arrive();  // this block is there: its shared memory may be written
   wait_for_predecessor();
   release_successor();
 
@@ -109,42 +106,42 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncwarp();
 
-  using First = WgmmaShared<kMmaKind<T>, kHiddenColumns / kGroups, false>;
-  using Second = WgmmaShared<kMmaKind<T>, kOut / kGroups, false>;
+  using First = WgmmaShared<kMmaKind<T>, kHiddenColumns / 2>;
+  using Second = WgmmaShared<kMmaKind<T>, kOut / 2>;
   const uint32_t first_at = shared_address(full_first), second_at = shared_address(full_second);
   const int row_in_tile = warp % 4 * 16 + lane / 4;
   const uint32_t piece = (warp % 4 * 16 + lane % 16) * kBoxRowBytes + (((lane & 7) ^ (lane / 16)) << 4);
-  float total[kOut / (2 * kGroups)];
+  float total[kOut / 4];
 #pragma unroll
-  for (int i = 0; i < kOut / (2 * kGroups); ++i) total[i] = 0;
+  for (int i = 0; i < kOut / 4; ++i) total[i] = 0;
   int stage = 0;
   uint32_t parity = 0;
   for (int chunk = 0; chunk < chunks; ++chunk) {
-    const int column = (first_chunk + chunk) * kHiddenColumns + group * (kHiddenColumns / kGroups) + lane % 4 * 2;
-    float2 bias[2];
+    const int column = (first_chunk + chunk) * kHiddenColumns + group * (kHiddenColumns / 2) + lane % 4 * 2;
+    float2 bias[4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.fc1_bias) + column + 8 * i);
       bias[i] = p.fc1_bias != nullptr && column + 8 * i < p.hidden ? unpack<T>(__ldg(from)) : float2{};
     }
     const uint32_t weights = ring + stage * layout.stage_bytes;
-    float h[8];
+    float h[16];
     mbarrier_wait(first_at + 8 * stage, parity);
     wgmma_fence();
 #pragma unroll 1
     for (int box = 0; box < layout.x_boxes; ++box) {
       const uint64_t a = wgmma_descriptor(x_at + box * kBoxBytes);
-      const uint64_t b = wgmma_descriptor(weights + box * kBoxBytes + group * (kBoxBytes / kGroups));
+      const uint64_t b = wgmma_descriptor(weights + box * kBoxBytes + group * (kBoxBytes / 2));
 #pragma unroll
       for (int k = 0; k < 4; ++k) First::run(h, a + 2 * k, b + 2 * k, box > 0 || k > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
 #pragma unroll
-    for (int i = 0; i < 8; ++i) h[i] += i % 2 == 0 ? bias[i / 4].x : bias[i / 4].y;
+    for (int i = 0; i < 16; ++i) h[i] += i % 2 == 0 ? bias[i / 4].x : bias[i / 4].y;
     if (p.product != nullptr) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 8; ++i) {
         const int row = first_row + row_in_tile + i % 2 * 8;
         if (row < p.rows && column + i / 2 * 8 < p.hidden) {
           auto* to = static_cast<T*>(p.product) + static_cast<int64_t>(row) * p.hidden + column + i / 2 * 8;
@@ -153,15 +150,18 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     ffn_activate<true>(h, p.activation);
-    uint32_t packed[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) packed[j] = pack<T>(h[2 * j], h[2 * j + 1]);
-    store_matrix((activated_at + piece) ^ (group << 5), packed);
+    for (int i = 0; i < 2; ++i) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) packed[j] = pack<T>(h[8 * i + 2 * j], h[8 * i + 2 * j + 1]);
+      store_matrix((activated_at + piece) ^ ((2 * group + i) << 5), packed);
+    }
     fence_async_shared();
     __syncthreads();
     mbarrier_wait(second_at + 8 * stage, parity);
     const uint64_t a = wgmma_descriptor(activated_at);
-    const uint64_t b = wgmma_descriptor(weights + layout.x_boxes * kBoxBytes + group * (kOut / kGroups) * kBoxRowBytes);
+    const uint64_t b = wgmma_descriptor(weights + layout.x_boxes * kBoxBytes + group * (kOut / 2) * kBoxRowBytes);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) Second::run(total, a + 2 * k, b + 2 * k, true);
@@ -176,23 +176,20 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
+  float* sums = reinterpret_cast<float*>(base);
   constexpr int kPitch = Layout<kOut>::kPitch;
-  const int share = kRows / s.parts;
-  const uint32_t sums = x_at + layout.sums(s.stages);
-  cluster_wait();
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = row_in_tile + 8 * h;
-    const int at = (rank * share + row % share) * kPitch + group * (kOut / kGroups) + lane % 4 * 2;
-    const uint32_t to = map_shared(sums + at * static_cast<int>(sizeof(float)), row / share);
+  for (int i = 0; i < kOut / 16; ++i) {
 #pragma unroll
-    for (int i = 0; i < kOut / (8 * kGroups); ++i) {
-      store_remote(to + i * 8 * static_cast<int>(sizeof(float)), total[4 * i + 2 * h], total[4 * i + 2 * h + 1]);
+    for (int h = 0; h < 2; ++h) {
+      float* to = sums + (row_in_tile + 8 * h) * kPitch + group * (kOut / 2) + 8 * i + lane % 4 * 2;
+      *reinterpret_cast<float2*>(to) = make_float2(total[4 * i + 2 * h], total[4 * i + 2 * h + 1]);
     }
   }
 
   // This block's share of the rows, four outputs at a time.
   constexpr int kVectors = kOut / 4;
+  const int share = kRows / s.parts;
   const auto row_of = [&](int i) { return first_row + rank * share + i / kVectors; };
   const auto column_of = [&](int i) { return i % kVectors * 4; };
   const auto added = [&](int i) {
@@ -208,22 +205,25 @@ __global__ void __launch_bounds__(kThreads)
   };
   cluster_arrive();
   Added<T> next = added(threadIdx.x);
-  __syncwarp();
   cluster_wait();
   for (int i = threadIdx.x; i < share * kVectors; i += kThreads) {
     const Added<T> end = next;
     next = added(i + kThreads);
-    const float* from =
-        reinterpret_cast<const float*>(base + layout.sums(s.stages)) + i / kVectors * kPitch + column_of(i);
+    const uint32_t from =
+        x_at + ((rank * share + i / kVectors) * kPitch + column_of(i)) * static_cast<int>(sizeof(float));
+    float4 other[kMaxParts];
+#pragma unroll
+    for (int part = 0; part < kMaxParts; ++part) {  // all on their way before the first one is added
+      if (part < s.parts) other[part] = load_remote(from, part);
+    }
     float v[4] = {};
 #pragma unroll
     for (int part = 0; part < kMaxParts; ++part) {
       if (part >= s.parts) continue;
-      const float4 one = *reinterpret_cast<const float4*>(from + part * share * kPitch);
-      v[0] += one.x;
-      v[1] += one.y;
-      v[2] += one.z;
-      v[3] += one.w;
+      v[0] += other[part].x;
+      v[1] += other[part].y;
+      v[2] += other[part].z;
+      v[3] += other[part].w;
     }
     if (row_of(i) >= p.rows || column_of(i) >= p.out) continue;
 #pragma unroll
@@ -231,6 +231,8 @@ __global__ void __launch_bounds__(kThreads)
     *reinterpret_cast<Vec<T, 4>*>(static_cast<T*>(p.output) + static_cast<int64_t>(row_of(i)) * p.out + column_of(i)) =
         rounded<T>(v);
   }
+  cluster_arrive();  // nobody leaves while others read here
+  cluster_wait();
 #endif
 }
 
@@ -267,7 +269,9 @@ WholeFfnSchedule schedule(const WholeFfnParams& p, const Overrides& overrides, c
   WholeFfnSchedule s;
   const int chunks = static_cast<int>(ceil_div(p.hidden, kHiddenColumns));
   const int64_t tiles = ceil_div(p.rows, kRows);
-  while (s.parts < kMaxParts && s.parts * 2 <= chunks && tiles * s.parts * 2 <= facts.multiprocessors) s.parts *= 2;
+  // Clusters of four and eight find room on ten of eleven multiprocessors.
+  const int64_t room = facts.multiprocessors - facts.multiprocessors / 11;
+  while (s.parts < kMaxParts && s.parts * 2 <= chunks && tiles * s.parts * 2 <= room) s.parts *= 2;
   s.parts = std::min<int>(kMaxParts, static_cast<int>(overrides.tuned("parts", s.parts)));
   while (kRows % s.parts != 0) --s.parts;
   s.stages = std::min(
@@ -316,8 +320,11 @@ cudaError_t whole_ffn_supported(const WholeFfnParams& p, bool& supported) {
       !aligned16(p.fc2_bias) || !aligned16(p.residual)) {
     return cudaSuccess;
   }
-  constexpr int kMostRows = 1024;  // above, products that fill the device are faster one by one
-  supported = wish == 2 || p.rows <= kMostRows;
+  // Where a block has more to do one after the other, products one by one are faster: read off one H200.
+  constexpr int64_t kMostChunks = 2;
+  const auto s = schedule(p, overrides, facts);
+  const int64_t chunks = ceil_div(ceil_div(p.hidden, kHiddenColumns), s.parts);
+  supported = wish == 2 || (chunks <= kMostChunks && s.blocks <= facts.multiprocessors);
   return cudaSuccess;
 }
 

@@ -1,7 +1,5 @@
 // The way out of half_sm90.cu: a warpgroup's tile of 128 x 128 sums, in pieces of 64 x 64, through bias, activation and
-// residual (or through the activation's gradient), rounded once, and by way of shared memory to whole lines. Each warp
-// by itself: with stores by TMA, of a warpgroup's rows at a time, the fences and barriers around them took longer than
-// all the rest (8192 x 512 -> 2048 with ReLU: 59 us, the first product 36 of them).
+// residual, rounded once, by way of shared memory to a TMA store.
 #pragma once
 
 #include "../ffn/gelu.cuh"
@@ -11,45 +9,22 @@
 
 namespace styleforge::cuda {
 
-constexpr int kWayOutBytes = 16 * kBoxRowBytes;  // of shared memory, a warp
+constexpr int kWayOutBoxes = 2;  // one is filled while the other leaves
+constexpr int kWayOutBytes = kWayOutBoxes * kBoxBytes;
 
 #ifdef STYLEFORGE_HAS_WGMMA
 
-// Lanes that are 2 kCount apart share out the first 2 kCount sums between them.
-template <int kCount>
-__device__ __forceinline__ void halve(float (&v)[32]) {
-  const bool upper = (threadIdx.x & (2 * kCount)) != 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const float kept = upper ? v[i + kCount] : v[i];
-    const float sent = upper ? v[i] : v[i + kCount];
-    v[i] = kept + __shfl_xor_sync(0xffffffff, sent, 2 * kCount);
-  }
-}
-// Columns of a 64 x 64 piece summed over a warp's 16 rows, in the layout of wgmma's D: on return v[0], v[1] are those
-// of columns 8 (lane / 4) + 2 (lane % 4) and the next.
-__device__ __forceinline__ void sum_rows(float (&v)[32]) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    v[2 * i] = v[4 * i] + v[4 * i + 2];
-    v[2 * i + 1] = v[4 * i + 1] + v[4 * i + 3];
-  }
-  halve<8>(v);
-  halve<4>(v);
-  halve<2>(v);
-}
-
-// Of one warp, `warp` of its warpgroup.
+// Of one warpgroup.
 template <typename T>
 class WayOut {
  public:
-  // `memory`: kWayOutBytes of shared memory of its own.
-  __device__ __forceinline__ WayOut(const GemmParams& p, uint32_t memory, int warp, int lane) : p_(p), memory_(memory) {
+  // `boxes`: shared memory of all warpgroups.
+  __device__ __forceinline__ WayOut(const GemmParams& p, uint32_t boxes, int group, int warp, int lane)
+      : p_(p), boxes_(boxes + group * kWayOutBytes), group_(group), leader_(warp == 0 && lane == 0) {
     row_ = warp * 16 + lane / 4;
     column_ = lane % 4 * 2;
-    line_row_ = warp * 16 + lane / 8;
-    // This lane's row and 16-byte half of a 16 x 16 piece; the next piece is an exclusive or away.
-    piece_ = memory + lane % 16 * kBoxRowBytes + (((lane & 7) ^ (lane / 16)) << 4);
+    // This lane's row and 16-byte half of a warp's 16 x 16 piece; the next piece is an exclusive or away.
+    piece_ = (warp * 16 + lane % 16) * kBoxRowBytes + (((lane & 7) ^ (lane / 16)) << 4);
   }
 
   // What the first piece needs of global memory is on its way from here on.
@@ -59,7 +34,8 @@ class WayOut {
     load(0);
   }
 
-  __device__ __forceinline__ void forward(const float (&d)[2][64]) {
+  __device__ __forceinline__ void forward(const float (&d)[2][64], const CUtensorMap* output,
+                                          const CUtensorMap* product) {
     // A loop, although the registers have to be named one by one: unrolled, the code does not fit the instruction
     // cache.
 #pragma unroll 1
@@ -77,7 +53,7 @@ class WayOut {
       uint32_t pairs[16];
       if (p_.product != nullptr) {
         pack_all(pairs, x);
-        put(pairs, p_.product, q);
+        put(pairs, product, q);
       }
       if (p_.activate) ffn_activate<true>(x, p_.activation);
       if (p_.residual != nullptr) {
@@ -90,48 +66,12 @@ class WayOut {
       }
       load(after(q));
       pack_all(pairs, x);
-      put(pairs, p_.output, q);
+      put(pairs, output, q);
     }
   }
 
-  // d is the gradient of the activation's result, the residual what was activated. Out come the gradient of that, the
-  // activation's result again (to `product`), and sums of the gradient over every 16 rows.
-  __device__ __forceinline__ void gradient(const float (&d)[2][64]) {
-#pragma unroll 1
-    for (int q = 0; q < 4; q = after(q)) {
-      float x[32];
-      take(x, d, q);
-      // Eight at a time, and their results in the place of what they came from: registers are short here.
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float h[8], slope[8];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 v = unpack<T>(other_[4 * j + i]);
-          h[2 * i] = v.x;
-          h[2 * i + 1] = v.y;
-        }
-        ffn_activate_with_slope<true>(h, slope, p_.activation);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[8 * j + i] *= slope[i];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) other_[4 * j + i] = pack<T>(h[2 * i], h[2 * i + 1]);
-      }
-      if (p_.product != nullptr) put(other_, p_.product, q);
-      load(after(q));
-      uint32_t pairs[16];
-      pack_all(pairs, x);
-      put(pairs, p_.output, q);
-      if (p_.column_sums != nullptr) {
-        sum_rows(x);
-        const int lane = threadIdx.x % 32;
-        const int column = tile_column_ + q % 2 * 64 + lane / 4 * 8 + column_;
-        const int part = (tile_row_ + q / 2 * 64 + row_) / 16;
-        if (column < p_.n && part * 16 < p_.m) {
-          *reinterpret_cast<float2*>(p_.column_sums + static_cast<int64_t>(part) * p_.n + column) = {x[0], x[1]};
-        }
-      }
-    }
+  __device__ __forceinline__ void end() const {
+    if (leader_) store_wait_all();
   }
 
  private:
@@ -171,36 +111,31 @@ class WayOut {
     for (int i = 0; i < 16; ++i) pairs[i] = pack<T>(x[2 * i], x[2 * i + 1]);
   }
 
-  // Rows of 128 bytes by eight lanes each.
-  __device__ __forceinline__ void put(const uint32_t (&pairs)[16], void* matrix, int q) {
-    __syncwarp();
+  __device__ __forceinline__ void put(const uint32_t (&pairs)[16], const CUtensorMap* map, int q) {
+    if (leader_) store_wait_read<kWayOutBoxes - 1>();
+    named_barrier(1 + group_, 128);
+    const uint32_t box = boxes_ + next_ * kBoxBytes;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t four[4] = {pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]};
-      store_matrix(piece_ ^ (i << 5), four);
+      store_matrix((box + piece_) ^ (i << 5), four);
     }
-    __syncwarp();
-    const int lane = threadIdx.x % 32;
-    const int row = tile_row_ + q / 2 * 64 + line_row_, column = tile_column_ + q % 2 * 64 + lane % 8 * 8;
-    T* to = static_cast<T*>(matrix) + static_cast<int64_t>(row) * p_.n + column;
-    uint4 line[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int r = lane / 8 + 4 * i;
-      line[i] = load_shared(memory_ + r * kBoxRowBytes + (((r & 7) ^ (lane % 8)) << 4));
+    fence_async_shared();
+    named_barrier(1 + group_, 128);
+    if (leader_) {
+      store_box(map, tile_column_ + q % 2 * 64, tile_row_ + q / 2 * 64, box);
+      store_commit();
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (row + 4 * i < p_.m && column < p_.n)
-        *reinterpret_cast<uint4*>(to + static_cast<int64_t>(4 * i) * p_.n) = line[i];
-    }
+    next_ ^= 1;
   }
 
   const GemmParams& p_;
-  uint32_t memory_, piece_;
+  uint32_t boxes_, piece_;
+  int group_;
+  bool leader_;
   int row_, column_;  // of this lane's first number in a piece
-  int line_row_;      // of the first of the four lines it helps to write
   int tile_row_ = 0, tile_column_ = 0;
+  int next_ = 0;  // box
   uint32_t bias_[8];
   uint32_t other_[16];  // of the residual
 };

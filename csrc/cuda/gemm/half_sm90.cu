@@ -10,8 +10,8 @@
 // the tensor cores need for a tile with k = 512. Both warpgroups on one tile of 128 x 256 leave the tensor cores idle
 // meanwhile: 77 us for 8192 x 512 -> 2048 with erf-GELU, 63 us with ReLU, against 57 us of cuBLAS for the products
 // alone. Such tiles in a cluster of two, each block loading half of b for both, were no faster: the L2 cache keeps up.
-//
-// kGradient: b lies with n side by side in memory, and the way out is that of the activation's gradient.
+// Taking turns: 68 us and 59 us. What is left is the way out, longer than the other warpgroup's mainloop also with
+// ReLU.
 #include <algorithm>
 
 #include "../common/launch.h"
@@ -29,9 +29,8 @@ constexpr int kConsumers = 128 * kGroups;
 constexpr int kThreads = kConsumers + 128;
 constexpr int kABytes = kRows * kBoxRowBytes;
 constexpr int kStageBytes = kABytes + kColumns * kBoxRowBytes;
-
 #ifdef STYLEFORGE_HAS_WGMMA
-constexpr int kTurn = 1;  // name of the first warpgroup's barrier
+constexpr int kTurn = 1 + kGroups;  // names of barriers: after those of half_out.cuh
 
 struct Tile {
   int row, column;
@@ -47,10 +46,11 @@ __device__ __forceinline__ Tile tile_at(int index, int tiles_m, int tiles_n, int
 }
 #endif  // STYLEFORGE_HAS_WGMMA
 
-template <typename T, bool kGradient>
+template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     half_gemm_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ GemmSchedule s,
-                     const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map) {
+                     const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+                     const __grid_constant__ CUtensorMap output_map, const __grid_constant__ CUtensorMap product_map) {
 #ifdef STYLEFORGE_HAS_WGMMA
   extern __shared__ unsigned char dynamic[];
   const uint32_t ring = (shared_address(dynamic) + 1023) & ~1023u;  // swizzled tiles start at multiples of 1024 bytes
@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == kConsumers) {
     prefetch_map(&a_map);
     prefetch_map(&b_map);
+    prefetch_map(&output_map);
   }
   if (threadIdx.x == 0) {
     for (int i = 0; i < s.stages; ++i) {
@@ -85,13 +86,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const auto load_b = [&](int chunk, int stage, int column) {
           const uint32_t to = ring + stage * kStageBytes + kABytes;
           const int k = chunk * kBoxColumns;
-          if constexpr (kGradient) {
-            for (int i = 0; i < kColumns / kBoxColumns; ++i) {
-              load_box(to + i * kBoxBytes, &b_map, column + i * kBoxColumns, k, full_at + 8 * stage);
-            }
-          } else {
-            load_box(to, &b_map, k, column, full_at + 8 * stage);
-          }
+          load_box(to, &b_map, k, column, full_at + 8 * stage);
         };
         const int first_tile = static_cast<int>(blockIdx.x);
         // What does not depend on the kernel before this one, while that one drains.
@@ -125,9 +120,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(232));
     wait_for_predecessor();
-    using Mma = WgmmaShared<kMmaKind<T>, kColumns, kGradient>;
+    using Mma = WgmmaShared<kMmaKind<T>, kColumns>;
     const int group = warp / 4;
-    WayOut<T> out(p, ring + s.stages * kStageBytes + warp * kWayOutBytes, warp % 4, lane);
+    WayOut<T> out(p, ring + s.stages * kStageBytes, group, warp % 4, lane);
     float d[2][kColumns / 2];  // of the upper 64 rows and of the lower ones
     int stage = 0;
     uint32_t parity = 0;
@@ -145,15 +140,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     const auto multiply = [&](bool accumulate) {
       mbarrier_wait(full_at + 8 * stage, parity);
       const uint32_t at = ring + stage * kStageBytes;
-      constexpr int kNext = kGradient ? 128 : 2;      // 16 of k further on in b
       constexpr int kLower = 64 * kBoxRowBytes >> 4;  // 64 rows further down in a
       const uint64_t a = wgmma_descriptor(at);
-      const uint64_t b = kGradient ? wgmma_transposed_descriptor(at + kABytes) : wgmma_descriptor(at + kABytes);
+      const uint64_t b = wgmma_descriptor(at + kABytes);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        Mma::run(d[0], a + 2 * k, b + kNext * k, accumulate || k > 0);
-        Mma::run(d[1], a + kLower + 2 * k, b + kNext * k, accumulate || k > 0);
+        Mma::run(d[0], a + 2 * k, b + 2 * k, accumulate || k > 0);
+        Mma::run(d[1], a + kLower + 2 * k, b + 2 * k, accumulate || k > 0);
       }
       wgmma_commit();
       if (++stage == s.stages) {
@@ -189,31 +183,24 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_wait<0>();
       release(done);
       skip_tile();
-      if constexpr (kGradient) {
-        out.gradient(d);
-      } else {
-        out.forward(d);
-      }
+      out.forward(d, &output_map, &product_map);
     }
+    out.end();
   }
 #endif
 }
 
-template <typename T, bool kGradient>
-cudaError_t launch_kernel(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
-  CUtensorMap a, b;
-  if (const auto error = box_map(p.dtype, p.a, p.m, p.k, p.a_stride, kRows, a)) return error;
-  const auto b_error = kGradient ? box_map(p.dtype, p.b, p.k, p.n, p.b_stride[1], kBoxColumns, b)
-                                 : box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kColumns, b);
-  if (b_error != cudaSuccess) return b_error;
-  const size_t shared = 1024 + s.stages * kStageBytes + kConsumers / 32 * kWayOutBytes;
-  return launch(half_gemm_kernel<T, kGradient>, dim3(static_cast<unsigned>(s.blocks)), dim3(kThreads), shared, 1, facts,
-                stream, p, s, a, b);
-}
-
 template <typename T>
-cudaError_t launch_dtype(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
-  return p.gradient ? launch_kernel<T, true>(p, s, facts, stream) : launch_kernel<T, false>(p, s, facts, stream);
+cudaError_t launch_kernel(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
+  CUtensorMap a, b, output, product;
+  if (const auto error = box_map(p.dtype, p.a, p.m, p.k, p.a_stride, kRows, a)) return error;
+  if (const auto error = box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kColumns, b)) return error;
+  if (const auto error = box_map(p.dtype, p.output, p.m, p.n, p.n, 64, output)) return error;
+  const void* second = p.product != nullptr ? p.product : p.output;
+  if (const auto error = box_map(p.dtype, second, p.m, p.n, p.n, 64, product)) return error;
+  const size_t shared = 1024 + s.stages * kStageBytes + kGroups * kWayOutBytes;
+  return launch(half_gemm_kernel<T>, dim3(static_cast<unsigned>(s.blocks)), dim3(kThreads), shared, 1, facts, stream, p,
+                s, a, b, output, product);
 }
 
 }  // namespace
@@ -221,8 +208,8 @@ cudaError_t launch_dtype(const GemmParams& p, const GemmSchedule& s, const Devic
 cudaError_t launch_half_gemm_sm90(const GemmParams& p, const GemmSchedule& s, cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  return p.dtype == DType::kFloat16 ? launch_dtype<__half>(p, s, facts, stream)
-                                    : launch_dtype<__nv_bfloat16>(p, s, facts, stream);
+  return p.dtype == DType::kFloat16 ? launch_kernel<__half>(p, s, facts, stream)
+                                    : launch_kernel<__nv_bfloat16>(p, s, facts, stream);
 }
 
 }  // namespace styleforge::cuda

@@ -37,10 +37,6 @@ struct GemmParams {
   // while that kernel still runs.
   bool b_is_ready = false;
   bool activate = false;
-  // 16-bit, in the backward: residual is what the activation was given, b is [n, k] with neighbouring n in memory, a
-  // b^T the gradient of the activation's result. output = a b^T activation'(residual), product = activation(residual).
-  bool gradient = false;
-  float* column_sums = nullptr;  // [ceil(m / 16), n]: of the output, over 16 rows each, or null
   FfnActivation activation = FfnActivation::kGelu;
   GemmPrecision precision = GemmPrecision::kIeee;
   DType dtype = DType::kFloat32;

@@ -21,12 +21,21 @@ bool pays(const GemmParams& p) {
   return p.precision == GemmPrecision::kIeee || int64_t{p.m} * p.n * p.k < kTF32Most;
 }
 
+// Where the 16-bit kernel and its epilogue are faster than cuBLAS and a pass after it: read off one H200. Short sums,
+// whose activation is what takes time; and no blocks without work at the end.
+bool half_pays(const GemmParams& p, int64_t tiles, const DeviceFacts& facts) {
+  const int64_t rounds = ceil_div(tiles, facts.multiprocessors);
+  if (tiles * 5 < rounds * facts.multiprocessors * 4) return false;
+  constexpr int kShortest = 512, kLongestActivated = 1024;
+  return p.k >= kShortest && (!p.activate || p.k <= kLongestActivated);
+}
+
 // 16-bit products that fill the device.
 void schedule_half(const GemmParams& p, GemmSchedule& s, bool& supported, const DeviceFacts& facts,
                    const Overrides& overrides) {
   const auto fits = [](int64_t stride, int width) { return stride % 8 == 0 && stride >= width; };  // the copy engine
   if (p.k % 8 != 0 || p.n % 8 != 0 || !fits(p.a_stride, p.k)) return;
-  if (p.b_stride[p.gradient ? 0 : 1] != 1 || !fits(p.b_stride[p.gradient ? 1 : 0], p.gradient ? p.n : p.k)) return;
+  if (p.b_stride[1] != 1 || !fits(p.b_stride[0], p.k)) return;
   if (!aligned16(p.a) || !aligned16(p.b) || !aligned16(p.output) || !aligned16(p.product)) return;
   const auto pairs = [](const void* from, int64_t stride) {
     return reinterpret_cast<uintptr_t>(from) % 4 == 0 && stride % 2 == 0;
@@ -41,7 +50,7 @@ void schedule_half(const GemmParams& p, GemmSchedule& s, bool& supported, const 
   const int64_t tiles = ceil_div(p.m, 128) * ceil_div(p.n, 128);
   if (tiles > INT32_MAX / 2) return;
   s.blocks = static_cast<int>(std::min<int64_t>(tiles, facts.multiprocessors));
-  supported = overrides.forced() || tiles * 2 > facts.multiprocessors;
+  supported = overrides.forced() || half_pays(p, tiles, facts);
 }
 
 }  // namespace
