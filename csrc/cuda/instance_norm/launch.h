@@ -5,6 +5,8 @@
 //                           memory: one read, one write
 //   stream   NCHW           tiles of planes on their way through shared memory: 1 - 2    stream.cu
 //                           one read, one write, planes of any size (sm_90+)
+//            channels_last  the same, all blocks at once: statistics of     1      stream_channels_last.cu
+//                           slices of channels
 //   slab     channels_last  a few neighbouring channels of one sample, all       1      slab.cu
 //                           their pixels, in a block or cluster
 //   split    both           nothing: statistics of tiles, then a second pass    2 - 3   split_nchw.cu,
@@ -17,7 +19,7 @@
 
 namespace styleforge::cuda {
 
-enum class InstanceNormPath { kPlane, kStream, kSlab, kSplit };
+enum class InstanceNormPath { kPlane, kHeldPlane, kStream, kChannelStream, kSlab, kSplit };
 
 // How a call is going to run. `workspace_bytes` of device memory must be given to the launch (16-byte aligned).
 struct InstanceNormSchedule {
@@ -37,6 +39,11 @@ struct InstanceNormSchedule {
   int fill = 1;
   bool read_once = false;
   bool stream_stores = false;
+  // stream in channels_last: tiles of a unit that a block keeps, whether every block merges the statistics of all
+  // channels, and whether the L2 cache is to hold on to what will be read again
+  int held = 1;
+  bool direct = false;
+  bool keep = false;
   size_t shared_bytes = 0;
   size_t workspace_bytes = 0;
   const char* name = "";  // for last_path()

@@ -39,6 +39,12 @@ constexpr int64_t kLeastStreamTensor = 8 << 20;   // bytes, where no cluster hol
 constexpr int64_t kLeastAgainstPlane = 24 << 20;  // where one does
 constexpr int64_t kLargestEightfold = 12 << 20;   // clusters of eight against two passes
 constexpr int64_t kMostStreamTiles = 1 << 28;
+// Stream in channels_last: what all rings together hold comfortably, the narrowest slice (vectors: whole lines of the
+// cache), declared statically, and channels whose statistics every block merges for itself.
+constexpr int64_t kLargestUnit = 18 << 20;
+constexpr int64_t kLeastLanes = 8;
+constexpr int64_t kChannelStreamStatic = 29 * 1024;
+constexpr int64_t kFewChannels = 6;
 constexpr int64_t kLine = 8;  // vectors of a cache line: tiles begin where the plane's lines do
 constexpr int kSplitThreads = 256;
 constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
@@ -110,7 +116,70 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
       "threads", round_threads(ceil_div(s.share, cluster > 1 && element_bytes > 2 ? 16 : 8), 64, 1024)));
   s.shared_bytes =
       static_cast<size_t>(std::max(s.share * shape.vector_bytes, spread(planes * cluster, cluster, facts, overrides)));
+  if (overrides.tuned("registers", 1) == 2 && s.share <= kHeldVectors * kHeldThreads) {
+    s.path = InstanceNormPath::kHeldPlane;
+    s.threads = static_cast<int>(
+        overrides.tuned("threads", round_threads(ceil_div(s.share, kHeldVectors), 64, kHeldThreads)));
+    s.shared_bytes = static_cast<size_t>(spread(planes * cluster, cluster, facts, overrides));
+  }
   s.name = cluster > 1 ? "instance_norm:cuda:plane:cluster" : "instance_norm:cuda:plane:block";
+  return true;
+}
+
+// channels_last. See stream_channels_last.cu.
+bool schedule_channel_stream(const InstanceNormParams& p, const DeviceFacts& facts, const Overrides& overrides,
+                             InstanceNormSchedule& s) {
+  if (!facts.has_cluster() || !p.channels_last || p.dtype == DType::kFloat64 || p.phase_width != 0 || !all_aligned(p)) {
+    return false;
+  }
+  const auto element = static_cast<int64_t>(size_of(p.dtype));
+  const int64_t width = 16 / element;
+  int64_t copies = 1;
+  while (p.channels * copies % width != 0) copies *= 2;
+  const int64_t vectors = p.channels * copies / width;
+  const int64_t rows = p.pixels / copies;
+  const int64_t most_lanes = kChannelStreamChannels / width;
+  if (p.pixels % copies != 0 || rows > kMostStreamTiles || (copies > 1 && vectors > most_lanes)) return false;
+  int64_t lanes = ceil_div(vectors, ceil_div(vectors, most_lanes));
+  while (lanes > kLeastLanes && rows * lanes * 16 > kLargestUnit) lanes = ceil_div(lanes, 2);
+  lanes = std::min(overrides.tuned("lanes", lanes), vectors);
+  if (copies > 1) lanes = vectors;
+  const int64_t slices = ceil_div(vectors, lanes);
+  const int64_t units = p.batch * slices;
+  // Tiles that every thread has a full batch of, or, where the blocks have only few, that all have the same number of.
+  int64_t share = kChannelStreamThreads / lanes * kChannelStreamRows;
+  if (slices > 1) share = std::min<int64_t>(share, 256);  // of a TMA box
+  const int64_t grid = overrides.tuned("grid", facts.multiprocessors);
+  int64_t tiles = ceil_div(rows, share);
+  const int64_t rounds = ceil_div(units * tiles, grid);
+  if (rounds <= 4) {
+    share = ceil_div(rows, std::max(tiles, grid * rounds / units));
+    tiles = ceil_div(rows, share);
+  }
+  if (units * tiles > kMostStreamTiles) return false;
+  s.lanes = static_cast<int>(lanes);
+  s.share = share;
+  s.parts = tiles;
+  s.blocks = static_cast<int>(std::min(units * tiles, grid));
+  const int64_t stage_bytes = ceil_div(share * lanes * 16, 128) * 128;
+  const int64_t room = std::min<int64_t>((facts.max_shared_per_block - kChannelStreamStatic) / stage_bytes,
+                                         std::min<int64_t>(kStreamStages, ceil_div(units * tiles, s.blocks)));
+  s.stages = static_cast<int>(std::clamp<int64_t>(overrides.tuned("stages", room), 1, room));
+  const bool fits = ceil_div(tiles, s.blocks) <= s.stages;
+  s.held = static_cast<int>(overrides.tuned("held", fits ? s.stages : std::max(1, s.stages - 2)));
+  s.held = std::min(s.held, s.stages);
+  const int64_t channels = std::min(p.channels, lanes * width);
+  s.direct = overrides.tuned("direct", channels <= kFewChannels ? 2 : 1) == 2;
+  const int64_t total = p.batch * p.channels * p.pixels * element;
+  const int64_t cache = overrides.tuned("cache", total > facts.l2_bytes / 2 ? 3 : 8);
+  s.read_once = (cache & 1) != 0;
+  s.stream_stores = (cache & 2) != 0;
+  s.keep = (cache & 4) != 0;
+  s.shared_bytes = static_cast<size_t>(s.stages * stage_bytes);
+  const int64_t slots = std::min<int64_t>(tiles, s.blocks);
+  s.workspace_bytes = static_cast<size_t>(ceil_div(units * channels * (slots + 1) * 8, 16) * 16);
+  s.path = InstanceNormPath::kChannelStream;
+  s.name = "instance_norm:cuda:stream:channels_last";
   return true;
 }
 
@@ -251,7 +320,8 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
   const Overrides overrides(kTuneVariable);
   schedule = {};
   schedule.vectorized = shape.vectorized;
-  if (overrides.forced("stream") && schedule_stream(params, facts, shape, overrides, true, schedule)) {
+  if (overrides.forced("stream") && (schedule_channel_stream(params, facts, overrides, schedule) ||
+                                     schedule_stream(params, facts, shape, overrides, true, schedule))) {
     return cudaSuccess;
   }
   if (!overrides.forced("split") && !overrides.forced("ticket")) {
@@ -291,6 +361,10 @@ cudaError_t launch_instance_norm(const InstanceNormParams& params, const Instanc
   switch (schedule.path) {
     case InstanceNormPath::kPlane:
       return launch_plane(params, schedule, stream);
+    case InstanceNormPath::kHeldPlane:
+      return launch_held_plane(params, schedule, stream);
+    case InstanceNormPath::kChannelStream:
+      return launch_channel_stream(params, schedule, workspace, stream);
     case InstanceNormPath::kStream:
       return launch_stream(params, schedule, workspace, stream);
     case InstanceNormPath::kSlab:

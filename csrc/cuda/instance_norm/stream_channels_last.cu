@@ -1,0 +1,639 @@
+// channels_last, one launch for tensors of any size (sm_90+): tiles of pixels flow through a ring of stages in the shared
+// memory of one resident block for each multiprocessor, as in stream.cu; what differs is that a tile concerns many
+// channels, and so every block concerns every other one.
+//
+//   unit:   one sample, a slice of its channels: what statistics are taken of before any of it can be normalised
+//   tile:   `share` pixels of a unit; the tiles of all units, numbered, belong to the blocks by turns
+//
+//            bulk load or box       full          a unit's tiles are in -> parts[]     all blocks' parts -> statistics[]
+//   producer ----------------> stage ------> stats ------------------> mergers ------------------> mergers --> apply
+//
+//   warp 0        producer  loads the block's tiles in order into the next free stage
+//   warps 1-3     mergers   a channel's parts, of all blocks, are merged by one warp of one block, which publishes mean
+//                           and rstd; then collect those of the unit's channels for this block. Where channels are few
+//                           every block merges all of them for itself: one journey through the L2 cache less
+//   warps 4-11    stats     moments of the block's own tiles of a unit, a thread with the channels of one vector,
+//                           running on from tile to tile: merged over the threads once a unit, not once a tile
+//   warps 12-19   apply     normalise, residual, activate, store
+//
+// A unit that the rings of all blocks hold is read once: its tiles stay until its statistics are known, while the next
+// unit's tiles come in behind them. Of a larger one the block's last tiles stay, and the others are read a second time,
+// in the opposite order, so that the L2 cache still has most of them.
+//
+// Blocks wait for each other, so the launch is cooperative: all of them run at the same time, or the grid is made
+// smaller until they do (a slice of a GPU). Tiles belong to blocks by number, so results are the same from run to run.
+// What is published says by itself that it is there (parts.cuh); its memory is zeroed at the start, while the first
+// tiles are on their way, which costs no launch and hides the barrier behind it.
+//
+// Few channels: rows of a tensor with C = 3 are no whole vectors. Then 2, 4 or 8 pixels in a row count as one pixel of
+// as many times more channels ("copies" of the real ones), and the copies are merged with the rows.
+#include <cooperative_groups.h>
+
+#include <algorithm>
+
+#include "../common/cluster.cuh"
+#include "../common/launch.h"
+#include "../common/mbarrier.cuh"
+#include "../common/tensor_map.h"
+#include "channel_sums.cuh"
+#include "kernels.h"
+#include "moments.cuh"
+#include "normalize.cuh"
+#include "parts.cuh"
+
+namespace styleforge::cuda {
+namespace {
+
+constexpr int kMergers = 3;
+constexpr int kGroupWarps = 8;  // stats, and apply
+constexpr int kGroup = kGroupWarps * kWarp;
+constexpr int kFirstStats = 1 + kMergers;
+constexpr int kFirstApply = kFirstStats + kGroupWarps;
+constexpr int kThreads = (kFirstApply + kGroupWarps) * kWarp;
+constexpr int kSumGroups = 16;  // at most, in the merge over a block's threads
+constexpr int kPartsHeld = 5;   // parts that a lane of a merger waits for at a time: 160 blocks
+constexpr int kStatsBarrier = 1;
+static_assert(kGroup == kChannelStreamThreads && kGroup >= kChannelStreamChannels);
+
+struct ChannelCut {
+  int vectors;   // 16 bytes each, of a (combined) pixel
+  int lanes;     // of a slice
+  int slices;    // of a sample
+  int units;     // samples x slices
+  int channels;  // of a slice, the last one may have fewer
+  int rows;      // (combined) pixels of a sample
+  int share;     // of a tile, a unit's last one may have fewer
+  int tiles;     // of a unit
+  int slots;     // parts of a unit: blocks that have tiles of it
+  int copies_log2;
+  int stages;
+  int held;  // tiles of a unit that a block keeps
+  int stage_bytes;
+  bool direct;         // blocks merge all channels for themselves
+  bool read_once;      // what is loaded for the last time is the first that the L2 cache lets go
+  bool keep;           // what is loaded for the first of two times is the last
+  bool stream_stores;  // stores are the first, too
+};
+
+#ifdef STYLEFORGE_HAS_BULK_COPY
+
+constexpr unsigned kPause = 40;  // nanoseconds between two looks at parts that are not there
+
+template <int kWidth>
+struct ChannelRing {
+  uint64_t full[kStreamStages], empty[kStreamStages];
+  // Of every other unit: its affine map is there; all have taken it.
+  uint64_t ready[2], taken[2];
+  // Moments of the stats threads, a row for each row of threads: one word more than a row has, against bank conflicts.
+  float mean[kGroup * (kWidth + 1)], m2[kGroup * (kWidth + 1)], count[kGroup];
+  float sums[2][kGroup];
+  float affine[2][3][kChannelStreamChannels];  // mean, scale, shift
+};
+
+// The block's tiles in the order in which they are loaded. Every role walks along.
+struct Walk {
+  const ChannelCut& cut;
+  int blocks, base, extra, turn;
+  int unit = -1, sample = 0, slice = -1;
+  int slot;       // of the block in the unit: the number of its first tile
+  int owned = 0;  // tiles that the block has of the unit
+  int step = -1, again = 0;
+  // the current one
+  int tile = 0;
+  bool counts = false, finishes = false;
+  bool closes = false;  // the block's last tile of the unit that counts
+  int stage = 0;
+  uint32_t parity = 0;
+  int used = 0;
+
+  __device__ __forceinline__ explicit Walk(const ChannelCut& cut)
+      : cut(cut),
+        blocks(static_cast<int>(gridDim.x)),
+        base(cut.tiles / blocks),
+        extra(cut.tiles - base * blocks),
+        slot(static_cast<int>(blockIdx.x) + extra) {
+    if (slot >= blocks) slot -= blocks;
+  }
+
+  // The next unit; false: no more. The block may have no tiles of it.
+  __device__ __forceinline__ bool next_unit() {
+    if (unit + 1 >= cut.units) return false;
+    ++unit;
+    if (++slice == cut.slices) {
+      slice = 0;
+      ++sample;
+    }
+    slot -= extra;
+    if (slot < 0) slot += blocks;
+    owned = base + (slot < extra ? 1 : 0);
+    again = max(owned - cut.held, 0);
+    step = -1;
+    return true;
+  }
+  // The next of its tiles; false: no more.
+  __device__ __forceinline__ bool next_tile() {
+    if (step + 1 >= owned + again) return false;
+    ++step;
+    if (used++ > 0 && ++stage == cut.stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+    counts = step < owned;
+    finishes = step >= again;
+    closes = step == owned - 1;
+    tile = slot + (counts ? step : again - 1 - (step - owned)) * blocks;
+    return true;
+  }
+  __device__ __forceinline__ int first_row() const { return tile * cut.share; }
+  __device__ __forceinline__ int row_count() const { return min(cut.share, cut.rows - first_row()); }
+  // of the slice
+  __device__ __forceinline__ int lanes() const { return min(cut.lanes, cut.vectors - slice * cut.lanes); }
+};
+
+__device__ __forceinline__ uint64_t cache_policy(bool first, bool last) {
+  uint64_t policy;
+  if (first) {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  } else if (last) {
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  }
+  return policy;
+}
+__device__ __forceinline__ void load_span(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                                          uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void load_slice(void* to, const CUtensorMap* map, int channel, int pixel, int sample,
+                                           uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
+      "l"(map), "r"(channel), "r"(pixel), "r"(sample), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
+template <typename T>
+struct ChannelStream {
+  static constexpr int kWidth = kFullWidth<T>;
+  static constexpr int kTaken = kChannelStreamRows;  // vectors of a tile that a thread has, at most
+  using V = Vec<T, kWidth>;
+
+  const InstanceNormParams& p;
+  const ChannelCut& cut;
+  ChannelRing<kWidth>& ring;
+  unsigned char* stages;
+  const CUtensorMap* map;
+  Part<float>* parts;       // [units, channels, slots]
+  Part<float>* statistics;  // [units, channels]: mean and rstd
+
+  __device__ __forceinline__ V* stage(int s) const { return reinterpret_cast<V*>(stages + s * cut.stage_bytes); }
+  // of a slice, real ones
+  __device__ __forceinline__ int channels(const Walk& at) const {
+    return min(cut.channels, static_cast<int>(p.channels) - at.slice * cut.channels);
+  }
+
+  // One thread: loads what fills the ring at first, or what comes after that.
+  __device__ __forceinline__ void produce(bool first) const {
+    const uint64_t once = cache_policy(cut.read_once, false);
+    const uint64_t twice = cache_policy(false, cut.keep);
+    Walk at(cut);
+    while (!first || at.used < cut.stages) {
+      if (at.unit < 0 || !at.next_tile()) {
+        if (!at.next_unit()) return;
+        continue;
+      }
+      if (!first && at.used <= cut.stages) continue;
+      const int s = at.stage;
+      if (at.used > cut.stages) mbarrier_wait(&ring.empty[s], at.parity ^ 1);
+      const uint64_t policy = at.finishes ? once : twice;
+      if (cut.slices == 1) {
+        const uint32_t bytes = static_cast<uint32_t>(at.row_count() * cut.vectors) * sizeof(V);
+        const int64_t from = (static_cast<int64_t>(at.sample) * cut.rows + at.first_row()) * cut.vectors;
+        mbarrier_arrive_expect(&ring.full[s], bytes);
+        load_span(stage(s), reinterpret_cast<const V*>(p.input) + from, bytes, &ring.full[s], policy);
+      } else {  // what lies beyond the slice or the sample comes as zeros, and counts
+        mbarrier_arrive_expect(&ring.full[s], static_cast<uint32_t>(cut.share * cut.lanes) * sizeof(V));
+        load_slice(stage(s), map, at.slice * cut.lanes * kWidth, at.first_row(), at.sample, &ring.full[s], policy);
+      }
+    }
+  }
+
+  // Pixels that slot `slot` has of a unit.
+  __device__ __forceinline__ float pixels_of(int slot) const {
+    const int blocks = static_cast<int>(gridDim.x);
+    const int base = cut.tiles / blocks;
+    const int own = base + (slot < cut.tiles - base * blocks ? 1 : 0);
+    const bool short_one = slot + (own - 1) * blocks == cut.tiles - 1;
+    const int rows = own * cut.share - (short_one ? cut.tiles * cut.share - cut.rows : 0);
+    return static_cast<float>(rows << cut.copies_log2);
+  }
+
+  // Of a unit's last tile, all stats threads: the threads' moments of a channel, in the order of their rows, in groups.
+  __device__ __forceinline__ void merge_threads(const Walk& at, int t, const ChannelMoments<kWidth, float>& own) const {
+    const int rows = kGroup / cut.lanes;
+    const int row = t / cut.lanes;
+    const int lane = t - row * cut.lanes;
+    const bool active = row < rows && lane < at.lanes();
+    const int groups = min(kGroup / cut.channels, kSumGroups);
+    const int group = t / cut.channels;
+    const int channel = t - group * cut.channels;
+    const int stride = cut.lanes * kWidth + 1;
+    const int copies = 1 << cut.copies_log2;
+    const int distance = cut.copies_log2 == 0 ? 0 : cut.channels;
+    if (active) {
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        ring.mean[row * stride + lane * kWidth + k] = own.mean[k];
+        ring.m2[row * stride + lane * kWidth + k] = own.m2[k];
+      }
+      if (lane == 0) ring.count[row] = own.count;
+    }
+    named_barrier(kStatsBarrier, kGroup);
+    const bool sums = group < groups && channel < channels(at);
+    const auto each = [&](auto&& visit) {
+      float value = 0;
+      if (sums) {
+#pragma unroll 4
+        for (int e = group; e < rows * copies; e += groups) {
+          const int of_row = e >> cut.copies_log2;
+          const int column = channel + (e & (copies - 1)) * distance;
+          value += visit(of_row, of_row * stride + column);
+        }
+      }
+      return value;
+    };
+    const auto over_groups = [&](float value, float* scratch) {
+      if (group < groups) scratch[t] = value;
+      named_barrier(kStatsBarrier, kGroup);
+      float total = 0;
+      if (sums && group == 0) {
+#pragma unroll 4
+        for (int g = 0; g < groups; ++g) total += scratch[g * cut.channels + channel];
+      }
+      return total;
+    };
+    const float pixels = pixels_of(at.slot);
+    // The mean is for all groups: each adds up for itself.
+    float mean = each([&](int r, int i) { return ring.count[r] * ring.mean[i]; });
+    if (group < groups) ring.sums[0][t] = mean;
+    named_barrier(kStatsBarrier, kGroup);
+    mean = 0;
+    if (sums) {
+#pragma unroll 4
+      for (int g = 0; g < groups; ++g) mean += ring.sums[0][g * cut.channels + channel];
+    }
+    mean /= pixels;
+    const float m2 = over_groups(each([&](int r, int i) {
+                                   const float d = ring.mean[i] - mean;
+                                   return ring.m2[i] + ring.count[r] * d * d;
+                                 }),
+                                 ring.sums[1]);
+    if (sums && group == 0) {
+      const int64_t first = static_cast<int64_t>(at.unit) * cut.channels + channel;
+      publish(&parts[first * cut.slots + at.slot], mean, m2);
+    }
+  }
+
+  // Stats thread `t`.
+  __device__ __forceinline__ void take_moments(int t) const {
+    const int rows = kGroup / cut.lanes;
+    const int row = t / cut.lanes;
+    const int lane = t - row * cut.lanes;
+    Walk at(cut);
+    while (at.next_unit()) {
+      const bool active = row < rows && lane < at.lanes();
+      ChannelMoments<kWidth, float> own;
+      while (at.next_tile()) {
+        const int s = at.stage;
+        mbarrier_wait(&ring.full[s], at.parity);
+        const int count = at.row_count();
+        if (at.counts && active && row < count) {
+          const auto* held = reinterpret_cast<const uint4*>(stage(s)) + t;
+          uint4 raw[kTaken];  // as words: elements of two bytes would take a register each
+          int present = 0;
+#pragma unroll
+          for (int u = 0; u < kTaken; ++u) {
+            raw[u] = uint4{};
+            if (row + u * rows >= count) continue;
+            raw[u] = held[u * rows * cut.lanes];
+            ++present;
+          }
+          const auto& v = reinterpret_cast<const V(&)[kTaken]>(raw);
+          if (present == kTaken) {
+            own.add(v);
+          } else {
+            own.add(v, present);
+          }
+        }
+        __syncwarp();
+        if (t % kWarp == 0) mbarrier_arrive(&ring.empty[s]);
+        if (!at.closes) continue;
+
+        merge_threads(at, t, own);
+      }
+    }
+  }
+
+  // One warp: the moments of one channel of a unit, from all blocks.
+  __device__ __forceinline__ Moments<float> channel_moments(int unit, int channel) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const Part<float>* first = parts + (static_cast<int64_t>(unit) * cut.channels + channel) * cut.slots;
+    Moments<float> whole;
+    for (int from = 0; from < cut.slots; from += kPartsHeld * kWarp) {
+      Moments<float> part[kPartsHeld];
+      bool there[kPartsHeld];
+      float count = 0;
+#pragma unroll
+      for (int u = 0; u < kPartsHeld; ++u) {
+        const int slot = from + u * kWarp + lane;
+        there[u] = slot >= cut.slots;
+        if (!there[u]) part[u].count = pixels_of(slot);
+        count += part[u].count;
+      }
+      while (true) {
+        bool missing = false;
+#pragma unroll
+        for (int u = 0; u < kPartsHeld; ++u) {
+          if (!there[u]) there[u] = look(first + from + u * kWarp + lane, part[u]);
+          missing |= !there[u];
+        }
+        if (!__any_sync(0xffffffffu, missing)) break;
+        __nanosleep(kPause);
+      }
+      whole.add(merge_moments(
+          warp_sum(count),
+          [&](auto visit) {
+#pragma unroll
+            for (int u = 0; u < kPartsHeld; ++u) visit(part[u]);
+          },
+          [](float v) { return warp_sum(v); }));
+    }
+    return whole;
+  }
+
+  // Stores the map of one channel where the apply warps look for it, once for every copy. One lane.
+  __device__ __forceinline__ void put_affine(int at, int channel, float mean, float rstd, float weight,
+                                             float bias) const {
+    for (int copy = 0; copy < 1 << cut.copies_log2; ++copy) {
+      const int column = channel + copy * cut.channels;
+      ring.affine[at][0][column] = mean;
+      ring.affine[at][1][column] = rstd * weight;
+      ring.affine[at][2][column] = bias;
+    }
+  }
+
+  // Merger warp `m`.
+  __device__ __forceinline__ void merge(int m) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int blocks = static_cast<int>(gridDim.x);
+    Walk at(cut);
+    int turn = 0;  // units that the block has tiles of
+    int owner = static_cast<int>(blockIdx.x);  // the first channel of the unit that this block merges
+    for (; at.next_unit(); owner = (owner + blocks - cut.channels % blocks) % blocks) {
+      const int present = channels(at);
+      const int64_t first_channel = static_cast<int64_t>(at.slice) * cut.channels;
+      const int64_t plane = at.sample * p.channels + first_channel;
+      const int64_t param = at.sample * p.param_batch_stride + first_channel;
+      Part<float>* of_unit = statistics + static_cast<int64_t>(at.unit) * cut.channels;
+      const int half = turn & 1;
+      if (!cut.direct) {
+        for (int c = owner + m * blocks; c < present; c += kMergers * blocks) {
+          const auto whole = channel_moments(at.unit, c);
+          if (lane != 0) continue;
+          const float rstd = whole.rstd(p.eps);
+          publish(of_unit + c, whole.mean, rstd);
+          store_statistics(p, plane + c, whole.mean, rstd);
+        }
+        __syncwarp();
+      }
+      if (at.owned == 0) continue;
+      mbarrier_wait(&ring.taken[half], static_cast<uint32_t>(turn >> 1 & 1) ^ 1);
+      if (cut.direct) {
+        for (int c = m; c < present; c += kMergers) {
+          const float weight = load_param(p.weight, p.param_dtype, param + c, 1.0f);
+          const float bias = load_param(p.bias, p.param_dtype, param + c, 0.0f);
+          const auto whole = channel_moments(at.unit, c);
+          if (lane != 0) continue;
+          const float rstd = whole.rstd(p.eps);
+          put_affine(half, c, whole.mean, rstd, weight, bias);
+          if (at.slot == 0) store_statistics(p, plane + c, whole.mean, rstd);
+        }
+      } else {
+        for (int c = m * kWarp + lane; c < present; c += kMergers * kWarp) {
+          const float weight = load_param(p.weight, p.param_dtype, param + c, 1.0f);
+          const float bias = load_param(p.bias, p.param_dtype, param + c, 0.0f);
+          Moments<float> known;
+          while (!look(of_unit + c, known)) __nanosleep(kPause);
+          put_affine(half, c, known.mean, known.m2, weight, bias);
+        }
+      }
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(&ring.ready[half]);
+      ++turn;
+    }
+  }
+
+  // Apply thread `t`.
+  template <Finish kFinish>
+  __device__ __forceinline__ void apply(int t) const {
+    const int rows = kGroup / cut.lanes;
+    const int row = t / cut.lanes;
+    const int lane = t - row * cut.lanes;
+    const int step = rows * cut.vectors;
+    Walk at(cut);
+    int turn = 0;
+    while (at.next_unit()) {
+      const bool active = row < rows && lane < at.lanes();
+      ChannelAffine<float, kWidth> affine;
+      bool known = false;
+      while (at.next_tile()) {
+        const int s = at.stage;
+        if (!at.finishes) {
+          mbarrier_wait(&ring.full[s], at.parity);
+          if (t % kWarp == 0) mbarrier_arrive(&ring.empty[s]);
+          continue;
+        }
+        const int count = active ? at.row_count() : 0;
+        const int64_t first = (static_cast<int64_t>(at.sample) * cut.rows + at.first_row() + row) * cut.vectors +
+                              at.slice * cut.lanes + lane;
+        constexpr bool kLong = kFinish == Finish::kSmooth;
+        uint4 r[kLong ? 1 : kTaken] = {};  // on its way while the statistics are waited for
+        if constexpr (kFinish == Finish::kResidual) {
+#pragma unroll
+          for (int u = 0; u < kTaken; ++u) {
+            if (row + u * rows < count) r[u] = __ldg(reinterpret_cast<const uint4*>(p.residual) + first + u * step);
+          }
+        }
+        if (!known) {
+          mbarrier_wait(&ring.ready[turn & 1], static_cast<uint32_t>(turn >> 1 & 1));
+          if (active) {
+#pragma unroll
+            for (int k = 0; k < kWidth; ++k) {
+              affine.mean[k] = ring.affine[turn & 1][0][lane * kWidth + k];
+              affine.scale[k] = ring.affine[turn & 1][1][lane * kWidth + k];
+              affine.shift[k] = ring.affine[turn & 1][2][lane * kWidth + k];
+            }
+          }
+          __syncwarp();
+          if (t % kWarp == 0) mbarrier_arrive(&ring.taken[turn & 1]);
+          known = true;
+          ++turn;
+        }
+        mbarrier_wait(&ring.full[s], at.parity);
+        const auto* held = reinterpret_cast<const uint4*>(stage(s)) + t;
+        const auto put = [&](int u, const uint4& x, const uint4& residual) {
+          const V y = normalize<kFinish>(p, affine, *reinterpret_cast<const V*>(&x),
+                                         *reinterpret_cast<const V*>(&residual));
+          uint4* to = reinterpret_cast<uint4*>(p.output) + first + u * step;
+          if (cut.stream_stores) {
+            __stcs(to, *reinterpret_cast<const uint4*>(&y));
+          } else {
+            *to = *reinterpret_cast<const uint4*>(&y);
+          }
+        };
+        if constexpr (kFinish != Finish::kPlain) {
+#pragma unroll(kLong ? 1 : kTaken)
+          for (int u = 0; u < kTaken; ++u) {
+            if (row + u * rows >= count) break;
+            if (kLong && p.residual != nullptr) {
+              r[0] = __ldg(reinterpret_cast<const uint4*>(p.residual) + first + u * step);
+            }
+            put(u, held[u * rows * cut.lanes], r[kLong ? 0 : u]);
+          }
+          __syncwarp();
+          if (t % kWarp == 0) mbarrier_arrive(&ring.empty[s]);
+        } else {
+          uint4 x[kTaken] = {};
+#pragma unroll
+          for (int u = 0; u < kTaken; ++u) {
+            if (row + u * rows < count) x[u] = held[u * rows * cut.lanes];
+          }
+          __syncwarp();
+          if (t % kWarp == 0) mbarrier_arrive(&ring.empty[s]);
+#pragma unroll
+          for (int u = 0; u < kTaken; ++u) {
+            if (row + u * rows < count) put(u, x[u], r[u]);
+          }
+        }
+      }
+    }
+  }
+};
+
+#endif  // STYLEFORGE_HAS_BULK_COPY
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    channel_stream_kernel(const __grid_constant__ InstanceNormParams p, const __grid_constant__ ChannelCut cut,
+                          const __grid_constant__ CUtensorMap map, uint4* workspace, int quads) {
+#ifdef STYLEFORGE_HAS_BULK_COPY
+  extern __shared__ __align__(128) unsigned char stages[];
+  __shared__ ChannelRing<kFullWidth<T>> ring;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp;
+  auto* parts = reinterpret_cast<Part<float>*>(workspace);
+  auto* statistics = parts + static_cast<int64_t>(cut.units) * cut.channels * cut.slots;
+  const ChannelStream<T> stream{p, cut, ring, stages, &map, parts, statistics};
+  if (thread == 0) {
+    prefetch_map(&map);
+    for (int s = 0; s < cut.stages; ++s) {
+      mbarrier_init(&ring.full[s], 1);
+      mbarrier_init(&ring.empty[s], 2 * kGroupWarps);
+    }
+    for (int half = 0; half < 2; ++half) {
+      mbarrier_init(&ring.ready[half], kMergers);
+      mbarrier_init(&ring.taken[half], kGroupWarps);
+    }
+    mbarrier_init_fence();
+    wait_for_predecessor();
+    stream.produce(true);
+  }
+  wait_for_predecessor();
+  for (int i = blockIdx.x * kThreads + thread; i < quads; i += gridDim.x * kThreads) workspace[i] = uint4{};
+  if (gridDim.x > 1) {
+    cooperative_groups::this_grid().sync();
+  } else {
+    __syncthreads();
+  }
+  if (warp >= kFirstApply) {
+    switch_finish(p, [&]<Finish kFinish>() { stream.template apply<kFinish>(thread - kFirstApply * kWarp); });
+  } else if (warp >= kFirstStats) {
+    stream.take_moments(thread - kFirstStats * kWarp);
+  } else if (warp > 0) {
+    stream.merge(warp - 1);
+  } else if (thread == 0) {
+    stream.produce(false);
+    release_successor();
+  }
+#endif
+}
+
+}  // namespace
+
+cudaError_t launch_channel_stream(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
+                                  void* workspace, cudaStream_t stream) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const auto element = static_cast<int>(size_of(params.dtype));
+  const int width = 16 / element;
+  ChannelCut cut = {};
+  while (params.channels << cut.copies_log2 & (width - 1)) ++cut.copies_log2;
+  cut.vectors = static_cast<int>(params.channels << cut.copies_log2) / width;
+  cut.lanes = schedule.lanes;
+  cut.slices = static_cast<int>(ceil_div(cut.vectors, cut.lanes));
+  cut.units = static_cast<int>(params.batch) * cut.slices;
+  cut.channels = static_cast<int>(std::min<int64_t>(params.channels, cut.lanes * width));
+  cut.rows = static_cast<int>(params.pixels >> cut.copies_log2);
+  cut.share = static_cast<int>(schedule.share);
+  cut.tiles = static_cast<int>(schedule.parts);
+  cut.stages = schedule.stages;
+  cut.held = schedule.held;
+  cut.stage_bytes = static_cast<int>(schedule.shared_bytes) / schedule.stages;
+  cut.direct = schedule.direct;
+  cut.read_once = schedule.read_once;
+  cut.keep = schedule.keep;
+  cut.stream_stores = schedule.stream_stores;
+  CUtensorMap map = {};
+  if (cut.slices > 1) {
+    const auto pitch = static_cast<cuuint64_t>(params.channels * element);
+    const auto pixels = static_cast<cuuint64_t>(params.pixels);
+    const auto error = tensor_map<3>(
+        params.dtype, params.input,
+        {static_cast<cuuint64_t>(params.channels), pixels, static_cast<cuuint64_t>(params.batch)},
+        {pitch, pitch * pixels},
+        {static_cast<cuuint32_t>(cut.lanes * width), static_cast<cuuint32_t>(cut.share), 1}, map,
+        CU_TENSOR_MAP_SWIZZLE_NONE);
+    if (error != cudaSuccess) return error;
+  }
+  const auto with = [&](auto* kernel) {
+    // All blocks must run at the same time. Where this process has only some of the multiprocessors (MPS, a green
+    // context), fewer do; one always does.
+    for (int blocks = schedule.blocks;; blocks = (blocks + 1) / 2) {
+      cut.slots = std::min(cut.tiles, blocks);
+      const auto error =
+          launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), schedule.shared_bytes,
+                 Together{1, blocks > 1}, facts, stream, params, cut, map, static_cast<uint4*>(workspace),
+                 static_cast<int>(schedule.workspace_bytes / sizeof(uint4)));
+      if (blocks == 1 || (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported)) return error;
+      cudaGetLastError();
+    }
+  };
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return with(channel_stream_kernel<float>);
+    case DType::kFloat16:
+      return with(channel_stream_kernel<__half>);
+    case DType::kBFloat16:
+      return with(channel_stream_kernel<__nv_bfloat16>);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace styleforge::cuda
