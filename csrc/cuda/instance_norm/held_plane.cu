@@ -25,16 +25,12 @@ __device__ __forceinline__ void store_remote(Part<float>* local, uint32_t rank, 
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(map_shared(address, rank)), "f"(v.mean), "f"(v.m2)
                : "memory");
 }
-__device__ __forceinline__ void store_remote(Part<double>* local, uint32_t rank, const Moments<double>& v) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-  asm volatile("st.shared::cluster.v2.f64 [%0], {%1, %2};" ::"r"(map_shared(address, rank)), "d"(v.mean), "d"(v.m2)
-               : "memory");
-}
 #endif
 
-template <typename T, int kWidth>
+template <typename T>
 __global__ void __launch_bounds__(kHeldThreads)
     held_plane_kernel(const __grid_constant__ InstanceNormParams p, int share) {
+  constexpr int kWidth = kFullWidth<T>;
   using V = Vec<T, kWidth>;
   using Acc = acc_t<T>;
   __shared__ Acc scratch[3][kWarps];
@@ -52,12 +48,12 @@ __global__ void __launch_bounds__(kHeldThreads)
   if (blocks > 1) cluster_arrive();
 
   wait_for_predecessor();
-  V x[kHeldVectors];
+  uint4 x[kHeldVectors];  // as words: elements of two bytes would take a register each
   int present = 0;
 #pragma unroll
   for (int u = 0; u < kHeldVectors; ++u) {
     if (thread + u * stride >= count) continue;
-    x[u] = load_const<V>(p.input, first + u * stride);
+    x[u] = __ldg(reinterpret_cast<const uint4*>(p.input) + first + u * stride);
     ++present;
   }
   const int64_t param = param_of(p, plane);
@@ -66,7 +62,7 @@ __global__ void __launch_bounds__(kHeldThreads)
   release_successor();
 
   Moments<Acc> own;
-  own.add(x, present);
+  own.add(reinterpret_cast<const V(&)[kHeldVectors]>(x), present);
   own = merge_lanes(warp_sum(own.count), own);
   if (thread % kWarp == 0) {
     scratch[0][thread / kWarp] = own.count;
@@ -97,16 +93,18 @@ __global__ void __launch_bounds__(kHeldThreads)
   if (rank == 0 && thread == 0) store_statistics(p, plane, whole.mean, rstd);
   const PlaneAffine<Acc> affine{whole.mean, rstd * weight, shift};
   switch_finish(p, [&]<Finish kFinish>() {
-    V r[kHeldVectors];
+    uint4 r[kHeldVectors];
     if (has_residual<kFinish>(p)) {
 #pragma unroll
       for (int u = 0; u < kHeldVectors; ++u) {
-        if (u < present) r[u] = load_const<V>(p.residual, first + u * stride);
+        if (u < present) r[u] = __ldg(reinterpret_cast<const uint4*>(p.residual) + first + u * stride);
       }
     }
 #pragma unroll
     for (int u = 0; u < kHeldVectors; ++u) {
-      if (u < present) store(p.output, first + u * stride, normalize<kFinish>(p, affine, x[u], r[u]));
+      if (u >= present) continue;
+      store(p.output, first + u * stride,
+            normalize<kFinish>(p, affine, *reinterpret_cast<const V*>(&x[u]), *reinterpret_cast<const V*>(&r[u])));
     }
   });
 }
@@ -117,11 +115,13 @@ cudaError_t launch_held_plane(const InstanceNormParams& params, const InstanceNo
                               cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  return switch_dtype(params.dtype, [&]<typename T>() {
-    const auto grid = dim3(static_cast<unsigned>(params.batch * params.channels * schedule.cluster));
-    auto* kernel = schedule.vectorized ? held_plane_kernel<T, kFullWidth<T>> : held_plane_kernel<T, 1>;
-    return launch(kernel, grid, dim3(schedule.threads), schedule.shared_bytes, schedule.cluster, facts, stream, params,
-                  static_cast<int>(schedule.share));
+  return switch_dtype(params.dtype, [&]<typename T>() -> cudaError_t {
+    if constexpr (sizeof(T) <= 4) {
+      const auto grid = dim3(static_cast<unsigned>(params.batch * params.channels * schedule.cluster));
+      return launch(held_plane_kernel<T>, grid, dim3(schedule.threads), schedule.shared_bytes,
+                    schedule.cluster, facts, stream, params, static_cast<int>(schedule.share));
+    }
+    return cudaErrorInvalidValue;
   });
 }
 

@@ -10,7 +10,8 @@
 //   slab     channels_last  a few neighbouring channels of one sample, all       1      slab.cu
 //                           their pixels, in a block or cluster
 //   split    both           nothing: statistics of tiles, then a second pass    2 - 3   split_nchw.cu,
-//                           that mostly hits the L2 cache                               split_channels_last.cu
+//                           that mostly hits the L2 cache                               split_channels_last.cu,
+//                                                                                      few_channels.cu
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,7 +20,7 @@
 
 namespace styleforge::cuda {
 
-enum class InstanceNormPath { kPlane, kHeldPlane, kStream, kChannelStream, kSlab, kSplit };
+enum class InstanceNormPath { kPlane, kHeldPlane, kStream, kChannelStream, kSlab, kFewChannels, kSplit };
 
 // How a call is going to run. `workspace_bytes` of device memory must be given to the launch (16-byte aligned).
 struct InstanceNormSchedule {
@@ -39,9 +40,10 @@ struct InstanceNormSchedule {
   int fill = 1;
   bool read_once = false;
   bool stream_stores = false;
-  // stream in channels_last: tiles of a unit that a block keeps, whether every block merges the statistics of all
+  // stream: loads under way in a block, at most. In channels_last: tiles of a unit that a block keeps, whether every block merges the statistics of all
   // channels, and whether the L2 cache is to hold on to what will be read again
   int held = 1;
+  int flight = 1;
   bool direct = false;
   bool keep = false;
   size_t shared_bytes = 0;

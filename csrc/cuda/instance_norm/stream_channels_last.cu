@@ -9,9 +9,10 @@
 //   producer ----------------> stage ------> stats ------------------> mergers ------------------> mergers --> apply
 //
 //   warp 0        producer  loads the block's tiles in order into the next free stage
-//   warps 1-3     mergers   a channel's parts, of all blocks, are merged by one warp of one block, which publishes mean
-//                           and rstd; then collect those of the unit's channels for this block. Where channels are few
-//                           every block merges all of them for itself: one journey through the L2 cache less
+//   warps 1-3     mergers   take units in turn, since a unit's way takes microseconds while the memory is busy: a channel's
+//                           parts, of all blocks, are merged by one block, which publishes mean and rstd; then collect
+//                           those of the unit's channels for this block. Where channels are few every block merges all
+//                           of them for itself: one journey through the L2 cache less
 //   warps 4-11    stats     moments of the block's own tiles of a unit, a thread with the channels of one vector,
 //                           running on from tile to tile: merged over the threads once a unit, not once a tile
 //   warps 12-19   apply     normalise, residual, activate, store
@@ -50,9 +51,6 @@ constexpr int kGroup = kGroupWarps * kWarp;
 constexpr int kFirstStats = 1 + kMergers;
 constexpr int kFirstApply = kFirstStats + kGroupWarps;
 constexpr int kThreads = (kFirstApply + kGroupWarps) * kWarp;
-constexpr int kSumGroups = 16;  // at most, in the merge over a block's threads
-constexpr int kPartsHeld = 5;   // parts that a lane of a merger waits for at a time: 160 blocks
-constexpr int kStatsBarrier = 1;
 static_assert(kGroup == kChannelStreamThreads && kGroup >= kChannelStreamChannels);
 
 struct ChannelCut {
@@ -67,7 +65,8 @@ struct ChannelCut {
   int slots;     // parts of a unit: blocks that have tiles of it
   int copies_log2;
   int stages;
-  int held;  // tiles of a unit that a block keeps
+  int held;    // tiles of a unit that a block keeps
+  int flight;  // loads under way, at most: up to `stages`
   int stage_bytes;
   bool direct;         // blocks merge all channels for themselves
   bool read_once;      // what is loaded for the last time is the first that the L2 cache lets go
@@ -77,17 +76,20 @@ struct ChannelCut {
 
 #ifdef STYLEFORGE_HAS_BULK_COPY
 
+constexpr int kSumGroups = 16;  // at most, in the merge over a block's threads
+constexpr int kPartsHeld = 5;   // parts that a lane of a merger waits for at a time: 160 blocks
+constexpr int kStatsBarrier = 1;
 constexpr unsigned kPause = 40;  // nanoseconds between two looks at parts that are not there
 
 template <int kWidth>
 struct ChannelRing {
   uint64_t full[kStreamStages], empty[kStreamStages];
-  // Of every other unit: its affine map is there; all have taken it.
-  uint64_t ready[2], taken[2];
-  // Moments of the stats threads, a row for each row of threads: one word more than a row has, against bank conflicts.
-  float mean[kGroup * (kWidth + 1)], m2[kGroup * (kWidth + 1)], count[kGroup];
+  // Of a merger's unit: its affine map is there; all have taken it.
+  uint64_t ready[kMergers], taken[kMergers];
+  // Moments of the stats threads: [row of threads][channel of a vector][lane], an odd number of lanes.
+  float mean[kGroup * kWidth * 3 / 2], m2[kGroup * kWidth * 3 / 2], count[kGroup];
   float sums[2][kGroup];
-  float affine[2][3][kChannelStreamChannels];  // mean, scale, shift
+  float affine[kMergers][3][kChannelStreamChannels];  // mean, scale, shift
 };
 
 // The block's tiles in the order in which they are loaded. Every role walks along.
@@ -198,18 +200,28 @@ struct ChannelStream {
     return min(cut.channels, static_cast<int>(p.channels) - at.slice * cut.channels);
   }
 
-  // One thread: loads what fills the ring at first, or what comes after that.
+  // One thread: the first loads, or those that come after them. No more of them are under way than the memory needs to
+  // be busy: they would stand in line there, and in front of the statistics.
   __device__ __forceinline__ void produce(bool first) const {
     const uint64_t once = cache_policy(cut.read_once, false);
     const uint64_t twice = cache_policy(false, cut.keep);
     Walk at(cut);
-    while (!first || at.used < cut.stages) {
+    int come = 0;
+    uint32_t come_parity = 0;
+    while (!first || at.used < cut.flight) {
       if (at.unit < 0 || !at.next_tile()) {
         if (!at.next_unit()) return;
         continue;
       }
-      if (!first && at.used <= cut.stages) continue;
       const int s = at.stage;
+      if (at.used > cut.flight) {  // not before the load `flight` tiles ago has come
+        mbarrier_wait(&ring.full[come], come_parity);
+        if (++come == cut.stages) {
+          come = 0;
+          come_parity ^= 1;
+        }
+      }
+      if (!first && at.used <= cut.flight) continue;
       if (at.used > cut.stages) mbarrier_wait(&ring.empty[s], at.parity ^ 1);
       const uint64_t policy = at.finishes ? once : twice;
       if (cut.slices == 1) {
@@ -235,7 +247,7 @@ struct ChannelStream {
   }
 
   // Of a unit's last tile, all stats threads: the threads' moments of a channel, in the order of their rows, in groups.
-  __device__ __forceinline__ void merge_threads(const Walk& at, int t, const ChannelMoments<kWidth, float>& own) const {
+  __device__ __forceinline__ void merge_threads(const Walk& at, int t, const RunningMoments<kWidth>& own) const {
     const int rows = kGroup / cut.lanes;
     const int row = t / cut.lanes;
     const int lane = t - row * cut.lanes;
@@ -243,14 +255,14 @@ struct ChannelStream {
     const int groups = min(kGroup / cut.channels, kSumGroups);
     const int group = t / cut.channels;
     const int channel = t - group * cut.channels;
-    const int stride = cut.lanes * kWidth + 1;
+    const int pitch = cut.lanes | 1;
     const int copies = 1 << cut.copies_log2;
     const int distance = cut.copies_log2 == 0 ? 0 : cut.channels;
     if (active) {
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        ring.mean[row * stride + lane * kWidth + k] = own.mean[k];
-        ring.m2[row * stride + lane * kWidth + k] = own.m2[k];
+        ring.mean[(row * kWidth + k) * pitch + lane] = own.mean[k];
+        ring.m2[(row * kWidth + k) * pitch + lane] = own.m2[k];
       }
       if (lane == 0) ring.count[row] = own.count;
     }
@@ -263,7 +275,7 @@ struct ChannelStream {
         for (int e = group; e < rows * copies; e += groups) {
           const int of_row = e >> cut.copies_log2;
           const int column = channel + (e & (copies - 1)) * distance;
-          value += visit(of_row, of_row * stride + column);
+          value += visit(of_row, (of_row * kWidth + column % kWidth) * pitch + column / kWidth);
         }
       }
       return value;
@@ -308,7 +320,7 @@ struct ChannelStream {
     Walk at(cut);
     while (at.next_unit()) {
       const bool active = row < rows && lane < at.lanes();
-      ChannelMoments<kWidth, float> own;
+      RunningMoments<kWidth> own;
       while (at.next_tile()) {
         const int s = at.stage;
         mbarrier_wait(&ring.full[s], at.parity);
@@ -326,7 +338,7 @@ struct ChannelStream {
           }
           const auto& v = reinterpret_cast<const V(&)[kTaken]>(raw);
           if (present == kTaken) {
-            own.add(v);
+            own.add(v, kTaken);
           } else {
             own.add(v, present);
           }
@@ -388,53 +400,63 @@ struct ChannelStream {
     }
   }
 
-  // Merger warp `m`.
+  // One lane: channels `c` and `c` + 32 (where present), asked for together.
+  __device__ __forceinline__ void collect(int at, int c, int present, int64_t param, const Part<float>* of_unit) const {
+    const int other = min(c + kWarp, present - 1);
+    const float weight = load_param(p.weight, p.param_dtype, param + c, 1.0f);
+    const float bias = load_param(p.bias, p.param_dtype, param + c, 0.0f);
+    const float other_weight = load_param(p.weight, p.param_dtype, param + other, 1.0f);
+    const float other_bias = load_param(p.bias, p.param_dtype, param + other, 0.0f);
+    Moments<float> known, other_known;
+    while (!(look(of_unit + c, known) & look(of_unit + other, other_known))) __nanosleep(kPause);
+    put_affine(at, c, known.mean, known.m2, weight, bias);
+    if (c + kWarp < present) put_affine(at, other, other_known.mean, other_known.m2, other_weight, other_bias);
+  }
+
+  // Merger warp `m` takes units m, m + kMergers, ... and hands them over in a place of its own.
   __device__ __forceinline__ void merge(int m) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int blocks = static_cast<int>(gridDim.x);
     Walk at(cut);
-    int turn = 0;  // units that the block has tiles of
+    uint32_t turn = 0;                         // units that the block had tiles of
     int owner = static_cast<int>(blockIdx.x);  // the first channel of the unit that this block merges
     for (; at.next_unit(); owner = (owner + blocks - cut.channels % blocks) % blocks) {
+      if (at.unit % kMergers != m) continue;
       const int present = channels(at);
       const int64_t first_channel = static_cast<int64_t>(at.slice) * cut.channels;
       const int64_t plane = at.sample * p.channels + first_channel;
       const int64_t param = at.sample * p.param_batch_stride + first_channel;
       Part<float>* of_unit = statistics + static_cast<int64_t>(at.unit) * cut.channels;
-      const int half = turn & 1;
       if (!cut.direct) {
-        for (int c = owner + m * blocks; c < present; c += kMergers * blocks) {
+        for (int c = owner; c < present; c += blocks) {
           const auto whole = channel_moments(at.unit, c);
-          if (lane != 0) continue;
-          const float rstd = whole.rstd(p.eps);
-          publish(of_unit + c, whole.mean, rstd);
-          store_statistics(p, plane + c, whole.mean, rstd);
+          if (lane == 0) {
+            const float rstd = whole.rstd(p.eps);
+            publish(of_unit + c, whole.mean, rstd);
+            store_statistics(p, plane + c, whole.mean, rstd);
+          }
+          __syncwarp();
         }
-        __syncwarp();
       }
       if (at.owned == 0) continue;
-      mbarrier_wait(&ring.taken[half], static_cast<uint32_t>(turn >> 1 & 1) ^ 1);
+      mbarrier_wait(&ring.taken[m], (turn & 1) ^ 1);
       if (cut.direct) {
-        for (int c = m; c < present; c += kMergers) {
+        for (int c = 0; c < present; ++c) {
           const float weight = load_param(p.weight, p.param_dtype, param + c, 1.0f);
           const float bias = load_param(p.bias, p.param_dtype, param + c, 0.0f);
           const auto whole = channel_moments(at.unit, c);
-          if (lane != 0) continue;
-          const float rstd = whole.rstd(p.eps);
-          put_affine(half, c, whole.mean, rstd, weight, bias);
-          if (at.slot == 0) store_statistics(p, plane + c, whole.mean, rstd);
+          if (lane == 0) {
+            const float rstd = whole.rstd(p.eps);
+            put_affine(m, c, whole.mean, rstd, weight, bias);
+            if (at.slot == 0) store_statistics(p, plane + c, whole.mean, rstd);
+          }
+          __syncwarp();
         }
       } else {
-        for (int c = m * kWarp + lane; c < present; c += kMergers * kWarp) {
-          const float weight = load_param(p.weight, p.param_dtype, param + c, 1.0f);
-          const float bias = load_param(p.bias, p.param_dtype, param + c, 0.0f);
-          Moments<float> known;
-          while (!look(of_unit + c, known)) __nanosleep(kPause);
-          put_affine(half, c, known.mean, known.m2, weight, bias);
-        }
+        for (int c = lane; c < present; c += 2 * kWarp) collect(m, c, present, param, of_unit);
       }
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(&ring.ready[half]);
+      if (lane == 0) mbarrier_arrive(&ring.ready[m]);
       ++turn;
     }
   }
@@ -447,8 +469,9 @@ struct ChannelStream {
     const int lane = t - row * cut.lanes;
     const int step = rows * cut.vectors;
     Walk at(cut);
-    int turn = 0;
+    uint32_t turns = 0;  // of each merger, the parity of the units so far
     while (at.next_unit()) {
+      const int from = at.unit % kMergers;
       const bool active = row < rows && lane < at.lanes();
       ChannelAffine<float, kWidth> affine;
       bool known = false;
@@ -471,19 +494,19 @@ struct ChannelStream {
           }
         }
         if (!known) {
-          mbarrier_wait(&ring.ready[turn & 1], static_cast<uint32_t>(turn >> 1 & 1));
+          mbarrier_wait(&ring.ready[from], turns >> from & 1);
           if (active) {
 #pragma unroll
             for (int k = 0; k < kWidth; ++k) {
-              affine.mean[k] = ring.affine[turn & 1][0][lane * kWidth + k];
-              affine.scale[k] = ring.affine[turn & 1][1][lane * kWidth + k];
-              affine.shift[k] = ring.affine[turn & 1][2][lane * kWidth + k];
+              affine.mean[k] = ring.affine[from][0][lane * kWidth + k];
+              affine.scale[k] = ring.affine[from][1][lane * kWidth + k];
+              affine.shift[k] = ring.affine[from][2][lane * kWidth + k];
             }
           }
           __syncwarp();
-          if (t % kWarp == 0) mbarrier_arrive(&ring.taken[turn & 1]);
+          if (t % kWarp == 0) mbarrier_arrive(&ring.taken[from]);
           known = true;
-          ++turn;
+          turns ^= 1u << from;
         }
         mbarrier_wait(&ring.full[s], at.parity);
         const auto* held = reinterpret_cast<const uint4*>(stage(s)) + t;
@@ -546,9 +569,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(&ring.full[s], 1);
       mbarrier_init(&ring.empty[s], 2 * kGroupWarps);
     }
-    for (int half = 0; half < 2; ++half) {
-      mbarrier_init(&ring.ready[half], kMergers);
-      mbarrier_init(&ring.taken[half], kGroupWarps);
+    for (int m = 0; m < kMergers; ++m) {
+      mbarrier_init(&ring.ready[m], 1);
+      mbarrier_init(&ring.taken[m], kGroupWarps);
     }
     mbarrier_init_fence();
     wait_for_predecessor();
@@ -594,7 +617,8 @@ cudaError_t launch_channel_stream(const InstanceNormParams& params, const Instan
   cut.tiles = static_cast<int>(schedule.parts);
   cut.stages = schedule.stages;
   cut.held = schedule.held;
-  cut.stage_bytes = static_cast<int>(schedule.shared_bytes) / schedule.stages;
+  cut.flight = schedule.flight;
+  cut.stage_bytes = static_cast<int>(ceil_div(schedule.share * schedule.lanes * 16, 128)) * 128;
   cut.direct = schedule.direct;
   cut.read_once = schedule.read_once;
   cut.keep = schedule.keep;
@@ -608,7 +632,8 @@ cudaError_t launch_channel_stream(const InstanceNormParams& params, const Instan
         {static_cast<cuuint64_t>(params.channels), pixels, static_cast<cuuint64_t>(params.batch)},
         {pitch, pitch * pixels},
         {static_cast<cuuint32_t>(cut.lanes * width), static_cast<cuuint32_t>(cut.share), 1}, map,
-        CU_TENSOR_MAP_SWIZZLE_NONE);
+        CU_TENSOR_MAP_SWIZZLE_NONE,
+        cut.lanes < 8 ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
     if (error != cudaSuccess) return error;
   }
   const auto with = [&](auto* kernel) {
