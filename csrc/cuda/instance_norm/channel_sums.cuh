@@ -79,41 +79,32 @@ struct ChannelMoments {
     }
     count = total;
   }
-};
 
-// The same in fewer instructions: sums about the mean so far, K. With S = sum(x - K) and Q = sum((x - K)^2) of a batch,
-// mean' = K + S / n' and M2' = M2 + Q - S^2 / n', exactly, as what was summed before has no first moment about K. Nothing
-// that is lost in Q - S^2 / n' matters: where S is large the difference of the means is, and M2' has it. K of the first
-// batch is its first element, which is never further from the mean than the batch's own M2 allows.
-template <int kWidth>
-struct RunningMoments {
-  float count = 0;
-  float mean[kWidth] = {};
-  float m2[kWidth] = {};
-
-  // The first `present` of a batch, at least one.
+  // The first `present` (at least one) of a short batch.
   template <int kBatch, typename V>
   __device__ __forceinline__ void add(const V (&batch)[kBatch], int present) {
-    if (count == 0.0f) {
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) mean[k] = to_acc(batch[0].data[k]);
-    }
-    count += static_cast<float>(present);
-    const float share = reciprocal(count);
+    const Acc taken = static_cast<Acc>(present);
+    const Acc total = count + taken;
+    const Acc share = taken * reciprocal(total);
+    const Acc weight = count * share;
+    const Acc inverse = reciprocal(taken);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      float s = 0, q = 0;
+      Acc s = 0;
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) s += u < present ? to_acc(batch[u].data[k]) : Acc(0);
+      const Acc m = s * inverse;
+      Acc q = 0;
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        if (u >= present) continue;
-        const float d = to_acc(batch[u].data[k]) - mean[k];
-        s += d;
+        const Acc d = u < present ? to_acc(batch[u].data[k]) - m : Acc(0);
         q += d * d;
       }
-      const float step = s * share;
-      mean[k] += step;
-      m2[k] += q - s * step;
+      const Acc delta = m - mean[k];
+      mean[k] += delta * share;
+      m2[k] += q + delta * weight * delta;
     }
+    count = total;
   }
 };
 

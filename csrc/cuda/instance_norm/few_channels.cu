@@ -1,10 +1,9 @@
-// channels_last with 2, 3 or 4 channels (pictures): a pixel is no whole vector, but a row of threads takes vectors one
-// after the other, and where the step from one of a thread's vectors to its next is a multiple of C vectors, element k
-// of all of them has the same channel: (k + shift) % C, with a shift that only depends on the thread.
+// channels_last with 2 or 3 channels (pictures): a pixel is no whole vector, but kWidth pixels of C channels are C
+// whole vectors, of which every element's channel is known when this is compiled. So a thread takes such groups, and
+// has the moments of all channels in its registers.
 //
-//   C = 3, float:  | r g b r | g b r g | b r g b | r g b r | ...      shift 0, 1, 2, 0, ...
+//   C = 3, float:  | r g b r | g b r g | b r g b |    a group: 3 vectors, 4 pixels
 //
-// So a thread has the moments of "its" channels k % C in registers, and rotates them when it meets the others.
 // Two launches, as in split_nchw.cu: tiles of a sample, then merge and normalise; the second has its tile in registers
 // before it waits for the first.
 #include "../common/cluster.cuh"
@@ -20,56 +19,41 @@ namespace {
 
 constexpr int kThreads = kFewThreads;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kHeld = kFewVectors;
+constexpr int kGroups = kFewGroups;
 constexpr int kPartsHeld = 8;  // that a lane has on their way at a time
 
-// A thread's vectors of a tile.
+// A thread's groups of a tile.
 template <typename T, int kChannels>
-struct FewTile {
+struct GroupTile {
   static constexpr int kWidth = kFullWidth<T>;
-  static_assert(kThreads % kChannels == 0);
   using V = Vec<T, kWidth>;
   int64_t n, first;  // the sample; the thread's first vector
-  int part, present, shift;
-  uint4 x[kHeld];
+  int part, present;
+  uint4 x[kGroups][kChannels];
 
-  // `share` is a multiple of kThreads, or a whole sample.
-  __device__ __forceinline__ FewTile(const InstanceNormParams& p, unsigned block, int parts, int share) {
+  __device__ __forceinline__ GroupTile(const InstanceNormParams& p, unsigned block, int parts, int share) {
     const unsigned sample = block / static_cast<unsigned>(parts);
     n = sample;
     part = static_cast<int>(block - sample * parts);
-    const int vectors = static_cast<int>(p.pixels) / kWidth * kChannels;
+    const int groups = static_cast<int>(p.pixels / kWidth);
     const int begin = part * share + static_cast<int>(threadIdx.x);
-    const int end = min((part + 1) * share, vectors);
-    first = static_cast<int64_t>(n) * vectors + begin;
-    shift = static_cast<int>(threadIdx.x) * kWidth % kChannels;
+    const int end = min((part + 1) * share, groups);
+    first = (static_cast<int64_t>(n) * groups + begin) * kChannels;
     present = 0;
 #pragma unroll
-    for (int u = 0; u < kHeld; ++u) present += begin + u * kThreads < end;
+    for (int u = 0; u < kGroups; ++u) present += begin + u * kThreads < end;
   }
-  __device__ __forceinline__ int64_t at(int u) const { return first + u * kThreads; }
+  __device__ __forceinline__ int64_t at(int u, int v) const { return first + u * kThreads * kChannels + v; }
   __device__ __forceinline__ void load(const void* from) {
 #pragma unroll
-    for (int u = 0; u < kHeld; ++u) {
-      if (u < present) x[u] = __ldg(reinterpret_cast<const uint4*>(from) + at(u));
+    for (int u = 0; u < kGroups; ++u) {
+      if (u >= present) continue;
+#pragma unroll
+      for (int v = 0; v < kChannels; ++v) x[u][v] = __ldg(reinterpret_cast<const uint4*>(from) + at(u, v));
     }
   }
-  __device__ __forceinline__ const V& vector(int u) const { return *reinterpret_cast<const V*>(&x[u]); }
-  // What the thread has at `own`, by channel, or the other way round.
-  __device__ __forceinline__ float by_channel(const float (&own)[kChannels], int channel) const {
-    return pick(own, channel - shift);
-  }
-  __device__ __forceinline__ float by_element(const float (&facts)[kChannels], int k) const {
-    return pick(facts, k + shift);
-  }
-
- private:
-  static __device__ __forceinline__ float pick(const float (&from)[kChannels], int i) {
-    i = i < 0 ? i + kChannels : i >= kChannels ? i - kChannels : i;
-    float v = from[0];
-#pragma unroll
-    for (int c = 1; c < kChannels; ++c) v = i == c ? from[c] : v;
-    return v;
+  __device__ __forceinline__ float element(int u, int e) const {
+    return to_acc(reinterpret_cast<const V*>(&x[u][e / kWidth])->data[e % kWidth]);
   }
 };
 
@@ -78,37 +62,36 @@ __global__ void __launch_bounds__(kThreads)
     few_moments_kernel(const __grid_constant__ InstanceNormParams p, int parts, int share, Part<float>* partials) {
   constexpr int kWidth = kFullWidth<T>;
   __shared__ Moments<float> of_warp[kChannels][kWarps];
-  FewTile<T, kChannels> tile(p, blockIdx.x, parts, share);
+  GroupTile<T, kChannels> tile(p, blockIdx.x, parts, share);
   wait_for_predecessor();
   release_successor();
   tile.load(p.input);
-  float sum[kChannels] = {}, m2[kChannels] = {}, mean[kChannels], count[kChannels];
+  float sum[kChannels] = {}, m2[kChannels] = {}, mean[kChannels];
 #pragma unroll
-  for (int u = 0; u < kHeld; ++u) {
+  for (int u = 0; u < kGroups; ++u) {
     if (u >= tile.present) continue;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) sum[k % kChannels] += to_acc(tile.vector(u).data[k]);
+    for (int e = 0; e < kWidth * kChannels; ++e) sum[e % kChannels] += tile.element(u, e);
   }
+  const float own = static_cast<float>(tile.present * kWidth);
+  const float inverse = tile.present > 0 ? reciprocal(own) : 0.0f;
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    count[c] = static_cast<float>(tile.present * (kWidth / kChannels + (c < kWidth % kChannels ? 1 : 0)));
-    mean[c] = sum[c] / max(count[c], 1.0f);
-  }
+  for (int c = 0; c < kChannels; ++c) mean[c] = sum[c] * inverse;
 #pragma unroll
-  for (int u = 0; u < kHeld; ++u) {
+  for (int u = 0; u < kGroups; ++u) {
     if (u >= tile.present) continue;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const float d = to_acc(tile.vector(u).data[k]) - mean[k % kChannels];
-      m2[k % kChannels] += d * d;
+    for (int e = 0; e < kWidth * kChannels; ++e) {
+      const float d = tile.element(u, e) - mean[e % kChannels];
+      m2[e % kChannels] += d * d;
     }
   }
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const float total = warp_sum(own);
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
-    const Moments<float> own{tile.by_channel(count, c), tile.by_channel(mean, c), tile.by_channel(m2, c)};
-    const auto merged = merge_lanes(warp_sum(own.count), own);
+    const auto merged = merge_lanes(total, Moments<float>{own, mean[c], m2[c]});
     if (lane == 0) of_warp[c][warp] = merged;
   }
   __syncthreads();
@@ -119,21 +102,23 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) store_part(partials + (tile.n * kChannels + warp) * parts + tile.part, whole.mean, whole.m2);
 }
 
-// Element k of a thread's vectors.
-template <int kChannels>
-struct FewAffine {
+// Element k of vector v of a group.
+template <int kChannels, int kWidth>
+struct GroupAffine {
   float mean[kChannels], scale[kChannels], shift[kChannels];
+  int v;
   __device__ __forceinline__ float operator()(float x, int k) const {
-    return (x - mean[k % kChannels]) * scale[k % kChannels] + shift[k % kChannels];
+    const int c = (v * kWidth + k) % kChannels;
+    return (x - mean[c]) * scale[c] + shift[c];
   }
 };
 
 // One warp: the moments of a channel from its tiles' parts.
-template <int kWidth, int kChannels>
+template <int kWidth>
 __device__ __forceinline__ Moments<float> merge_parts(const InstanceNormParams& p, const Part<float>* own, int parts,
-                                                      int share, int channel) {
+                                                      int share) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int vectors = static_cast<int>(p.pixels) / kWidth * kChannels;
+  const int groups = static_cast<int>(p.pixels / kWidth);
   Moments<float> whole;
   for (int from = 0; from < parts; from += kPartsHeld * kWarp) {
     Moments<float> part[kPartsHeld];
@@ -143,10 +128,7 @@ __device__ __forceinline__ Moments<float> merge_parts(const InstanceNormParams& 
       const int j = from + u * kWarp + lane;
       if (j >= parts) continue;
       const auto both = load_part(own + j);
-      const int first = j * share * kWidth;  // elements before the tile, and before its end
-      const int last = min((j + 1) * share, vectors) * kWidth;
-      const int pixels = (last - channel + kChannels - 1) / kChannels - (first - channel + kChannels - 1) / kChannels;
-      part[u] = {static_cast<float>(pixels), both.mean, both.m2};
+      part[u] = {static_cast<float>(min(share, groups - j * share) * kWidth), both.mean, both.m2};
       count += part[u].count;
     }
     whole.add(merge_moments(
@@ -166,7 +148,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kWidth = kFullWidth<T>;
   using V = Vec<T, kWidth>;
   __shared__ float facts[3][kChannels];
-  FewTile<T, kChannels> tile(p, gridDim.x - 1 - blockIdx.x, parts, share);
+  GroupTile<T, kChannels> tile(p, gridDim.x - 1 - blockIdx.x, parts, share);
   tile.load(p.input);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   float weight = 1, bias = 0;
@@ -179,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
   release_successor();
   if (warp < kChannels) {
     const int64_t plane = tile.n * kChannels + warp;
-    const auto whole = merge_parts<kWidth, kChannels>(p, partials + plane * parts, parts, share, warp);
+    const auto whole = merge_parts<kWidth>(p, partials + plane * parts, parts, share);
     if (threadIdx.x % kWarp == 0) {
       const float rstd = whole.rstd(p.eps);
       facts[0][warp] = whole.mean;
@@ -189,29 +171,29 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  float known[3][kChannels];
+  GroupAffine<kChannels, kWidth> affine;
 #pragma unroll
-  for (int i = 0; i < 3 * kChannels; ++i) known[i / kChannels][i % kChannels] = facts[i / kChannels][i % kChannels];
-  FewAffine<kChannels> affine;
-#pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    affine.mean[k] = tile.by_element(known[0], k);
-    affine.scale[k] = tile.by_element(known[1], k);
-    affine.shift[k] = tile.by_element(known[2], k);
+  for (int c = 0; c < kChannels; ++c) {
+    affine.mean[c] = facts[0][c];
+    affine.scale[c] = facts[1][c];
+    affine.shift[c] = facts[2][c];
   }
   switch_finish(p, [&]<Finish kFinish>() {
-    uint4 r[kHeld];
-    if (has_residual<kFinish>(p)) {
 #pragma unroll
-      for (int u = 0; u < kHeld; ++u) {
-        if (u < tile.present) r[u] = __ldg(reinterpret_cast<const uint4*>(p.residual) + tile.at(u));
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kHeld; ++u) {
+    for (int u = 0; u < kGroups; ++u) {
       if (u >= tile.present) continue;
-      store(p.output, tile.at(u),
-            normalize<kFinish>(p, affine, tile.vector(u), *reinterpret_cast<const V*>(&r[u])));
+      uint4 r[kChannels] = {};
+      if (has_residual<kFinish>(p)) {
+#pragma unroll
+        for (int v = 0; v < kChannels; ++v) r[v] = __ldg(reinterpret_cast<const uint4*>(p.residual) + tile.at(u, v));
+      }
+#pragma unroll
+      for (int v = 0; v < kChannels; ++v) {
+        affine.v = v;
+        store(p.output, tile.at(u, v),
+              normalize<kFinish>(p, affine, *reinterpret_cast<const V*>(&tile.x[u][v]),
+                                 *reinterpret_cast<const V*>(&r[v])));
+      }
     }
   });
 }
@@ -243,8 +225,6 @@ cudaError_t launch_few_channels(const InstanceNormParams& params, const Instance
           return launch_few<T, 2>(params, schedule, workspace, facts, stream);
         case 3:
           return launch_few<T, 3>(params, schedule, workspace, facts, stream);
-        case 4:
-          return launch_few<T, 4>(params, schedule, workspace, facts, stream);
         default:
           break;
       }

@@ -1,6 +1,6 @@
-// NCHW, small planes: as in plane.cu, but what a block has of its plane is in its threads' registers, a few vectors each.
-// Nothing is bound by memory here, it is the chain of dependent steps that takes the time: one batch of loads, moments
-// in registers, one barrier of the block, one exchange in the cluster, stores.
+// NCHW, small planes: as in plane.cu, but what a block has of its plane is in its threads' registers, a few vectors
+// each. Nothing is bound by memory here, it is the chain of dependent steps that takes the time: one batch of loads,
+// moments in registers, one barrier of the block, one exchange in the cluster, stores.
 //
 // A block writes its part into all others instead of being read by them, which saves a way there and back. It must not
 // do so before they run: the barrier for that is behind the loads.
@@ -62,7 +62,12 @@ __global__ void __launch_bounds__(kHeldThreads)
   release_successor();
 
   Moments<Acc> own;
-  own.add(reinterpret_cast<const V(&)[kHeldVectors]>(x), present);
+  const auto& vectors_held = reinterpret_cast<const V(&)[kHeldVectors]>(x);
+  if (present == kHeldVectors) {
+    own.add(vectors_held, kHeldVectors);  // a number that the compiler knows
+  } else {
+    own.add(vectors_held, present);
+  }
   own = merge_lanes(warp_sum(own.count), own);
   if (thread % kWarp == 0) {
     scratch[0][thread / kWarp] = own.count;
@@ -118,8 +123,8 @@ cudaError_t launch_held_plane(const InstanceNormParams& params, const InstanceNo
   return switch_dtype(params.dtype, [&]<typename T>() -> cudaError_t {
     if constexpr (sizeof(T) <= 4) {
       const auto grid = dim3(static_cast<unsigned>(params.batch * params.channels * schedule.cluster));
-      return launch(held_plane_kernel<T>, grid, dim3(schedule.threads), schedule.shared_bytes,
-                    schedule.cluster, facts, stream, params, static_cast<int>(schedule.share));
+      return launch(held_plane_kernel<T>, grid, dim3(schedule.threads), schedule.shared_bytes, schedule.cluster, facts,
+                    stream, params, static_cast<int>(schedule.share));
     }
     return cudaErrorInvalidValue;
   });

@@ -26,9 +26,9 @@ constexpr int kHeldThreads = 512;
 constexpr int kHeldVectors = 8;
 cudaError_t launch_held_plane(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
                               cudaStream_t stream);
-// channels_last with very few channels: threads of a block (a multiple of 2, 3 and 4 warps), and vectors of a thread.
-constexpr int kFewThreads = 384;
-constexpr int kFewVectors = 4;
+// channels_last with very few channels: threads of a block, and groups of pixels of a thread.
+constexpr int kFewThreads = 256;
+constexpr int kFewGroups = 2;
 cudaError_t launch_few_channels(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,
                                 cudaStream_t stream);
 cudaError_t launch_split_nchw(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,

@@ -1,12 +1,12 @@
 // Instance norm on CUDA: what the operator layer calls. See csrc/instance_norm_params.h for the formulas.
 //
 //   path     format         what stays on chip                                launches  where
-//   plane    NCHW           a plane, in one block's or one cluster's shared      1      plane.cu
-//                           memory: one read, one write
+//   plane    NCHW           a plane, in one block's or one cluster's shared      1      plane.cu,
+//                           memory or registers: one read, one write                    held_plane.cu
 //   stream   NCHW           tiles of planes on their way through shared memory: 1 - 2    stream.cu
 //                           one read, one write, planes of any size (sm_90+)
-//            channels_last  the same, all blocks at once: statistics of     1      stream_channels_last.cu
-//                           slices of channels
+//            channels_last  the same of slices of the channels; all blocks       1      stream_channels_last.cu
+//                           run at once (sm_90+)
 //   slab     channels_last  a few neighbouring channels of one sample, all       1      slab.cu
 //                           their pixels, in a block or cluster
 //   split    both           nothing: statistics of tiles, then a second pass    2 - 3   split_nchw.cu,
@@ -40,10 +40,9 @@ struct InstanceNormSchedule {
   int fill = 1;
   bool read_once = false;
   bool stream_stores = false;
-  // stream: loads under way in a block, at most. In channels_last: tiles of a unit that a block keeps, whether every block merges the statistics of all
+  // stream in channels_last: tiles of a unit that a block keeps, whether every block merges the statistics of all
   // channels, and whether the L2 cache is to hold on to what will be read again
   int held = 1;
-  int flight = 1;
   bool direct = false;
   bool keep = false;
   size_t shared_bytes = 0;

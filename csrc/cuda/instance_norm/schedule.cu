@@ -41,9 +41,12 @@ constexpr int64_t kLargestHeldTensor = 9 << 20;   // bytes, where a plane's bloc
 constexpr int64_t kLargestEightfold = 12 << 20;   // clusters of eight against two passes
 constexpr int64_t kMostStreamTiles = 1 << 28;
 // Stream in channels_last: what all rings together hold comfortably, the narrowest slice (vectors: whole lines of the
-// cache), declared statically, and channels whose statistics every block merges for itself.
+// cache), the smallest tensor and unit that it is chosen for, shared memory that is declared statically, and channels
+// whose statistics every block merges for itself.
 constexpr int64_t kLargestUnit = 12 << 20;
 constexpr int64_t kLeastLanes = 8;
+constexpr int64_t kLeastChannelStream = 32 << 20;
+constexpr int64_t kLeastUnit = 4 << 20;
 constexpr int64_t kChannelStreamStatic = 35 * 1024;
 constexpr int64_t kFewChannels = 6;
 constexpr int64_t kLine = 8;  // vectors of a cache line: tiles begin where the plane's lines do
@@ -57,7 +60,9 @@ int round_threads(int64_t wanted, int least, int most) {
 
 // STYLEFORGE_TUNE="cluster=8,lanes=4,threads=256,shared=120000,lead=500". Of the stream path: bytes (of a tile),
 // stages, grid (blocks), first (tiles of a block by its number, before it draws tickets), order (1: all by number, 2:
-// as first says), cache (1: input leaves the L2 cache first, 2: output, 3: both, 4: neither).
+// as first says), cache (1: input leaves the L2 cache first, 2: output, 3: both, 4: neither). In channels_last also
+// lanes (vectors of a slice), held (tiles of a unit that a block keeps), direct (2: every block merges all statistics
+// for itself, 1: not). Of the plane path: registers (2: held in registers, 1: in shared memory).
 constexpr const char* kTuneVariable = "STYLEFORGE_TUNE";
 
 int largest_cluster(const DeviceFacts& facts, const Overrides& overrides) {
@@ -117,15 +122,14 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
       "threads", round_threads(ceil_div(s.share, cluster > 1 && element_bytes > 2 ? 16 : 8), 64, 1024)));
   s.shared_bytes =
       static_cast<size_t>(std::max(s.share * shape.vector_bytes, spread(planes * cluster, cluster, facts, overrides)));
-  // Measured: a tenth to a quarter less for small tensors (4x64x64x64 in half 3.5 -> 2.8 us), more for others; in float
-  // not where a plane's blocks have 64 KB each.
-  const bool small = planes * bytes <= kLargestHeldTensor &&
-                     (cluster == 1 || element_bytes == 2 || s.share <= kHeldVectors / 2 * kHeldThreads);
+  // Measured: a tenth to a quarter less for small tensors (4x64x64x64 in half 3.5 -> 2.8 us, 1x64x256x256 7.3 -> 6.7),
+  // more for others and for clusters in float.
+  const bool small = planes * bytes <= kLargestHeldTensor && (cluster == 1 || element_bytes == 2);
   if (shape.vectorized && element_bytes <= 4 && s.share <= kHeldVectors * kHeldThreads &&
       overrides.tuned("registers", small ? 2 : 1) == 2) {
     s.path = InstanceNormPath::kHeldPlane;
-    s.threads = static_cast<int>(
-        overrides.tuned("threads", round_threads(ceil_div(s.share, kHeldVectors), 64, kHeldThreads)));
+    const int least = round_threads(ceil_div(s.share, kHeldVectors), 64, kHeldThreads);
+    s.threads = std::clamp(static_cast<int>(overrides.tuned("threads", least)), least, kHeldThreads);
     s.shared_bytes = static_cast<size_t>(spread(planes * cluster, cluster, facts, overrides));
   }
   s.name = cluster > 1 ? "instance_norm:cuda:plane:cluster" : "instance_norm:cuda:plane:block";
@@ -177,7 +181,6 @@ bool schedule_channel_stream(const InstanceNormParams& p, const DeviceFacts& fac
   const bool fits = ceil_div(tiles, s.blocks) <= s.stages;
   s.held = static_cast<int>(overrides.tuned("held", fits ? s.stages : std::max(1, s.stages - 2)));
   s.held = std::min(s.held, s.stages);
-  s.flight = static_cast<int>(std::min<int64_t>(overrides.tuned("flight", 4), s.stages));
   const int64_t channels = std::min(p.channels, lanes * width);
   s.direct = overrides.tuned("direct", channels <= kFewChannels ? 2 : 1) == 2;
   const int64_t total = p.batch * p.channels * p.pixels * element;
@@ -194,18 +197,28 @@ bool schedule_channel_stream(const InstanceNormParams& p, const DeviceFacts& fac
   return true;
 }
 
+// Measured (H200): 4x64x256x256 in float 64 -> 50 us, in half 48 -> 32; 16x128x128x128 120 -> 98 and 73 -> 60;
+// 1x64x1024x1024, of which most is read twice, 236 -> 206 and 129 -> 109. Every unit costs about a microsecond and a
+// half besides its bytes: 16x128x128x128 in half in units of 2 MB takes 82 us.
+bool prefers_channel_stream(const InstanceNormParams& p, const InstanceNormSchedule& s) {
+  const auto element = static_cast<int64_t>(size_of(p.dtype));
+  if (p.channels * element % 16 != 0) return false;
+  return p.batch * p.channels * p.pixels * element >= kLeastChannelStream && p.pixels * s.lanes * 16 >= kLeastUnit;
+}
+
+// Pictures, whose pixels are no whole vectors. Measured: 1x3x512x512 in float 14.2 -> 6.2 us, in half 23.5 -> 5.1;
+// 1x3x64x64 3.8 -> 3.7.
 bool schedule_few_channels(const InstanceNormParams& p, const DeviceFacts& facts, const Overrides& overrides,
                            InstanceNormSchedule& s) {
   const int64_t width = 16 / static_cast<int64_t>(size_of(p.dtype));
-  const bool few = p.channels >= 2 && p.channels <= 4;
+  const bool few = p.channels == 2 || p.channels == 3;
   if (!p.channels_last || !few || p.dtype == DType::kFloat64 || p.phase_width != 0 || !all_aligned(p)) return false;
   if (p.pixels % width != 0 || p.pixels > (int64_t{1} << 28)) return false;
-  const int64_t vectors = p.pixels / width * p.channels;
-  // All multiprocessors have a block before the threads of one have more vectors.
-  int64_t held = kFewVectors;
-  while (held > 1 && p.batch * ceil_div(vectors, kFewThreads * held) < facts.multiprocessors * 7 / 8) held /= 2;
-  s.share = kFewThreads * std::min<int64_t>(overrides.tuned("tile", held), kFewVectors);
-  s.parts = ceil_div(vectors, s.share);
+  const int64_t groups = p.pixels / width;
+  // All multiprocessors have a block before a block's threads have more than one group.
+  const bool many = p.batch * ceil_div(groups, int64_t{kFewThreads} * kFewGroups) * 8 >= facts.multiprocessors * 7;
+  s.share = std::min(overrides.tuned("tile", kFewThreads * (many ? kFewGroups : 1)), groups);
+  s.parts = ceil_div(groups, s.share);
   s.workspace_bytes = static_cast<size_t>(ceil_div(p.batch * p.channels * s.parts * 8, 16) * 16);
   s.path = InstanceNormPath::kFewChannels;
   s.name = "instance_norm:cuda:split:few_channels";
@@ -251,7 +264,6 @@ bool schedule_stream(const InstanceNormParams& p, const DeviceFacts& facts, cons
   const int64_t cache = overrides.tuned("cache", total > facts.l2_bytes / 2 ? 3 : 4);
   s.read_once = (cache & 1) != 0;
   s.stream_stores = (cache & 2) != 0;
-  s.flight = static_cast<int>(std::min<int64_t>(overrides.tuned("flight", s.stages), s.stages));
   s.shared_bytes = static_cast<size_t>(s.stages * stage_bytes);
   const size_t acc = p.dtype == DType::kFloat64 ? 8 : 4;
   const bool alone = s.parts == 1 && by_number;
@@ -356,13 +368,15 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
   }
   const bool free = !overrides.forced("plane") && !overrides.forced("split") && !overrides.forced("ticket") &&
                     !overrides.forced("portable");
-  // Measured: one read pays once memory is what takes the time (4x64x256x256 in half 38 -> 32 us); pictures without
-  // whole vectors to a pixel at any size (1x3x512x512 in half 23.5 -> 5.1 us).
-  if (free && params.batch * params.channels * params.pixels * static_cast<int64_t>(size_of(params.dtype)) >=
-                  kLeastAgainstPlane) {
-    if (schedule_channel_stream(params, facts, overrides, schedule)) return cudaSuccess;
-  }
   if (free && schedule_few_channels(params, facts, overrides, schedule)) return cudaSuccess;
+  if (free && params.channels_last) {
+    InstanceNormSchedule other;
+    other.vectorized = shape.vectorized;
+    if (schedule_channel_stream(params, facts, overrides, other) && prefers_channel_stream(params, other)) {
+      schedule = other;
+      return cudaSuccess;
+    }
+  }
   if (!overrides.forced("split") && !overrides.forced("ticket")) {
     const bool fits = params.channels_last ? schedule_slab(params, facts, shape, overrides, schedule)
                                            : schedule_plane(params, facts, shape, overrides, schedule);

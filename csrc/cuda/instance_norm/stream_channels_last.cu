@@ -1,15 +1,17 @@
-// channels_last, one launch for tensors of any size (sm_90+): tiles of pixels flow through a ring of stages in the shared
-// memory of one resident block for each multiprocessor, as in stream.cu; what differs is that a tile concerns many
-// channels, and so every block concerns every other one.
+// channels_last, one launch for tensors of any size (sm_90+): tiles of pixels flow through a ring of stages in the
+// shared memory of one resident block for each multiprocessor, as in stream.cu; what differs is that a tile concerns
+// many channels, and so every block concerns every other one.
 //
 //   unit:   one sample, a slice of its channels: what statistics are taken of before any of it can be normalised
 //   tile:   `share` pixels of a unit; the tiles of all units, numbered, belong to the blocks by turns
 //
-//            bulk load or box       full          a unit's tiles are in -> parts[]     all blocks' parts -> statistics[]
+//            bulk load or box       full          a unit's tiles are in -> parts[]     all blocks' parts ->
+//            statistics[]
 //   producer ----------------> stage ------> stats ------------------> mergers ------------------> mergers --> apply
 //
 //   warp 0        producer  loads the block's tiles in order into the next free stage
-//   warps 1-3     mergers   take units in turn, since a unit's way takes microseconds while the memory is busy: a channel's
+//   warps 1-3     mergers   take units in turn, since a unit's way takes microseconds while the memory is busy: a
+//   channel's
 //                           parts, of all blocks, are merged by one block, which publishes mean and rstd; then collect
 //                           those of the unit's channels for this block. Where channels are few every block merges all
 //                           of them for itself: one journey through the L2 cache less
@@ -26,6 +28,10 @@
 // What is published says by itself that it is there (parts.cuh); its memory is zeroed at the start, while the first
 // tiles are on their way, which costs no launch and hides the barrier behind it.
 //
+// What limits it (H200): a unit's statistics take about ten microseconds from its last tile to its first store while
+// the memory is busy, since what the blocks say to each other stands in line behind their loads; three mergers have
+// three units on their way, and the rings hold little more than that.
+//
 // Few channels: rows of a tensor with C = 3 are no whole vectors. Then 2, 4 or 8 pixels in a row count as one pixel of
 // as many times more channels ("copies" of the real ones), and the copies are merged with the rows.
 #include <cooperative_groups.h>
@@ -36,7 +42,9 @@
 #include "../common/launch.h"
 #include "../common/mbarrier.cuh"
 #include "../common/tensor_map.h"
+#include "channel_merge.cuh"
 #include "channel_sums.cuh"
+#include "channel_walk.cuh"
 #include "kernels.h"
 #include "moments.cuh"
 #include "normalize.cuh"
@@ -53,32 +61,9 @@ constexpr int kFirstApply = kFirstStats + kGroupWarps;
 constexpr int kThreads = (kFirstApply + kGroupWarps) * kWarp;
 static_assert(kGroup == kChannelStreamThreads && kGroup >= kChannelStreamChannels);
 
-struct ChannelCut {
-  int vectors;   // 16 bytes each, of a (combined) pixel
-  int lanes;     // of a slice
-  int slices;    // of a sample
-  int units;     // samples x slices
-  int channels;  // of a slice, the last one may have fewer
-  int rows;      // (combined) pixels of a sample
-  int share;     // of a tile, a unit's last one may have fewer
-  int tiles;     // of a unit
-  int slots;     // parts of a unit: blocks that have tiles of it
-  int copies_log2;
-  int stages;
-  int held;    // tiles of a unit that a block keeps
-  int flight;  // loads under way, at most: up to `stages`
-  int stage_bytes;
-  bool direct;         // blocks merge all channels for themselves
-  bool read_once;      // what is loaded for the last time is the first that the L2 cache lets go
-  bool keep;           // what is loaded for the first of two times is the last
-  bool stream_stores;  // stores are the first, too
-};
-
 #ifdef STYLEFORGE_HAS_BULK_COPY
 
-constexpr int kSumGroups = 16;  // at most, in the merge over a block's threads
-constexpr int kPartsHeld = 5;   // parts that a lane of a merger waits for at a time: 160 blocks
-constexpr int kStatsBarrier = 1;
+constexpr int kPartsHeld = 5;    // parts that a lane of a merger waits for at a time: 160 blocks
 constexpr unsigned kPause = 40;  // nanoseconds between two looks at parts that are not there
 
 template <int kWidth>
@@ -86,99 +71,9 @@ struct ChannelRing {
   uint64_t full[kStreamStages], empty[kStreamStages];
   // Of a merger's unit: its affine map is there; all have taken it.
   uint64_t ready[kMergers], taken[kMergers];
-  // Moments of the stats threads: [row of threads][channel of a vector][lane], an odd number of lanes.
-  float mean[kGroup * kWidth * 3 / 2], m2[kGroup * kWidth * 3 / 2], count[kGroup];
-  float sums[2][kGroup];
+  ThreadMoments<kWidth> threads;
   float affine[kMergers][3][kChannelStreamChannels];  // mean, scale, shift
 };
-
-// The block's tiles in the order in which they are loaded. Every role walks along.
-struct Walk {
-  const ChannelCut& cut;
-  int blocks, base, extra, turn;
-  int unit = -1, sample = 0, slice = -1;
-  int slot;       // of the block in the unit: the number of its first tile
-  int owned = 0;  // tiles that the block has of the unit
-  int step = -1, again = 0;
-  // the current one
-  int tile = 0;
-  bool counts = false, finishes = false;
-  bool closes = false;  // the block's last tile of the unit that counts
-  int stage = 0;
-  uint32_t parity = 0;
-  int used = 0;
-
-  __device__ __forceinline__ explicit Walk(const ChannelCut& cut)
-      : cut(cut),
-        blocks(static_cast<int>(gridDim.x)),
-        base(cut.tiles / blocks),
-        extra(cut.tiles - base * blocks),
-        slot(static_cast<int>(blockIdx.x) + extra) {
-    if (slot >= blocks) slot -= blocks;
-  }
-
-  // The next unit; false: no more. The block may have no tiles of it.
-  __device__ __forceinline__ bool next_unit() {
-    if (unit + 1 >= cut.units) return false;
-    ++unit;
-    if (++slice == cut.slices) {
-      slice = 0;
-      ++sample;
-    }
-    slot -= extra;
-    if (slot < 0) slot += blocks;
-    owned = base + (slot < extra ? 1 : 0);
-    again = max(owned - cut.held, 0);
-    step = -1;
-    return true;
-  }
-  // The next of its tiles; false: no more.
-  __device__ __forceinline__ bool next_tile() {
-    if (step + 1 >= owned + again) return false;
-    ++step;
-    if (used++ > 0 && ++stage == cut.stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-    counts = step < owned;
-    finishes = step >= again;
-    closes = step == owned - 1;
-    tile = slot + (counts ? step : again - 1 - (step - owned)) * blocks;
-    return true;
-  }
-  __device__ __forceinline__ int first_row() const { return tile * cut.share; }
-  __device__ __forceinline__ int row_count() const { return min(cut.share, cut.rows - first_row()); }
-  // of the slice
-  __device__ __forceinline__ int lanes() const { return min(cut.lanes, cut.vectors - slice * cut.lanes); }
-};
-
-__device__ __forceinline__ uint64_t cache_policy(bool first, bool last) {
-  uint64_t policy;
-  if (first) {
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  } else if (last) {
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  } else {
-    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  }
-  return policy;
-}
-__device__ __forceinline__ void load_span(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
-                                          uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-          "r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-      : "memory");
-}
-__device__ __forceinline__ void load_slice(void* to, const CUtensorMap* map, int channel, int pixel, int sample,
-                                           uint64_t* barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-      "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
-      "l"(map), "r"(channel), "r"(pixel), "r"(sample), "r"(shared_address(barrier)), "l"(policy)
-      : "memory");
-}
 
 template <typename T>
 struct ChannelStream {
@@ -200,28 +95,18 @@ struct ChannelStream {
     return min(cut.channels, static_cast<int>(p.channels) - at.slice * cut.channels);
   }
 
-  // One thread: the first loads, or those that come after them. No more of them are under way than the memory needs to
-  // be busy: they would stand in line there, and in front of the statistics.
+  // One thread: loads what fills the ring at first, or what comes after that.
   __device__ __forceinline__ void produce(bool first) const {
     const uint64_t once = cache_policy(cut.read_once, false);
     const uint64_t twice = cache_policy(false, cut.keep);
     Walk at(cut);
-    int come = 0;
-    uint32_t come_parity = 0;
-    while (!first || at.used < cut.flight) {
+    while (!first || at.used < cut.stages) {
       if (at.unit < 0 || !at.next_tile()) {
         if (!at.next_unit()) return;
         continue;
       }
+      if (!first && at.used <= cut.stages) continue;
       const int s = at.stage;
-      if (at.used > cut.flight) {  // not before the load `flight` tiles ago has come
-        mbarrier_wait(&ring.full[come], come_parity);
-        if (++come == cut.stages) {
-          come = 0;
-          come_parity ^= 1;
-        }
-      }
-      if (!first && at.used <= cut.flight) continue;
       if (at.used > cut.stages) mbarrier_wait(&ring.empty[s], at.parity ^ 1);
       const uint64_t policy = at.finishes ? once : twice;
       if (cut.slices == 1) {
@@ -236,82 +121,6 @@ struct ChannelStream {
     }
   }
 
-  // Pixels that slot `slot` has of a unit.
-  __device__ __forceinline__ float pixels_of(int slot) const {
-    const int blocks = static_cast<int>(gridDim.x);
-    const int base = cut.tiles / blocks;
-    const int own = base + (slot < cut.tiles - base * blocks ? 1 : 0);
-    const bool short_one = slot + (own - 1) * blocks == cut.tiles - 1;
-    const int rows = own * cut.share - (short_one ? cut.tiles * cut.share - cut.rows : 0);
-    return static_cast<float>(rows << cut.copies_log2);
-  }
-
-  // Of a unit's last tile, all stats threads: the threads' moments of a channel, in the order of their rows, in groups.
-  __device__ __forceinline__ void merge_threads(const Walk& at, int t, const RunningMoments<kWidth>& own) const {
-    const int rows = kGroup / cut.lanes;
-    const int row = t / cut.lanes;
-    const int lane = t - row * cut.lanes;
-    const bool active = row < rows && lane < at.lanes();
-    const int groups = min(kGroup / cut.channels, kSumGroups);
-    const int group = t / cut.channels;
-    const int channel = t - group * cut.channels;
-    const int pitch = cut.lanes | 1;
-    const int copies = 1 << cut.copies_log2;
-    const int distance = cut.copies_log2 == 0 ? 0 : cut.channels;
-    if (active) {
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        ring.mean[(row * kWidth + k) * pitch + lane] = own.mean[k];
-        ring.m2[(row * kWidth + k) * pitch + lane] = own.m2[k];
-      }
-      if (lane == 0) ring.count[row] = own.count;
-    }
-    named_barrier(kStatsBarrier, kGroup);
-    const bool sums = group < groups && channel < channels(at);
-    const auto each = [&](auto&& visit) {
-      float value = 0;
-      if (sums) {
-#pragma unroll 4
-        for (int e = group; e < rows * copies; e += groups) {
-          const int of_row = e >> cut.copies_log2;
-          const int column = channel + (e & (copies - 1)) * distance;
-          value += visit(of_row, (of_row * kWidth + column % kWidth) * pitch + column / kWidth);
-        }
-      }
-      return value;
-    };
-    const auto over_groups = [&](float value, float* scratch) {
-      if (group < groups) scratch[t] = value;
-      named_barrier(kStatsBarrier, kGroup);
-      float total = 0;
-      if (sums && group == 0) {
-#pragma unroll 4
-        for (int g = 0; g < groups; ++g) total += scratch[g * cut.channels + channel];
-      }
-      return total;
-    };
-    const float pixels = pixels_of(at.slot);
-    // The mean is for all groups: each adds up for itself.
-    float mean = each([&](int r, int i) { return ring.count[r] * ring.mean[i]; });
-    if (group < groups) ring.sums[0][t] = mean;
-    named_barrier(kStatsBarrier, kGroup);
-    mean = 0;
-    if (sums) {
-#pragma unroll 4
-      for (int g = 0; g < groups; ++g) mean += ring.sums[0][g * cut.channels + channel];
-    }
-    mean /= pixels;
-    const float m2 = over_groups(each([&](int r, int i) {
-                                   const float d = ring.mean[i] - mean;
-                                   return ring.m2[i] + ring.count[r] * d * d;
-                                 }),
-                                 ring.sums[1]);
-    if (sums && group == 0) {
-      const int64_t first = static_cast<int64_t>(at.unit) * cut.channels + channel;
-      publish(&parts[first * cut.slots + at.slot], mean, m2);
-    }
-  }
-
   // Stats thread `t`.
   __device__ __forceinline__ void take_moments(int t) const {
     const int rows = kGroup / cut.lanes;
@@ -320,7 +129,7 @@ struct ChannelStream {
     Walk at(cut);
     while (at.next_unit()) {
       const bool active = row < rows && lane < at.lanes();
-      RunningMoments<kWidth> own;
+      ChannelMoments<kWidth, float> own;
       while (at.next_tile()) {
         const int s = at.stage;
         mbarrier_wait(&ring.full[s], at.parity);
@@ -338,7 +147,7 @@ struct ChannelStream {
           }
           const auto& v = reinterpret_cast<const V(&)[kTaken]>(raw);
           if (present == kTaken) {
-            own.add(v, kTaken);
+            own.add(v);
           } else {
             own.add(v, present);
           }
@@ -347,7 +156,7 @@ struct ChannelStream {
         if (t % kWarp == 0) mbarrier_arrive(&ring.empty[s]);
         if (!at.closes) continue;
 
-        merge_threads(at, t, own);
+        merge_threads(cut, at, t, channels(at), own, ring.threads, parts);
       }
     }
   }
@@ -365,7 +174,7 @@ struct ChannelStream {
       for (int u = 0; u < kPartsHeld; ++u) {
         const int slot = from + u * kWarp + lane;
         there[u] = slot >= cut.slots;
-        if (!there[u]) part[u].count = pixels_of(slot);
+        if (!there[u]) part[u].count = pixels_of(cut, slot);
         count += part[u].count;
       }
       while (true) {
@@ -511,8 +320,8 @@ struct ChannelStream {
         mbarrier_wait(&ring.full[s], at.parity);
         const auto* held = reinterpret_cast<const uint4*>(stage(s)) + t;
         const auto put = [&](int u, const uint4& x, const uint4& residual) {
-          const V y = normalize<kFinish>(p, affine, *reinterpret_cast<const V*>(&x),
-                                         *reinterpret_cast<const V*>(&residual));
+          const V y =
+              normalize<kFinish>(p, affine, *reinterpret_cast<const V*>(&x), *reinterpret_cast<const V*>(&residual));
           uint4* to = reinterpret_cast<uint4*>(p.output) + first + u * step;
           if (cut.stream_stores) {
             __stcs(to, *reinterpret_cast<const uint4*>(&y));
@@ -617,7 +426,6 @@ cudaError_t launch_channel_stream(const InstanceNormParams& params, const Instan
   cut.tiles = static_cast<int>(schedule.parts);
   cut.stages = schedule.stages;
   cut.held = schedule.held;
-  cut.flight = schedule.flight;
   cut.stage_bytes = static_cast<int>(ceil_div(schedule.share * schedule.lanes * 16, 128)) * 128;
   cut.direct = schedule.direct;
   cut.read_once = schedule.read_once;
@@ -630,9 +438,8 @@ cudaError_t launch_channel_stream(const InstanceNormParams& params, const Instan
     const auto error = tensor_map<3>(
         params.dtype, params.input,
         {static_cast<cuuint64_t>(params.channels), pixels, static_cast<cuuint64_t>(params.batch)},
-        {pitch, pitch * pixels},
-        {static_cast<cuuint32_t>(cut.lanes * width), static_cast<cuuint32_t>(cut.share), 1}, map,
-        CU_TENSOR_MAP_SWIZZLE_NONE,
+        {pitch, pitch * pixels}, {static_cast<cuuint32_t>(cut.lanes * width), static_cast<cuuint32_t>(cut.share), 1},
+        map, CU_TENSOR_MAP_SWIZZLE_NONE,
         cut.lanes < 8 ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
     if (error != cudaSuccess) return error;
   }
