@@ -35,6 +35,9 @@ PATHS = [
     ("stream", "contiguous", (3, 50, 132, 144)),  # more than a tile a plane, more than one a multiprocessor
     ("stream", "contiguous", (1, 3, 512, 512)),  # a tile a multiprocessor
     ("stream", "contiguous", (5, 60, 72, 64)),  # a plane a tile: no workspace
+    ("stream", "channels_last", (3, 64, 96, 100)),
+    ("stream", "channels_last", (1, 320, 100, 96)),  # slices of the channels
+    ("", "channels_last", (1, 3, 512, 512)),  # few channels
 ]
 
 
@@ -165,13 +168,26 @@ def test_two_streams_at_once() -> None:
 
 
 @cuda
-@pytest.mark.parametrize("tune", ["", "grid=40,stages=1,bytes=4096", "grid=40,stages=1,bytes=4096,order=1"])
-def test_streaming_norms_on_three_streams_at_once(tune: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("layout", "tune"),
+    [
+        ("contiguous", ""),
+        ("contiguous", "grid=40,stages=1,bytes=4096"),
+        ("contiguous", "grid=40,stages=1,bytes=4096,order=1"),
+        ("channels_last", ""),
+        ("channels_last", "grid=40,stages=2"),
+    ],
+)
+def test_streaming_norms_on_three_streams_at_once(
+    layout: str, tune: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Blocks of different calls share the multiprocessors, so no call can count on all of its own running."""
     _force(monkeypatch, "stream")
     monkeypatch.setenv("STYLEFORGE_TUNE", tune)
     streams = [torch.cuda.Stream() for _ in range(3)]
-    inputs = [tensor(2, 8, 512, 512, device="cuda", offset=float(i), scale=1.0 + i) for i in range(3)]
+    inputs = [
+        tensor(2, 8, 512, 512, device="cuda", layout=layout, offset=float(i), scale=1.0 + i) for i in range(3)
+    ]
     expected = [NORM(x, activation="silu") for x in inputs]
     torch.cuda.synchronize()
     results: list[list[Tensor]] = [[], [], []]

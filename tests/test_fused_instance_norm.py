@@ -325,6 +325,20 @@ PATHS: list[tuple[str, str, tuple[int, ...], str]] = [
     ("stream", "contiguous", (2, 131, 52, 50), "stream"),
     ("stream", "contiguous", (1, 2, 1111, 1000), "stream"),
     ("stream", "contiguous", (1, 1, 2048, 2048), "stream"),
+    ("", "channels_last", (4, 64, 256, 256), "stream:channels_last"),
+    ("stream", "channels_last", (1, 4, 3, 4), "stream:channels_last"),
+    ("stream", "channels_last", (2, 16, 64, 64), "stream:channels_last"),
+    ("stream", "channels_last", (1, 16, 301, 299), "stream:channels_last"),
+    ("stream", "channels_last", (3, 320, 40, 41), "stream:channels_last"),  # slices
+    ("stream", "channels_last", (130, 32, 24, 24), "stream:channels_last"),
+    ("stream", "channels_last", (2, 5, 64, 72), "stream:channels_last"),  # several pixels to a row of vectors
+    ("stream", "channels_last", (1, 3, 512, 512), "stream:channels_last"),
+    ("stream", "channels_last", (1, 64, 800, 804), "stream:channels_last"),  # read twice
+    ("", "channels_last", (1, 3, 512, 512), "split:few_channels"),
+    ("", "channels_last", (2, 3, 41, 48), "split:few_channels"),
+    ("", "channels_last", (70, 3, 20, 20), "split:few_channels"),
+    ("", "channels_last", (3, 2, 64, 72), "split:few_channels"),
+    ("", "channels_last", (1, 2, 8, 1), "split:few_channels"),
     ("", "channels_last", (2, 16, 8, 7), "slab:block"),
     ("", "channels_last", (2, 13, 5, 7), "slab:block"),
     ("", "channels_last", (60, 64, 24, 24), "slab:block"),
@@ -334,7 +348,7 @@ PATHS: list[tuple[str, str, tuple[int, ...], str]] = [
     ("", "channels_last", (1, 128, 64, 60), "slab:cluster"),
     ("", "contiguous", (1, 1, 2048, 2048), "split:nchw"),
     ("", "contiguous", (1, 1, 2047, 2049), "split:nchw"),
-    ("", "channels_last", (1, 16, 1024, 512), "split:channels_last"),
+    ("split", "channels_last", (1, 16, 1024, 512), "split:channels_last"),
     ("", "channels_last", (1, 7, 1401, 513), "split:channels_last"),
     ("split", "contiguous", (4, 64, 16, 16), "split:nchw"),
     ("split", "contiguous", (4, 70, 13, 11), "split:nchw"),
@@ -384,7 +398,8 @@ def test_every_cuda_path(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if ("cluster" in expected or expected == "stream") and torch.cuda.get_device_capability() < (9, 0):
+    needs_sm90 = "cluster" in expected or expected.startswith("stream")
+    if needs_sm90 and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs thread block clusters or bulk copies (compute capability 9.0)")
     _forced(monkeypatch, forced)
     if (
@@ -475,6 +490,44 @@ def test_stream_where_planes_are_larger_than_all_rings(
         results = FORWARD(x, weight, bias, 1e-5, "silu", 0.01, r)
         assert styleforge.last_path() == "instance_norm:cuda:stream"
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.cuda
+@needs_bulk_copies
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 40, 60, 56), (1, 136, 61, 40), (2, 3, 64, 64)], ids=str)
+@pytest.mark.parametrize(
+    "tune",
+    [
+        "grid=1",
+        "grid=3,stages=2",
+        "grid=7,stages=5",
+        "grid=40,stages=1",
+        "grid=100,stages=3,held=1",
+        "grid=9,stages=6,held=6,cache=7",
+        "lanes=1",
+        "lanes=3",
+        "direct=2",
+    ],
+)
+def test_channels_last_stream_however_it_is_cut(
+    tune: str, sizes: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Units that the rings hold and that they do not, statistics by one journey and by two."""
+    _forced(monkeypatch, "stream")
+    monkeypatch.setenv("STYLEFORGE_TUNE", tune)
+    x = tensor(*sizes, dtype=dtype, device="cuda", layout="channels_last", offset=2.0)
+    r = tensor(*sizes, dtype=dtype, device="cuda", layout="channels_last")
+    weight, bias = torch.rand(sizes[:2], device="cuda") + 0.5, torch.randn(sizes[:2], device="cuda")
+    for activation, residual in (("relu", None), ("leaky_relu", r), ("silu", r)):
+        reference = instance_norm(x, weight, bias, activation=activation, residual=residual)
+        poison(x.numel(), dtype, "cuda")
+        first = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
+        assert styleforge.last_path() == "instance_norm:cuda:stream:channels_last"
+        assert rms_error(first[0], reference) < 8 * torch.finfo(dtype).eps
+        for _ in range(3):
+            again = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
+            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
 @pytest.mark.cuda

@@ -8,10 +8,13 @@
 
 namespace styleforge::cuda {
 
-// A tensor in boxes with the 128-byte swizzle; what lies beyond its ends is zeros. Strides are in bytes.
+// A tensor in boxes; what lies beyond its ends is zeros. Strides are in bytes. `promotion`: what the L2 cache fetches
+// at once, which should not be more than a box takes of a row.
 template <int kDims>
 cudaError_t tensor_map(DType dtype, const void* data, const cuuint64_t (&sizes)[kDims],
-                       const cuuint64_t (&strides)[kDims - 1], const cuuint32_t (&box)[kDims], CUtensorMap& map) {
+                       const cuuint64_t (&strides)[kDims - 1], const cuuint32_t (&box)[kDims], CUtensorMap& map,
+                       CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B,
+                       CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -31,9 +34,8 @@ cudaError_t tensor_map(DType dtype, const void* data, const cuuint64_t (&sizes)[
                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   cuuint32_t steps[kDims];
   for (auto& step : steps) step = 1;
-  const auto result =
-      encode(&map, type, kDims, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto result = encode(&map, type, kDims, const_cast<void*>(data), sizes, strides, box, steps,
+                             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

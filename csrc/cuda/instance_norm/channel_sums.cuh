@@ -79,6 +79,33 @@ struct ChannelMoments {
     }
     count = total;
   }
+
+  // The first `present` (at least one) of a short batch.
+  template <int kBatch, typename V>
+  __device__ __forceinline__ void add(const V (&batch)[kBatch], int present) {
+    const Acc taken = static_cast<Acc>(present);
+    const Acc total = count + taken;
+    const Acc share = taken * reciprocal(total);
+    const Acc weight = count * share;
+    const Acc inverse = reciprocal(taken);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      Acc s = 0;
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) s += u < present ? to_acc(batch[u].data[k]) : Acc(0);
+      const Acc m = s * inverse;
+      Acc q = 0;
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const Acc d = u < present ? to_acc(batch[u].data[k]) - m : Acc(0);
+        q += d * d;
+      }
+      const Acc delta = m - mean[k];
+      mean[k] += delta * share;
+      m2[k] += q + delta * weight * delta;
+    }
+    count = total;
+  }
 };
 
 }  // namespace styleforge::cuda

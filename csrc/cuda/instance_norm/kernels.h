@@ -14,6 +14,23 @@ constexpr int kStreamStages = 16;
 constexpr size_t kStreamHead = 16;
 cudaError_t launch_stream(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,
                           cudaStream_t stream);
+// The same in channels_last: threads that take statistics (and as many that apply them), rows of a tile that such a
+// thread has at most, channels of a slice at most.
+constexpr int kChannelStreamThreads = 256;
+constexpr int kChannelStreamRows = 4;
+constexpr int kChannelStreamChannels = 128;
+cudaError_t launch_channel_stream(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
+                                  void* workspace, cudaStream_t stream);
+// Planes whose part of a block is in registers: threads of a block, and vectors of a thread, at most.
+constexpr int kHeldThreads = 512;
+constexpr int kHeldVectors = 8;
+cudaError_t launch_held_plane(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
+                              cudaStream_t stream);
+// channels_last with very few channels: threads of a block, and groups of pixels of a thread.
+constexpr int kFewThreads = 256;
+constexpr int kFewGroups = 2;
+cudaError_t launch_few_channels(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,
+                                cudaStream_t stream);
 cudaError_t launch_split_nchw(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,
                               cudaStream_t stream);
 cudaError_t launch_split_channels_last(const InstanceNormParams& params, const InstanceNormSchedule& schedule,

@@ -1,14 +1,17 @@
 // Instance norm on CUDA: what the operator layer calls. See csrc/instance_norm_params.h for the formulas.
 //
 //   path     format         what stays on chip                                launches  where
-//   plane    NCHW           a plane, in one block's or one cluster's shared      1      plane.cu
-//                           memory: one read, one write
+//   plane    NCHW           a plane, in one block's or one cluster's shared      1      plane.cu,
+//                           memory or registers: one read, one write                    held_plane.cu
 //   stream   NCHW           tiles of planes on their way through shared memory: 1 - 2    stream.cu
 //                           one read, one write, planes of any size (sm_90+)
+//            channels_last  the same of slices of the channels; all blocks       1      stream_channels_last.cu
+//                           run at once (sm_90+)
 //   slab     channels_last  a few neighbouring channels of one sample, all       1      slab.cu
 //                           their pixels, in a block or cluster
 //   split    both           nothing: statistics of tiles, then a second pass    2 - 3   split_nchw.cu,
-//                           that mostly hits the L2 cache                               split_channels_last.cu
+//                           that mostly hits the L2 cache                               split_channels_last.cu,
+//                                                                                      few_channels.cu
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,7 +20,7 @@
 
 namespace styleforge::cuda {
 
-enum class InstanceNormPath { kPlane, kStream, kSlab, kSplit };
+enum class InstanceNormPath { kPlane, kHeldPlane, kStream, kChannelStream, kSlab, kFewChannels, kSplit };
 
 // How a call is going to run. `workspace_bytes` of device memory must be given to the launch (16-byte aligned).
 struct InstanceNormSchedule {
@@ -37,6 +40,11 @@ struct InstanceNormSchedule {
   int fill = 1;
   bool read_once = false;
   bool stream_stores = false;
+  // stream in channels_last: tiles of a unit that a block keeps, whether every block merges the statistics of all
+  // channels, and whether the L2 cache is to hold on to what will be read again
+  int held = 1;
+  bool direct = false;
+  bool keep = false;
   size_t shared_bytes = 0;
   size_t workspace_bytes = 0;
   const char* name = "";  // for last_path()
