@@ -34,10 +34,10 @@ cuda::ConvWeightsParams weights_of(const Tensor& weight, DType dtype) {
 
 // Writes the weights as the kernels read them, [rows, taps, channels], for kIeee split into two TF32 numbers.
 void write_weights(const Tensor& weight, cuda::ConvWeightsParams& prepare, const std::vector<int64_t>& sizes,
-                   cuda::ConvParams& params, const CudaScope& scope, std::vector<Tensor>& held) {
+                   cuda::ConvParams& params, bool split, const CudaScope& scope, std::vector<Tensor>& held) {
   held.push_back(empty_dense(weight, sizes, true, weight.scalar_type()));
   params.weight = prepare.output = held.back().mutable_data_ptr();
-  if (params.precision == cuda::ConvPrecision::kIeee) {
+  if (split) {
     held.push_back(empty_dense(weight, sizes, true, weight.scalar_type()));
     params.weight_lo = prepare.output_lo = held.back().mutable_data_ptr();
   }
@@ -45,14 +45,16 @@ void write_weights(const Tensor& weight, cuda::ConvWeightsParams& prepare, const
 }
 
 // The same, or the weights themselves where they lie so.
-void prepare_weights(const Tensor& weight, cuda::ConvParams& params, const CudaScope& scope,
-                     std::vector<Tensor>& held) {
-  if (params.precision != cuda::ConvPrecision::kIeee && is_dense(weight, true) && aligned(weight)) {
+void prepare_weights(const Tensor& weight, cuda::ConvParams& params, const cuda::ConvSchedule& schedule,
+                     const CudaScope& scope, std::vector<Tensor>& held) {
+  const bool split = schedule.takes_split_weights(params);
+  if (!split && is_dense(weight, true) && aligned(weight)) {
     params.weight = weight.const_data_ptr();
     return;
   }
   auto prepare = weights_of(weight, params.dtype);
-  write_weights(weight, prepare, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, params, scope, held);
+  write_weights(weight, prepare, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, params, split, scope,
+                held);
 }
 
 }  // namespace
@@ -181,9 +183,9 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
   if (phases) {
     const Tensor phase_weights = upsample_phase_weights(args.weight, plan.tf32);
     held.push_back(phase_weights);
-    prepare_weights(phase_weights, params, scope, held);
+    prepare_weights(phase_weights, params, *schedule, scope, held);
   } else {
-    prepare_weights(args.weight, params, scope, held);
+    prepare_weights(args.weight, params, *schedule, scope, held);
   }
   return launch_fused_conv(args, plan, params, *schedule, scope);
 }
@@ -212,7 +214,7 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
   params.input = held.back().const_data_ptr();
   const Tensor weight = pad_picture(args.weight, PaddingMode::kZeros, {0, 0}, scope);
   held.push_back(weight);
-  prepare_weights(weight, params, scope, held);
+  prepare_weights(weight, params, *schedule, scope, held);
   return launch_fused_conv(args, plan, params, *schedule, scope);
 }
 
@@ -246,7 +248,7 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   params.dtype = sum.dtype;
   params.precision = float32_where_cudnn_has_it(precision_of(input, tf32));
   const CudaScope scope(input);
-  const auto schedule = fused_schedule(params);
+  auto schedule = fused_schedule(params);
   if (!schedule) return {};
 
   std::vector<Tensor> held;
@@ -254,7 +256,8 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   params.input = held.back().const_data_ptr();
   auto prepare = weights_of(weight, params.dtype);
   prepare.column_rows = sum.pitch;
-  write_weights(weight, prepare, {sum.pitch, weight.size(1), weight.size(2), 1}, params, scope, held);
+  write_weights(weight, prepare, {sum.pitch, weight.size(1), weight.size(2), 1}, params,
+                schedule->takes_split_weights(params), scope, held);
   const Tensor columns =
       empty_dense(input, {sum.batch, sum.pitch, sum.height, params.out_width}, true, input.scalar_type());
   params.output = columns.mutable_data_ptr();
@@ -269,7 +272,8 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   sum.columns = columns.const_data_ptr();
   sum.output = output.mutable_data_ptr();
   check_cuda(kOp, cuda::launch_sum_columns(sum, scope.stream()));
-  record_path("reflect_conv2d:cuda:columns", params.precision == cuda::ConvPrecision::kIeee ? "sm90:3xtf32" : "sm90");
+  schedule->resident = false;
+  record_path("reflect_conv2d:cuda:columns", cuda::conv_name(params, *schedule));
   return output;
 }
 

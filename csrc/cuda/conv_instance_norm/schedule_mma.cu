@@ -1,0 +1,95 @@
+// Which convolutions conv_mma.cu takes, and how they are cut.
+#include <algorithm>
+
+#include "kernels.h"
+#include "mma_shapes.h"
+#include "tiles.h"
+
+namespace styleforge::cuda {
+namespace {
+
+constexpr int kChunk = 128;      // bytes of input channels of a stage
+constexpr int kAlignment = 128;  // lost to the start of the rings
+
+template <typename Shape>
+bool fit(const ConvParams& p, const DeviceFacts& facts, ConvSchedule& s) {
+  const int height = p.phases == 1 ? p.out_height : p.height;
+  const int width = p.phases == 1 ? p.out_width : p.width;
+  const int element = static_cast<int>(size_of(p.dtype));
+  s.columns = Shape::kColumns;
+  s.tile_height = Shape::kRows;
+  s.tiles_x = static_cast<int>(ceil_div(width, s.kTileWidth));
+  s.tiles_y = static_cast<int>(ceil_div(height, s.tile_height));
+  s.entries = p.phases * s.tiles_x * s.tiles_y;
+  if (int64_t{s.entries} * s.tiles_x > INT32_MAX || ceil_div(p.out_channels, s.columns) > 65535) return false;
+  const int64_t halo_height = int64_t{s.tile_height - 1} * p.stride_h + p.kernel_h;
+  const int64_t halo_width = int64_t{s.kTileWidth - 1} * p.stride_w + p.kernel_w;
+  if (halo_height * halo_width * Shape::kChunk > facts.max_shared_per_block) return false;
+  s.halo_height = static_cast<int>(halo_height);
+  s.halo_width = static_cast<int>(halo_width);
+  s.halo_divisor = divisor(s.halo_width);
+  s.tiles_x_divisor = divisor(s.tiles_x);
+  s.halo_bytes = s.halo_height * s.halo_width * Shape::kChunk;
+
+  const int chunks = static_cast<int>(ceil_div(p.in_channels * element, Shape::kChunk));
+  const int taps = p.kernel_h * p.kernel_w;
+  // Copies come in the order they were asked for. What a step asks for has come kStages - 1 steps later, so the input
+  // of a chunk must be asked for in time: by stages enough, or all of it before the loop.
+  constexpr int kDistance = Shape::kStages - 1;
+  s.input_stages = std::min(chunks, 1 + std::max(1, static_cast<int>(ceil_div(kDistance, taps))));
+  s.chunks_ahead = s.input_stages - 1;
+  const int asking = std::min(taps, s.chunks_ahead * taps - kDistance + 1);  // steps of a chunk that may still ask
+  if (asking < 1) s.chunks_ahead = s.input_stages;                           // then it is also all chunks
+  const int pixels = s.halo_height * s.halo_width;
+  constexpr int kLoadRows = Shape::kThreads / 8;
+  s.pixels_a_step = static_cast<int>(ceil_div(ceil_div(pixels, std::max(asking, 1)), kLoadRows)) * kLoadRows;
+  // The power of two in the stride: of the three bits that spread pixels over the banks it would waste some.
+  s.swizzle_shift = 0;
+  while (s.swizzle_shift < 3 && (p.stride_w >> s.swizzle_shift) % 2 == 0) ++s.swizzle_shift;
+
+  const int rings = Shape::kStages * Shape::kWeightBytes + s.input_stages * s.halo_bytes;
+  const int stash = s.tile_height * s.kTileWidth * stash_pitch(s.columns, element);
+  s.parts_offset = stash;
+  const int parts = Shape::kWarpsDown * s.columns * static_cast<int>(sizeof(float2));
+  s.shared_bytes = static_cast<size_t>(kAlignment + std::max(rings, stash + parts));
+  return s.shared_bytes <= static_cast<size_t>(facts.max_shared_per_block);
+}
+
+}  // namespace
+
+void schedule_conv_mma(const ConvParams& p, const DeviceFacts& facts, const Overrides& overrides, ConvSchedule& s,
+                       bool& supported) {
+  const int element = static_cast<int>(size_of(p.dtype));
+  if (!overrides.forced("mma")) return;
+  if (facts.major < 8 || facts.compiled_for < 80 || p.dtype == DType::kFloat64) return;
+  if (p.in_channels * element % 16 != 0 || p.out_channels % 2 != 0) return;
+  // A chunk is always computed whole: not where most of it would be zeros.
+  if (p.in_channels * element * 2 < kChunk) return;
+  if (p.batch > 65535 || int64_t{p.height} * p.width * p.in_channels > INT32_MAX) return;
+
+  s = {};
+  s.mma = true;
+  const bool split = p.precision == ConvPrecision::kIeee;
+  const int height = p.phases == 1 ? p.out_height : p.height;
+  const int width = p.phases == 1 ? p.out_width : p.width;
+  const auto blocks = [&](int rows, int columns) {
+    return int64_t{p.batch} * p.phases * ceil_div(width, s.kTileWidth) * ceil_div(height, rows) *
+           ceil_div(p.out_channels, columns);
+  };
+  // Smaller tiles while half of the multiprocessors would have none.
+  const auto idle = [&](int rows, int columns) { return blocks(rows, columns) * 2 <= facts.multiprocessors; };
+  int tile = p.out_channels > 64 && !split ? 0 : p.out_channels > 32 ? 2 : 4;
+  if (tile == 0 && idle(8, 128)) tile = 2;
+  if (tile == 2 && idle(8, 64)) tile = 4;
+  s.mma_tile = static_cast<int>(overrides.tuned("tile", tile + 1)) - 1;
+  const auto fits = [&] {
+    return switch_mma_tile(s.mma_tile, [&]<typename Shape>() { return (!split || Shape::kTakesSplit) && fit<Shape>(p, facts, s); });
+  };
+  supported = fits();
+  if (!supported && tile < 4) {
+    s.mma_tile = 4;
+    supported = fits();
+  }
+}
+
+}  // namespace styleforge::cuda
