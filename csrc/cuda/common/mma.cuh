@@ -51,16 +51,41 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
   }
 }
 
-// float32 bits which the units' cut makes the nearest TF32 number. Inf and NaN stay: the addition would wrap the NaN of
-// all ones around.
-__device__ __forceinline__ uint32_t round_before_cut(uint32_t bits) {
-  return (bits & 0x7fffffffu) < 0x7f800000u ? bits + 0x1000u : bits;
+// bits = hi + lo as the units cut them, but for 2^-23 of it at most; hi to nearest, lo with either sign. Infinity gives
+// Inf + NaN, and every NaN has one in hi or in lo.
+__device__ __forceinline__ void split_fragment(uint32_t bits, uint32_t& hi, uint32_t& lo) {
+  const float value = __uint_as_float(bits);
+  hi = (bits + 0x1000u) & ~0x1fffu;
+  lo = __float_as_uint(value - __uint_as_float(hi));
 }
 
-// bits = hi + lo, as the units cut them, but for 2^-24 of it. Where it is not finite hi says so, and lo is anything.
-__device__ __forceinline__ void split_before_cut(uint32_t bits, uint32_t& hi, uint32_t& lo) {
-  hi = round_before_cut(bits) & ~0x1fffu;
-  lo = __float_as_uint(__uint_as_float(bits) - __uint_as_float(hi)) + 0x1000u;
+// 16 bytes, zeros where not valid; nothing at all where not wanted.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid, bool wanted) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %3, 0;\n"
+      "@p cp.async.cg.shared.global [%0], [%1], 16, %2;\n"
+      "}\n" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
+// 0 where not wanted.
+__device__ __forceinline__ int load_shared(uint32_t address, bool wanted) {
+  int value;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %2, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "@p ld.shared.b32 %0, [%1];\n"
+      "}\n"
+      : "=&r"(value)
+      : "r"(address), "r"(static_cast<int>(wanted))
+      : "memory");
+  return value;
 }
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

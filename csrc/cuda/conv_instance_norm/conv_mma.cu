@@ -30,6 +30,13 @@
 namespace styleforge::cuda {
 namespace {
 
+// The compiler forgets how the value came about, and does not compute it anew in a loop to save its register.
+template <typename V>
+__device__ __forceinline__ V opaque(V value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 template <typename T, typename Shape>
 struct MmaTraits {
   static constexpr int kElements = Shape::kChunk / static_cast<int>(sizeof(T));
@@ -53,6 +60,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   extern __shared__ unsigned char dynamic[];
   // Swizzled rows start at multiples of 128 bytes.
   unsigned char* ring = dynamic + ((128 - (shared_address(dynamic) & 127)) & 127);
+  int* sources = reinterpret_cast<int*>(ring + s.sources_offset);
   const uint32_t weight_ring = shared_address(ring);
   const uint32_t input_ring = weight_ring + Shape::kStages * Shape::kWeightBytes;
 
@@ -67,53 +75,67 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const int first_column = blockIdx.y * Shape::kColumns;
   const ConvTileAt at = conv_tile(p, s, blockIdx.x);
 
-  // Copies: a thread has one 16-byte piece of every kLoadRows-th pixel or weight row.
+  // Copies: a thread has one 16-byte piece of every kLoadRows-th pixel or weight row. Rows beyond the last are copies of
+  // it, whose products nobody reads.
   const int piece = threadIdx.x % 8;
   const int piece_channel = piece * kFullWidth<T>;
   const int load_row = threadIdx.x / 8;
-  const uint32_t weight_to = load_row * kChunk + ((piece ^ (load_row & 7)) << 4);
-  const int row_pitch = taps * p.in_channels * Traits::kLoadRows;
-  const T* weight_from =
-      static_cast<const T*>(p.weight) +
-      static_cast<int64_t>(at.phase * p.out_channels + first_column + load_row) * (taps * p.in_channels) +
-      piece_channel;
-  int load_tap = 0, load_channel = piece_channel;
-  const auto copy_weights = [&](int stage) {
-    const uint32_t to = weight_ring + stage * Shape::kWeightBytes + weight_to;
-    const bool has_channel = load_channel < p.in_channels;
+  const uint32_t weight_to = opaque(weight_ring + load_row * kChunk + ((piece ^ (load_row & 7)) << 4));
+  const T* weight = static_cast<const T*>(p.weight);
+  int weight_rows[Traits::kWeightCopies];
+#pragma unroll
+  for (int i = 0; i < Traits::kWeightCopies; ++i) {
+    const int row = min(first_column + load_row + i * Traits::kLoadRows, p.out_channels - 1);
+    weight_rows[i] = opaque((at.phase * p.out_channels + row) * taps * p.in_channels);
+  }
+  int load_tap = 0, load_offset = piece_channel, load_channel = piece_channel;
+  const auto copy_weights = [&](int stage, bool wanted) {
+    const bool valid = load_channel < p.in_channels;
+    const int offset = valid ? load_offset : 0;
 #pragma unroll
     for (int i = 0; i < Traits::kWeightCopies; ++i) {
-      const bool valid = has_channel && first_column + load_row + i * Traits::kLoadRows < p.out_channels;
-      copy_async(to + i * Traits::kLoadRows * kChunk, valid ? weight_from + i * row_pitch : p.weight, valid);
+      copy_async(weight_to + stage * Shape::kWeightBytes + i * Traits::kLoadRows * kChunk,
+                 weight + (weight_rows[i] + offset), valid, wanted);
     }
-    weight_from += p.in_channels;
+    load_offset += p.in_channels;
     if (++load_tap == taps) {
       load_tap = 0;
       load_channel += kElements;
-      weight_from += kElements - taps * p.in_channels;
+      load_offset = load_channel;
     }
   };
 
+  // Where the pixels of the halo come from, for all chunks; -1: zeros. Those of one load_row, by the warp that reads it.
   const int pixel_pitch = p.pixel_stride > 0 ? static_cast<int>(p.pixel_stride) : p.in_channels;
   const int line_pitch = p.row_stride > 0 ? static_cast<int>(p.row_stride) : pixel_pitch * p.width;
   const T* sample = static_cast<const T*>(p.input) + static_cast<int64_t>(n) * p.height * line_pitch;
-  const int top = at.y * p.stride_h - p.pad_top + (at.phase >> 1);
-  const int left = at.x * p.stride_w - p.pad_left + (at.phase & 1);
   const int pixels = s.halo_height * s.halo_width;
-  const auto copy_input = [&](int stage, int chunk, int from, int to) {
+  for (int pixel = load_row + piece * Traits::kLoadRows; pixel < pixels; pixel += 8 * Traits::kLoadRows) {
+    const int hy = __umulhi(pixel, s.halo_divisor);
+    const int y = at.y * p.stride_h - p.pad_top + (at.phase >> 1) + hy;
+    const int x = at.x * p.stride_w - p.pad_left + (at.phase & 1) + pixel - hy * s.halo_width;
+    const int sy = padded_source(y, p.height, p.mode);
+    const int sx = padded_source(x, p.width, p.mode);
+    const bool inside = p.mode != PaddingMode::kZeros || (sx == x && sy == y);
+    sources[pixel] = inside ? sy * line_pitch + sx * pixel_pitch : -1;
+  }
+  __syncwarp();
+  const uint32_t source_at = opaque(shared_address(sources + load_row));
+  const auto copy_pixel = [&](uint32_t to, int channel, int pixel, bool wanted) {
+    const int source = load_shared(source_at + pixel * 4, wanted);
+    pixel += load_row;
+    const bool valid = source >= 0 && channel < p.in_channels;
+    copy_async(to + pixel * kChunk + ((piece ^ ((pixel >> s.swizzle_shift) & 7)) << 4),
+               sample + (valid ? source + channel : 0), valid, wanted);
+  };
+  // `count` pixels from `from` on of a chunk, where it is wanted; all threads must see the same arguments.
+  const auto copy_input = [&](uint32_t to, int chunk, int from, int count, bool wanted) {
     const int channel = chunk * kElements + piece_channel;
-    const uint32_t base = input_ring + stage * s.halo_bytes;
-    const int end = min(to, pixels);
+    const int end = wanted ? min(from + count, pixels) : 0;
+    copy_pixel(to, channel, from, from + load_row < end);
 #pragma unroll 1
-    for (int pixel = from + load_row; pixel < end; pixel += Traits::kLoadRows) {
-      const int hy = __umulhi(pixel, s.halo_divisor);
-      const int y = top + hy;
-      const int x = left + pixel - hy * s.halo_width;
-      const int sy = padded_source(y, p.height, p.mode);
-      const int sx = padded_source(x, p.width, p.mode);
-      const bool valid = channel < p.in_channels && (p.mode != PaddingMode::kZeros || (sx == x && sy == y));
-      copy_async(base + pixel * kChunk + ((piece ^ ((pixel >> s.swizzle_shift) & 7)) << 4),
-                 sample + sy * line_pitch + sx * pixel_pitch + (valid ? channel : 0), valid);
+    for (from += Traits::kLoadRows; from < end; from += Traits::kLoadRows) {
+      copy_pixel(to, channel, from, from + load_row < end);
     }
   };
 
@@ -130,94 +152,102 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   wait_for_predecessor();
 #pragma unroll 1
   for (int i = 0, asked = 0; i < Shape::kStages - 1; ++i) {
-    if (i < steps) copy_weights(i);
-    if (asked < s.chunks_ahead && i == asked * taps) {
-      copy_input(asked, asked, 0, pixels);
-      ++asked;
-    }
+    copy_weights(i, i < steps);
+    const bool wanted = asked < s.chunks_ahead && i == asked * taps;
+    copy_input(input_ring + asked * s.halo_bytes, asked, 0, pixels, wanted);
+    if (wanted) ++asked;
     copy_commit();
   }
 
   // Lane l has the address of pixel l % 16 of a row and of its 16-byte half l / 16 (ldmatrix); of channel l % 8 + l / 16
   // * 8 and half l / 8 % 2 in the weights.
-  const int base_pixel = warp_row * p.stride_h * s.halo_width + lane % 16 * p.stride_w;
-  const int row_pixels = p.stride_h * s.halo_width;
-  const uint32_t weight_at =
-      weight_ring + (warp_column + lane % 8 + lane / 16 * 8) * kChunk + (((lane & 7) ^ (lane / 8 % 2)) << 4);
-  int tap = 0, tap_column = 0, tap_pixel = 0, chunk = 0;
-  int input_stage = 0, weight_stage = 0;
+  const int half = opaque(lane / 16);
+  int first_pixel[kWarpRows];
+#pragma unroll
+  for (int f = 0; f < kWarpRows; ++f) {
+    first_pixel[f] = opaque((warp_row + f) * p.stride_h * s.halo_width + lane % 16 * p.stride_w);
+  }
+  const uint32_t first_weight =
+      opaque(weight_ring + (warp_column + lane % 8 + lane / 16 * 8) * kChunk + (((lane & 7) ^ (lane / 8 % 2)) << 4));
+  int tap = 0, tap_column = 0, tap_pixel = 0, chunk = 0, input_stage = 0, weight_stage = 0;
   const auto before = [](int stage, int stages) { return (stage == 0 ? stages : stage) - 1; };
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    copy_wait<Shape::kStages - 2>();
-    __syncthreads();
-    // The stage of the step before is free, and so is the input of the chunk before.
-    if (step + Shape::kStages - 1 < steps) copy_weights(before(weight_stage, Shape::kStages));
-    if (chunk + s.chunks_ahead < chunks) {
-      const int from = tap * s.pixels_a_step;
-      copy_input(before(input_stage, s.input_stages), chunk + s.chunks_ahead, from, from + s.pixels_a_step);
-    }
-    copy_commit();
-
-    uint32_t a_at[kWarpRows];
+  uint32_t a_at[kWarpRows], b_at;
+  const auto set_addresses = [&] {
 #pragma unroll
     for (int f = 0; f < kWarpRows; ++f) {
-      const int pixel = base_pixel + tap_pixel + f * row_pixels;
+      const int pixel = first_pixel[f] + tap_pixel;
       a_at[f] = input_ring + input_stage * s.halo_bytes + pixel * kChunk +
-                ((((pixel >> s.swizzle_shift) & 7) ^ (lane / 16)) << 4);
+                ((((pixel >> s.swizzle_shift) & 7) ^ half) << 4);
     }
-    const uint32_t b_at = weight_at + weight_stage * Shape::kWeightBytes;
-    [[maybe_unused]] float part[kSplit ? kWarpRows : 1][kBlocksOf8][4];
+    b_at = first_weight + weight_stage * Shape::kWeightBytes;
+  };
+  // Two sets of fragments: one is loaded while the other is multiplied.
+  uint32_t as[2][kWarpRows][4], bs[2][kBlocksOf8 / 2][4];
+  const auto load = [&](int k) {  // 32 bytes of channels
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      uint32_t a[kWarpRows][4];
-      [[maybe_unused]] uint32_t a_lo[kSplit ? kWarpRows : 1][4];
+    for (int f = 0; f < kWarpRows; ++f) load_matrices(as[k % 2][f], a_at[f] ^ (k << 5));
+#pragma unroll
+    for (int j = 0; j < kBlocksOf8 / 2; ++j) load_matrices(bs[k % 2][j], (b_at + j * 16 * kChunk) ^ (k << 5));
+  };
+  [[maybe_unused]] float part[kSplit ? kWarpRows : 1][kBlocksOf8][4];
+  const auto multiply_all = [&](int k) {
+    uint32_t(&a)[kWarpRows][4] = as[k % 2];
+    [[maybe_unused]] uint32_t a_lo[kSplit ? kWarpRows : 1][4];
+    if constexpr (kSplit) {
 #pragma unroll
       for (int f = 0; f < kWarpRows; ++f) {
-        load_matrices(a[f], a_at[f] ^ (k << 5));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if constexpr (kSplit) {
-            split_before_cut(a[f][i], a[f][i], a_lo[f][i]);
-          } else if constexpr (sizeof(T) == 4) {
-            a[f][i] = round_before_cut(a[f][i]);
-          }
-        }
+        for (int i = 0; i < 4; ++i) split_fragment(a[f][i], a[f][i], a_lo[f][i]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBlocksOf8 / 2; ++j) {  // 16 channels
+      uint32_t(&b)[4] = bs[k % 2][j];
+      [[maybe_unused]] uint32_t b_lo[4];
+      if constexpr (kSplit) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) split_fragment(b[i], b[i], b_lo[i]);
       }
 #pragma unroll
-      for (int j = 0; j < kBlocksOf8 / 2; ++j) {  // 16 channels
-        uint32_t b[4];
-        [[maybe_unused]] uint32_t b_lo[4];
-        load_matrices(b, (b_at + j * 16 * kChunk) ^ (k << 5));
+      for (int f = 0; f < kWarpRows; ++f) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 4; i += 2) {
+          float(&sum)[4] = d[f][2 * j + i / 2];
           if constexpr (kSplit) {
-            split_before_cut(b[i], b[i], b_lo[i]);
-          } else if constexpr (sizeof(T) == 4) {
-            b[i] = round_before_cut(b[i]);
-          }
-        }
+            float zero[4] = {};
+            float(&own)[4] = part[f][2 * j + i / 2];
+            multiply<T>(own, a_lo[f], b[i], b[i + 1], k == 0 ? zero : own);
+            multiply<T>(own, a[f], b_lo[i], b_lo[i + 1], own);
+            multiply<T>(own, a[f], b[i], b[i + 1], own);
+            if (k < 3) continue;
 #pragma unroll
-        for (int f = 0; f < kWarpRows; ++f) {
-#pragma unroll
-          for (int i = 0; i < 4; i += 2) {
-            float(&sum)[4] = d[f][2 * j + i / 2];
-            if constexpr (kSplit) {
-              float zero[4] = {};
-              float(&own)[4] = part[f][2 * j + i / 2];
-              multiply<T>(own, a_lo[f], b[i], b[i + 1], k == 0 ? zero : own);
-              multiply<T>(own, a[f], b_lo[i], b_lo[i + 1], own);
-              multiply<T>(own, a[f], b[i], b[i + 1], own);
-              if (k < 3) continue;
-#pragma unroll
-              for (int e = 0; e < 4; ++e) sum[e] += own[e];
-            } else {
-              multiply<T>(sum, a[f], b[i], b[i + 1], sum);
-            }
+            for (int e = 0; e < 4; ++e) sum[e] += own[e];
+          } else {
+            multiply<T>(sum, a[f], b[i], b[i + 1], sum);
           }
         }
       }
     }
+  };
+
+  set_addresses();
+  copy_wait<Shape::kStages - 2>();
+  __syncthreads();
+  load(0);
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    load(1);
+    multiply_all(0);
+    // Copies while the matrix units are busy. The stage of the step before is free, and so is the input of the chunk
+    // before.
+    copy_weights(before(weight_stage, Shape::kStages), step + Shape::kStages - 1 < steps);
+    load(2);
+    multiply_all(1);
+    copy_input(input_ring + before(input_stage, s.input_stages) * s.halo_bytes, chunk + s.chunks_ahead,
+               tap * s.pixels_a_step, s.pixels_a_step, chunk + s.chunks_ahead < chunks);
+    copy_commit();
+    load(3);
+    multiply_all(2);
     if (++weight_stage == Shape::kStages) weight_stage = 0;
     ++tap_pixel;
     if (++tap_column == p.kernel_w) {
@@ -229,6 +259,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       ++chunk;
       if (++input_stage == s.input_stages) input_stage = 0;
     }
+    set_addresses();
+    copy_wait<Shape::kStages - 2>();
+    __syncthreads();
+    load(0);  // of the next step; behind the last one nobody reads it
+    multiply_all(3);
   }
   release_successor();
   __syncthreads();  // everything loaded has been multiplied: the rings are free
@@ -344,7 +379,7 @@ cudaError_t launch_shape(const ConvParams& p, const ConvSchedule& s, const Devic
 template <typename T, bool kSplit>
 cudaError_t launch_kind(const ConvParams& p, const ConvSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
   return switch_mma_tile(s.mma_tile, [&]<typename Shape>() -> cudaError_t {
-    if constexpr (kSplit && !Shape::kTakesSplit) {
+    if constexpr (!Shape::takes(kSplit)) {
       return cudaErrorInvalidValue;
     } else {
       return launch_shape<T, Shape, kSplit>(p, s, facts, stream);

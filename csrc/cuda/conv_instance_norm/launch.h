@@ -58,8 +58,9 @@ struct ConvSchedule {
   bool mma = false;          // conv_mma.cu, else conv_sm90.cu
   int chunks_ahead = 1;      // mma: chunks of input that are on their way before they are multiplied,
   int pixels_a_step = 0;     // and how many of their pixels a step of the loop asks for
-  int swizzle_shift = 0;     // of a pixel's index,
-  int mma_tile = 0;          // and which tile of mma_shapes.h
+  int swizzle_shift = 0;     // mma: of a pixel's index
+  int sources_offset = 0;    // mma: the list of the halo's sources in shared memory
+  int mma_tile = 0;          // which of mma_shapes.h
   bool resident = false;     // the grid is on the chip as a whole, and the convolution's kernel normalises
   bool merge_apart = false;  // resident: moments are merged in a step of their own
   // Behind the rings in shared memory: the results of all but a block's last tile, then the moments of its warps. What

@@ -51,8 +51,24 @@ bool fit(const ConvParams& p, const DeviceFacts& facts, ConvSchedule& s) {
   const int stash = s.tile_height * s.kTileWidth * stash_pitch(s.columns, element);
   s.parts_offset = stash;
   const int parts = Shape::kWarpsDown * s.columns * static_cast<int>(sizeof(float2));
-  s.shared_bytes = static_cast<size_t>(kAlignment + std::max(rings, stash + parts));
-  return s.shared_bytes <= static_cast<size_t>(facts.max_shared_per_block);
+  s.sources_offset = std::max(rings, stash + parts);
+  const int needed = kAlignment + s.sources_offset + pixels * static_cast<int>(sizeof(int));
+  // No more blocks on a multiprocessor than an even share: dependent launch starts them while the kernel before still
+  // holds most multiprocessors, and those that it has left would take as many as they can (9.9 -> 13.5 us, fp16
+  // 1x64x64x64).
+  const int64_t share =
+      ceil_div(int64_t{s.entries} * ceil_div(p.out_channels, s.columns) * p.batch, facts.multiprocessors);
+  const auto apart = static_cast<int>(facts.max_shared_per_block / (share + 1) + 1024);
+  s.shared_bytes = static_cast<size_t>(std::max(needed, std::min(apart, facts.max_shared_per_block)));
+  return needed <= facts.max_shared_per_block;
+}
+
+// Where it was measured to be faster than cuDNN's convolution with our norm, on an H200: other GPUs could not be. There,
+// cuDNN has the faster matrix instructions of sm_90, so that elsewhere it should be ahead less often.
+bool faster_than_cudnn(const ConvParams& p) {
+  if (p.precision == ConvPrecision::kIeee) return true;
+  const int depth = p.kernel_h * p.kernel_w * p.in_channels;
+  return p.precision == ConvPrecision::kTF32 ? depth < 1152 : depth <= 1152;
 }
 
 }  // namespace
@@ -60,35 +76,40 @@ bool fit(const ConvParams& p, const DeviceFacts& facts, ConvSchedule& s) {
 void schedule_conv_mma(const ConvParams& p, const DeviceFacts& facts, const Overrides& overrides, ConvSchedule& s,
                        bool& supported) {
   const int element = static_cast<int>(size_of(p.dtype));
-  if (!overrides.forced("mma")) return;
+  const bool forced = overrides.forced("mma");
+  if (!forced && (overrides.forced() || !faster_than_cudnn(p))) return;
   if (facts.major < 8 || facts.compiled_for < 80 || p.dtype == DType::kFloat64) return;
   if (p.in_channels * element % 16 != 0 || p.out_channels % 2 != 0) return;
   // A chunk is always computed whole: not where most of it would be zeros.
   if (p.in_channels * element * 2 < kChunk) return;
   if (p.batch > 65535 || int64_t{p.height} * p.width * p.in_channels > INT32_MAX) return;
+  if (int64_t{p.phases} * p.out_channels * p.kernel_h * p.kernel_w * p.in_channels > INT32_MAX) return;
 
-  s = {};
-  s.mma = true;
   const bool split = p.precision == ConvPrecision::kIeee;
   const int height = p.phases == 1 ? p.out_height : p.height;
   const int width = p.phases == 1 ? p.out_width : p.width;
   const auto blocks = [&](int rows, int columns) {
-    return int64_t{p.batch} * p.phases * ceil_div(width, s.kTileWidth) * ceil_div(height, rows) *
+    return int64_t{p.batch} * p.phases * ceil_div(width, ConvSchedule::kTileWidth) * ceil_div(height, rows) *
            ceil_div(p.out_channels, columns);
   };
-  // Smaller tiles while half of the multiprocessors would have none.
+  // Smaller tiles while half of the multiprocessors would have none, and the largest where all have one and a half.
   const auto idle = [&](int rows, int columns) { return blocks(rows, columns) * 2 <= facts.multiprocessors; };
-  int tile = p.out_channels > 64 && !split ? 0 : p.out_channels > 32 ? 2 : 4;
-  if (tile == 0 && idle(8, 128)) tile = 2;
-  if (tile == 2 && idle(8, 64)) tile = 4;
-  s.mma_tile = static_cast<int>(overrides.tuned("tile", tile + 1)) - 1;
-  const auto fits = [&] {
-    return switch_mma_tile(s.mma_tile, [&]<typename Shape>() { return (!split || Shape::kTakesSplit) && fit<Shape>(p, facts, s); });
-  };
-  supported = fits();
-  if (!supported && tile < 4) {
-    s.mma_tile = 4;
-    supported = fits();
+  int tile = 3;
+  if (p.out_channels > 64 && !split && blocks(8, 128) * 2 >= int64_t{facts.multiprocessors} * 3) {
+    tile = 0;
+  } else if (p.out_channels > 32) {
+    tile = !idle(8, 64) ? (split ? 2 : 1) : !idle(4, 64) ? 4 : 5;
+  } else if (idle(8, 32)) {
+    tile = 5;
+  }
+  tile = static_cast<int>(overrides.tuned("tile", tile + 1)) - 1;
+  // Smaller ones, too, where its input does not fit into shared memory.
+  for (; tile < kMmaTiles && !supported; ++tile) {
+    s = {};
+    s.mma = true;
+    s.mma_tile = tile;
+    supported =
+        switch_mma_tile(tile, [&]<typename Shape>() { return Shape::takes(split) && fit<Shape>(p, facts, s); });
   }
 }
 
