@@ -1,6 +1,7 @@
-"""The fused convolution of GPUs without a copy engine, ``mma`` and ``mma:3xtf32``: it runs on every one since sm_80.
+"""The fused convolution that runs on every GPU since sm_80, ``mma`` and ``mma:3xtf32``, forced.
 
-Every tile on all kinds of arithmetic, shapes, paddings and formats, against float64; graphs; what is not finite.
+Every tile on all kinds of arithmetic, shapes, paddings and formats, against float64; graphs; what is not
+finite.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def force(monkeypatch: pytest.MonkeyPatch, tile: str = "") -> None:
     monkeypatch.setenv("STYLEFORGE_CONV_TUNE", tile)
 
 
-def weight_of(out_channels: int, in_channels: int, kh: int, kw: int, dtype: torch.dtype) -> Tensor:
+def weight_of(out_channels: int, in_channels: int, kernel: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Scaled so that the convolution's result has about the input's variance."""
-    scale = (in_channels * kh * kw) ** -0.5
-    return (torch.randn(out_channels, in_channels, kh, kw) * scale).to(dtype).cuda()
+    scale = (in_channels * kernel[0] * kernel[1]) ** -0.5
+    return (torch.randn(out_channels, in_channels, *kernel) * scale).to(dtype).cuda()
 
 
 def norm_params(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -97,7 +98,7 @@ def test_portable_convolution(
         (2, "channels_last", "replicate"),
     ):
         x = tensor(batch, ci, *size, dtype=dtype, device="cuda", layout=layout, offset=0.3)
-        w = weight_of(co, ci, *kernel, dtype)
+        w = weight_of(co, ci, kernel, dtype)
         if batch == 1:
             w = w.contiguous(memory_format=torch.channels_last)
         norm_weight, norm_bias = norm_params((batch, co) if batch > 1 else (co,), dtype)
@@ -107,7 +108,7 @@ def test_portable_convolution(
         reference = conv_instance_norm(*args, residual=residual)
         with tf32(precision == "tf32"):
             yardstick = torch_conv_instance_norm(*args, residual=residual)
-        poison(reference.numel(), dtype)
+        poison(reference.numel(), dtype, "cuda")
         result = OP(*args, residual=residual, precision=precision)
         # Pictures run float32 also where TF32 is allowed.
         ieee = dtype == torch.float32 and (precision == "ieee" or ci <= 3)
@@ -129,7 +130,7 @@ def test_portable_convolution_keeps_what_is_not_finite(
     """NaN of every payload: where fragments are split or cut they must not become numbers."""
     force(monkeypatch)
     x = tensor(2, 64, 20, 24, dtype=dtype, device="cuda", layout="channels_last")
-    w = weight_of(34, 64, 3, 3, dtype)
+    w = weight_of(34, 64, (3, 3), dtype)
     fine = OP(x, w, padding=[1, 1], precision=precision)
     bits = torch.int16 if dtype == torch.float16 else torch.int32
     x[1, 5, 7, 3] = value
@@ -149,7 +150,7 @@ def test_portable_convolution_in_a_graph(
     """Replayed over other inputs; weights and moments are the graph's own."""
     force(monkeypatch)
     x = tensor(2, 72, 33, 40, dtype=dtype, device="cuda", layout="channels_last")
-    w = weight_of(40, 72, 3, 3, dtype)
+    w = weight_of(40, 72, (3, 3), dtype)
     call = partial(OP, x, w, padding=[1, 1], padding_mode="reflect", precision=precision)
     graph, result = capture(call)
     for seed_of_input in range(3):

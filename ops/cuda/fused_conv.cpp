@@ -246,6 +246,7 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   params.pad_left = sum.kernel_w / 2;
   params.mode = PaddingMode::kReflect;
   params.dtype = sum.dtype;
+  params.norm_follows = false;
   params.precision = float32_where_cudnn_has_it(precision_of(input, tf32));
   const CudaScope scope(input);
   auto schedule = fused_schedule(params);

@@ -13,10 +13,35 @@
 // A pixel's 16-byte pieces are swizzled by its index (divided by the power of two in the stride), so that the eight
 // pixels of a matrix that ldmatrix reads lie in different banks.
 //
-// TF32: rounded to nearest in registers, two instructions a fragment's number, which the matrix units outlast.
+// What limits it: with two blocks a multiprocessor the matrix units, at half the rate of wgmma (370 TFLOP/s in fp16 on
+// an H200, 8x128x64x64). With one block the latency of a step: everything that a step does besides multiplying is on
+// the way between two barriers. So the barrier and the first fragments of the next step lie before the last products
+// of this one, copies lie between products, the halo's source of every pixel is looked up, not computed, and what a
+// loop needs of its thread's index is hidden from the compiler, which would compute it anew each time (34 -> 21 us,
+// fp16, 1x128x128x128 with the norm). Small grids take longer than that explains: fp16 64->64 @64x64 14.0 us in 64
+// blocks of 4 x 64, 10.1 in 32 of 8 x 64, and TF32 10.8 and 13.7. Perhaps dependent launch puts several blocks on the
+// few multiprocessors that the kernel before has left; not tried: more shared memory than a block needs keeps them
+// apart.
+//
+// TF32: the units cut the lower bits off, as in conv_sm90.cu. That is a common factor but for its spread, and the norm
+// takes the factor out: the error against float64 is 2.3e-4 where rounding to nearest gives 2.2e-4, with twice the
+// instructions.
 // kSplit, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo, both split in registers, which keeps
 // shared memory and the reads of it at one third of the multiplications; lo * hi, hi * lo, then hi * hi. The units
 // truncate when they add, so the sum of every 32 numbers moves on to float32 registers.
+//
+// H200, GPU us with the norm, each "this / cuDNN and the norm / conv_sm90.cu":
+//
+//                                   fp16                TF32               3xTF32
+//   64->64 @64x64, 3x3         10.1 / 11.3 /  6.8  10.8 / 12.0 /  8.0   17 /  30 /  14
+//   128->128 @128x128          20.6 / 23.8 / 16.0  33.7 / 37.7 / 23.1   84 / 191 /  46
+//   64->64 @256x256            25.4 / 34.4 / 21.3  40.6 / 51.6 / 31.3   90 / 159 /  67
+//   128->128 @32x32             9.3 / 12.5 /  7.3  15.3 / 13.2 /  9.4   27 /  42 /  21
+//   256->256 @64x64, 1x1        9.8 / 11.1 /  8.1  13.7 / 14.3 /  9.4   18 /  37 /  16
+//   64->128 @128x128, stride 2 11.8 / 14.3 /  9.1  12.2 / 13.9 / 11.8   19 /  41 /  18
+//   8x128->128 @64x64          33.0 / 36.5 / 26.9  56.7 / 54.1 / 41.0  163 / 268 /  88
+//   64->32 @256x256, upsampled 45.3 / 57.0 / 57.0  69.4 / 75.3 / 82.7  110 / 198 / 156
+//   256->256 @64x64, 3x3       22.5 / 19.3 / 16.9  38.4 / 36.7 / 27.1   84 / 208 /  62
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/mma.cuh"
@@ -75,8 +100,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const int first_column = blockIdx.y * Shape::kColumns;
   const ConvTileAt at = conv_tile(p, s, blockIdx.x);
 
-  // Copies: a thread has one 16-byte piece of every kLoadRows-th pixel or weight row. Rows beyond the last are copies of
-  // it, whose products nobody reads.
+  // Copies: a thread has one 16-byte piece of every kLoadRows-th pixel or weight row. Rows beyond the last are copies
+  // of it, whose products nobody reads.
   const int piece = threadIdx.x % 8;
   const int piece_channel = piece * kFullWidth<T>;
   const int load_row = threadIdx.x / 8;
@@ -105,7 +130,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     }
   };
 
-  // Where the pixels of the halo come from, for all chunks; -1: zeros. Those of one load_row, by the warp that reads it.
+  // Where the pixels of the halo come from, for all chunks; -1: zeros. Those of one load_row, by the warp that reads
+  // it.
   const int pixel_pitch = p.pixel_stride > 0 ? static_cast<int>(p.pixel_stride) : p.in_channels;
   const int line_pitch = p.row_stride > 0 ? static_cast<int>(p.row_stride) : pixel_pitch * p.width;
   const T* sample = static_cast<const T*>(p.input) + static_cast<int64_t>(n) * p.height * line_pitch;
@@ -159,7 +185,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     copy_commit();
   }
 
-  // Lane l has the address of pixel l % 16 of a row and of its 16-byte half l / 16 (ldmatrix); of channel l % 8 + l / 16
+  // Lane l has the address of pixel l % 16 of a row and of its 16-byte half l / 16 (ldmatrix); of channel l % 8 + l /
+  // 16
   // * 8 and half l / 8 % 2 in the weights.
   const int half = opaque(lane / 16);
   int first_pixel[kWarpRows];
@@ -176,8 +203,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 #pragma unroll
     for (int f = 0; f < kWarpRows; ++f) {
       const int pixel = first_pixel[f] + tap_pixel;
-      a_at[f] = input_ring + input_stage * s.halo_bytes + pixel * kChunk +
-                ((((pixel >> s.swizzle_shift) & 7) ^ half) << 4);
+      a_at[f] =
+          input_ring + input_stage * s.halo_bytes + pixel * kChunk + ((((pixel >> s.swizzle_shift) & 7) ^ half) << 4);
     }
     b_at = first_weight + weight_stage * Shape::kWeightBytes;
   };
@@ -191,7 +218,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   };
   [[maybe_unused]] float part[kSplit ? kWarpRows : 1][kBlocksOf8][4];
   const auto multiply_all = [&](int k) {
-    uint32_t(&a)[kWarpRows][4] = as[k % 2];
+    uint32_t (&a)[kWarpRows][4] = as[k % 2];
     [[maybe_unused]] uint32_t a_lo[kSplit ? kWarpRows : 1][4];
     if constexpr (kSplit) {
 #pragma unroll
@@ -202,7 +229,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     }
 #pragma unroll
     for (int j = 0; j < kBlocksOf8 / 2; ++j) {  // 16 channels
-      uint32_t(&b)[4] = bs[k % 2][j];
+      uint32_t (&b)[4] = bs[k % 2][j];
       [[maybe_unused]] uint32_t b_lo[4];
       if constexpr (kSplit) {
 #pragma unroll
@@ -212,10 +239,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       for (int f = 0; f < kWarpRows; ++f) {
 #pragma unroll
         for (int i = 0; i < 4; i += 2) {
-          float(&sum)[4] = d[f][2 * j + i / 2];
+          float (&sum)[4] = d[f][2 * j + i / 2];
           if constexpr (kSplit) {
             float zero[4] = {};
-            float(&own)[4] = part[f][2 * j + i / 2];
+            float (&own)[4] = part[f][2 * j + i / 2];
             multiply<T>(own, a_lo[f], b[i], b[i + 1], k == 0 ? zero : own);
             multiply<T>(own, a[f], b_lo[i], b_lo[i + 1], own);
             multiply<T>(own, a[f], b[i], b[i + 1], own);
@@ -372,8 +399,7 @@ cudaError_t launch_shape(const ConvParams& p, const ConvSchedule& s, const Devic
   const auto grid =
       dim3(static_cast<unsigned>(s.entries), static_cast<unsigned>(ceil_div(p.out_channels, Shape::kColumns)),
            static_cast<unsigned>(p.batch));
-  return launch(conv_mma_kernel<T, Shape, kSplit>, grid, dim3(Shape::kThreads), s.shared_bytes, 1,
-                facts, stream, p, s);
+  return launch(conv_mma_kernel<T, Shape, kSplit>, grid, dim3(Shape::kThreads), s.shared_bytes, 1, facts, stream, p, s);
 }
 
 template <typename T, bool kSplit>

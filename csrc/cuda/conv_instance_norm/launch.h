@@ -29,6 +29,7 @@ struct ConvParams {
   // [batch, entries, out_channels]: (mean, M2) of each tile's valid pixels; then [batch, out_channels]: mean and rstd
   // times the norm's weight
   float2* moments = nullptr;  // null: no norm follows
+  bool norm_follows = true;   // known before there are moments
 
   // sizes
   int batch = 0, in_channels = 0, height = 0, width = 0;
@@ -55,7 +56,7 @@ struct ConvSchedule {
   int halo_height = 0, halo_width = 0, halo_bytes = 0;  // of a tile's input, one stage
   unsigned halo_divisor = 0, tiles_x_divisor = 0;       // 2^32 / halo_width and / tiles_x, rounded up
   int tiles = 1;                                        // of a block, one after the other
-  bool mma = false;          // conv_mma.cu, else conv_sm90.cu
+  bool mma = false;                                     // conv_mma.cu, else conv_sm90.cu
   int chunks_ahead = 1;      // mma: chunks of input that are on their way before they are multiplied,
   int pixels_a_step = 0;     // and how many of their pixels a step of the loop asks for
   int swizzle_shift = 0;     // mma: of a pixel's index

@@ -3,7 +3,8 @@
 
 namespace styleforge::cuda {
 
-// From 16 x 8 pixels by 128 channels down to 16 x 4 by 32: kAcross x kDown warps, each of kRows_ rows of 16 pixels and kWide output channels.
+// From 16 x 8 pixels by 128 channels down to 16 x 4 by 32: kAcross x kDown warps, each of kRows_ rows of 16 pixels and
+// kWide output channels.
 template <int kAcross, int kDown, int kRows_, int kWide, int kStages_, int kBlocks_>
 struct MmaTile {
   static constexpr int kChunk = 128;  // bytes of input channels of a stage
@@ -14,8 +15,8 @@ struct MmaTile {
   static constexpr int kColumns = kAcross * kWide;
   static constexpr int kRows = kDown * kRows_;  // of pixels
   static constexpr int kThreads = kAcross * kDown * 32;
-  static constexpr int kStages = kStages_;        // of weights
-  static constexpr int kBlocks = kBlocks_;        // that share a multiprocessor's registers
+  static constexpr int kStages = kStages_;  // of weights
+  static constexpr int kBlocks = kBlocks_;  // that share a multiprocessor's registers
   static constexpr int kWeightBytes = kColumns * kChunk;
   // The split needs three times the fragments and twice the sums, so a smaller share of a tile for each warp; without
   // it four warps do what eight would.

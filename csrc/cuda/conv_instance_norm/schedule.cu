@@ -110,9 +110,7 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
   if (const auto error = device_facts(facts)) return error;
   const Overrides overrides(kTuneVariable);
   schedule_conv_sm90(p, facts, overrides, s, supported);
-  if (!supported && (facts.major != 9 || overrides.forced("mma"))) {
-    schedule_conv_mma(p, facts, overrides, s, supported);
-  }
+  if (!supported) schedule_conv_mma(p, facts, overrides, s, supported);
   return cudaSuccess;
 }
 

@@ -52,21 +52,20 @@ bool fit(const ConvParams& p, const DeviceFacts& facts, ConvSchedule& s) {
   s.parts_offset = stash;
   const int parts = Shape::kWarpsDown * s.columns * static_cast<int>(sizeof(float2));
   s.sources_offset = std::max(rings, stash + parts);
-  const int needed = kAlignment + s.sources_offset + pixels * static_cast<int>(sizeof(int));
-  // No more blocks on a multiprocessor than an even share: dependent launch starts them while the kernel before still
-  // holds most multiprocessors, and those that it has left would take as many as they can (9.9 -> 13.5 us, fp16
-  // 1x64x64x64).
-  const int64_t share =
-      ceil_div(int64_t{s.entries} * ceil_div(p.out_channels, s.columns) * p.batch, facts.multiprocessors);
-  const auto apart = static_cast<int>(facts.max_shared_per_block / (share + 1) + 1024);
-  s.shared_bytes = static_cast<size_t>(std::max(needed, std::min(apart, facts.max_shared_per_block)));
-  return needed <= facts.max_shared_per_block;
+  s.shared_bytes = static_cast<size_t>(kAlignment + s.sources_offset + pixels * static_cast<int>(sizeof(int)));
+  return s.shared_bytes <= static_cast<size_t>(facts.max_shared_per_block);
 }
 
-// Where it was measured to be faster than cuDNN's convolution with our norm, on an H200: other GPUs could not be. There,
-// cuDNN has the faster matrix instructions of sm_90, so that elsewhere it should be ahead less often.
+// The only GPU this was measured on is an H200, against cuDNN's convolution with our norm. sm_80 and sm_100 have
+// multiprocessors like that one: room for two blocks, and TF32 units so much faster than the float32 ones that three
+// TF32 products pay (sm_86, 89 and 120 have as many FLOPs in either). The others are left to cuDNN until someone has
+// measured them; sm_90 has conv_sm90.cu.
+bool like_measured(const DeviceFacts& facts) { return facts.minor == 0 && (facts.major == 8 || facts.major == 10); }
+
+// Where it was faster there. cuDNN had the matrix instructions of sm_90 at twice the rate, so deep sums were its own.
 bool faster_than_cudnn(const ConvParams& p) {
-  if (p.precision == ConvPrecision::kIeee) return true;
+  if (!p.norm_follows) return false;                                    // not measured
+  if (p.precision == ConvPrecision::kIeee) return p.pixel_stride == 0;  // pictures run in TF32 where that is allowed
   const int depth = p.kernel_h * p.kernel_w * p.in_channels;
   return p.precision == ConvPrecision::kTF32 ? depth < 1152 : depth <= 1152;
 }
@@ -77,7 +76,7 @@ void schedule_conv_mma(const ConvParams& p, const DeviceFacts& facts, const Over
                        bool& supported) {
   const int element = static_cast<int>(size_of(p.dtype));
   const bool forced = overrides.forced("mma");
-  if (!forced && (overrides.forced() || !faster_than_cudnn(p))) return;
+  if (!forced && (overrides.forced() || !like_measured(facts) || !faster_than_cudnn(p))) return;
   if (facts.major < 8 || facts.compiled_for < 80 || p.dtype == DType::kFloat64) return;
   if (p.in_channels * element % 16 != 0 || p.out_channels % 2 != 0) return;
   // A chunk is always computed whole: not where most of it would be zeros.
@@ -92,15 +91,20 @@ void schedule_conv_mma(const ConvParams& p, const DeviceFacts& facts, const Over
     return int64_t{p.batch} * p.phases * ceil_div(width, ConvSchedule::kTileWidth) * ceil_div(height, rows) *
            ceil_div(p.out_channels, columns);
   };
-  // Smaller tiles while half of the multiprocessors would have none, and the largest where all have one and a half.
-  const auto idle = [&](int rows, int columns) { return blocks(rows, columns) * 2 <= facts.multiprocessors; };
-  int tile = 3;
-  if (p.out_channels > 64 && !split && blocks(8, 128) * 2 >= int64_t{facts.multiprocessors} * 3) {
+  // The largest tile where every multiprocessor has one and a half of them; smaller ones where most would have none,
+  // which pays sooner where a step's products take longer.
+  const auto share = [&](int rows, int columns) {
+    return static_cast<double>(blocks(rows, columns)) / facts.multiprocessors;
+  };
+  int tile = split ? 2 : 1;  // 8 x 64
+  if (p.out_channels <= 32) {
+    tile = 3;  // 8 x 32
+  } else if (p.out_channels > 64 && !split && share(8, 128) >= 1.5) {
     tile = 0;
-  } else if (p.out_channels > 32) {
-    tile = !idle(8, 64) ? (split ? 2 : 1) : !idle(4, 64) ? 4 : 5;
-  } else if (idle(8, 32)) {
-    tile = 5;
+  } else if (element == 4 && share(8, 64) <= 0.5) {
+    tile = 4;  // 4 x 64
+  } else if (element == 2 && share(8, 64) <= 0.2) {
+    tile = 5;  // 4 x 32
   }
   tile = static_cast<int>(overrides.tuned("tile", tile + 1)) - 1;
   // Smaller ones, too, where its input does not fit into shared memory.
@@ -108,8 +112,7 @@ void schedule_conv_mma(const ConvParams& p, const DeviceFacts& facts, const Over
     s = {};
     s.mma = true;
     s.mma_tile = tile;
-    supported =
-        switch_mma_tile(tile, [&]<typename Shape>() { return Shape::takes(split) && fit<Shape>(p, facts, s); });
+    supported = switch_mma_tile(tile, [&]<typename Shape>() { return Shape::takes(split) && fit<Shape>(p, facts, s); });
   }
 }
 
