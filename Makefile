@@ -1,6 +1,8 @@
 # make demo    stylise a photo that ships with the sources; the picture lies in demo-out/
 # make test    every test that needs no GPU
 # make support-table    runs the conformance matrix on the CPU and writes the README's table of it
+# make performance-tables    writes the README's tables of the results that are kept in benchmarks/
+# make docs    the reference from the docstrings, in build/docs; looks for links that lead nowhere
 # make lint    ruff, mypy and clang-format; `make format` rewrites what can be rewritten
 # make cuda    the CUDA library with nvcc (no GPU needed), e.g. make cuda ARCHS="80;90a" WERROR=ON
 # make wheel   a wheel in dist/
@@ -28,7 +30,7 @@ CPP_SOURCES := $(shell find ops csrc cmake include examples tests/cpp -name '*.c
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export SKBUILD_BUILD_DIR := $(BUILD)/{wheel_tag}
 
-.PHONY: demo test support-table lint format cuda wheel clean
+.PHONY: demo test support-table performance-tables docs lint format cuda wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.package
@@ -46,6 +48,13 @@ support-table: $(VENV)/.package $(VENV)/.test
 	  -n $(JOBS) --deselect tests/test_conformance.py::test_the_table_in_the_readme_is_the_outcome $(PYTEST_ARGS) \
 	  tests/test_conformance.py
 	$(BIN)/python tests/_conformance.py $(BUILD)/conformance
+
+# To measure: benchmarks/run.py.
+performance-tables:
+	$(PYTHON) benchmarks/tables.py
+
+docs: $(VENV)/.package $(VENV)/.docs
+	$(BIN)/python docs/reference.py $(BUILD)/docs
 
 lint: $(VENV)/.package $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -88,6 +97,10 @@ $(VENV)/.test: $(VENV)/.torch requirements/test.txt
 
 $(VENV)/.lint: $(VENV)/.torch requirements/lint.txt
 	$(PIP) install --quiet -r requirements/lint.txt
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch requirements/docs.txt
+	$(PIP) install --quiet -r requirements/docs.txt
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.build-tools CMakeLists.txt pyproject.toml $(SOURCES)

@@ -128,6 +128,7 @@ bool has_dense_strides(const Tensor& tensor, bool channels_last) {
 
 Tensor in_format(const Tensor& tensor, bool channels_last) {
   if (has_dense_strides(tensor, channels_last)) return tensor;
+  if (auto result = reformatted(tensor, channels_last)) return *result;
   const auto sizes = tensor.sizes();
   Tensor result =
       empty_dense(tensor, std::vector<int64_t>(sizes.begin(), sizes.end()), channels_last, tensor.scalar_type());

@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kMaxHeadDim = 256;
 // Up to here fused_attention takes the design for short sequences.
 constexpr int64_t kShortLength = 512;
-constexpr const char* kKernelNames[] = {"none", "flash", "cudnn", "efficient", "math"};
+constexpr const char* kKernelNames[] = {"none", "flash", "cudnn", "efficient", "math", "sm90"};
 
 const char* operator_name(AttentionVersion version) {
   switch (version) {
@@ -27,17 +27,17 @@ const char* operator_name(AttentionVersion version) {
 }
 
 #define STYLEFORGE_ATTENTION_PATHS(prefix) \
-  {prefix "none", prefix "flash", prefix "cudnn", prefix "efficient", prefix "math"}
+  {prefix "none", prefix "flash", prefix "cudnn", prefix "efficient", prefix "math", prefix "sm90:3xtf32"}
 
-void record(bool cuda, AttentionVersion version, AttentionKernel kernel) {
-  static constexpr const char* kPaths[2][2][5] = {
+void record(bool cuda, AttentionVersion version, AttentionKernel kernel, const char* products = "") {
+  static constexpr const char* kPaths[2][2][6] = {
       {STYLEFORGE_ATTENTION_PATHS("attention:v1:cpu:"), STYLEFORGE_ATTENTION_PATHS("attention:v2:cpu:")},
       {STYLEFORGE_ATTENTION_PATHS("attention:v1:cuda:"), STYLEFORGE_ATTENTION_PATHS("attention:v2:cuda:")}};
-  record_path(kPaths[cuda][version == AttentionVersion::kV2][static_cast<int>(kernel)]);
+  record_path(kPaths[cuda][version == AttentionVersion::kV2][static_cast<int>(kernel)], products);
 }
 
 void record_backward(bool cuda, AttentionKernel kernel) {
-  static constexpr const char* kPaths[2][5] = {STYLEFORGE_ATTENTION_PATHS("attention_backward:cpu:"),
+  static constexpr const char* kPaths[2][6] = {STYLEFORGE_ATTENTION_PATHS("attention_backward:cpu:"),
                                                STYLEFORGE_ATTENTION_PATHS("attention_backward:cuda:")};
   record_path(kPaths[cuda][static_cast<int>(kernel)]);
 }
@@ -84,11 +84,21 @@ Attention stage_of(const Tensor& qkv, const OptionalTensor& key_padding_mask, in
   return {packed, key_padding_mask, n, s, heads, d, scale, is_causal};
 }
 
-void project(const AttentionBackend& backend, const Tensor& out, const Tensor& rows, const Tensor& weight,
-             const OptionalTensor& bias) {
+void multiply(const AttentionBackend& backend, const Tensor& out, const Tensor& a, const Tensor& b, bool tf32) {
+  if (backend.own_mm == nullptr || !backend.own_mm(out, a, b, tf32)) backend.mm(out, a, b);
+}
+
+// Whether the product was the device's own.
+bool project(const AttentionBackend& backend, const Tensor& out, const Tensor& rows, const Tensor& weight,
+             const OptionalTensor& bias, bool tf32) {
   const Tensor out_rows = as_rows(out, rows.size(0));
-  if (bias) return backend.addmm(out_rows, *bias, rows, transposed(weight));
-  backend.mm(out_rows, rows, transposed(weight));
+  if (backend.own_linear != nullptr && backend.own_linear(out_rows, rows, weight, bias, tf32)) return true;
+  if (bias) {
+    backend.addmm(out_rows, *bias, rows, transposed(weight));
+  } else {
+    backend.mm(out_rows, rows, transposed(weight));
+  }
+  return false;
 }
 
 }  // namespace
@@ -100,8 +110,8 @@ AttentionPlan plan_attention(const AttentionArgs& args) {
     fail(op, "input must have shape [N, S, embed_dim], embed_dim > 0, got ", shape_text(input));
   }
   kernel_dtype(op, "input", input.scalar_type());
-  parse_tf32(op, args.precision.value);
   AttentionPlan plan;
+  plan.tf32 = parse_tf32(op, args.precision.value);
   plan.batch = input.size(0);
   plan.length = input.size(1);
   plan.embed = input.size(2);
@@ -142,7 +152,8 @@ FusedAttentionResult run_attention(const AttentionBackend& backend, const Attent
                                    wide ? ScalarType::Double : ScalarType::Float);
     return result;
   }
-  project(backend, *qkv, as_rows(args.input, plan.rows()), args.qkv_weight, args.qkv_bias);
+  const bool first_own =
+      project(backend, *qkv, as_rows(args.input, plan.rows()), args.qkv_weight, args.qkv_bias, plan.tf32);
   AttentionResult attention =
       backend.attend(stage_of(*qkv, args.key_padding_mask, plan.heads, plan.scale, args.is_causal), keep);
   if (keep) result.qkv = qkv;
@@ -150,14 +161,15 @@ FusedAttentionResult run_attention(const AttentionBackend& backend, const Attent
   const Tensor heads =
       strided_view(attention.output, {plan.batch, plan.length, plan.embed}, {plan.length * plan.embed, plan.embed, 1});
   result.output = tokens(backend, args.input, plan.embed);
-  project(backend, result.output, as_rows(heads, plan.rows()), args.out_weight, args.out_bias);
+  const bool own =
+      project(backend, result.output, as_rows(heads, plan.rows()), args.out_weight, args.out_bias, plan.tf32);
   if (keep) {
     result.attention = heads;
     // Whatever strides of one-element dimensions the kernel left.
     result.logsumexp = strided_view(*attention.logsumexp, {plan.batch, plan.heads, plan.length},
                                     {plan.heads * plan.length, plan.length, 1});
   }
-  record(backend.cuda, plan.version, attention.kernel);
+  record(backend.cuda, plan.version, attention.kernel, first_own || own ? backend.own_paths[plan.tf32] : "");
   return result;
 }
 
@@ -166,6 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_attention_backward(const 
   constexpr const char* kOp = "_fused_attention_backward";
   const Tensor& input = args.input;
   const int64_t n = input.size(0), s = input.size(1), embed = input.size(2), rows = n * s;
+  const bool tf32 = parse_tf32(kOp, args.precision.value);
   check_argument(kOp, "grad_output", args.grad_output, input, {n, s, embed});
   check_argument(kOp, "qkv", args.qkv, input, {n, s, 3 * embed});
   check_argument(kOp, "attention", args.attention, input, {n, s, embed});
@@ -179,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_attention_backward(const 
       grad_qkv = empty_dense(input, {0, 3 * embed}, false, input.scalar_type());
     } else {
       const Tensor grad_attention = tokens(backend, input, embed);
-      backend.mm(as_rows(grad_attention, rows), grad_output, args.out_weight);
+      multiply(backend, as_rows(grad_attention, rows), grad_output, args.out_weight, tf32);
       const AttentionGradient gradient = backend.attend_backward(
           stage_of(dense(args.qkv), args.key_padding_mask, args.heads, scale_of(args.scale, embed / args.heads),
                    args.is_causal),
@@ -193,13 +206,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_attention_backward(const 
   const auto product = [&](const Tensor& a, const Tensor& b) {
     const Tensor result = empty_dense(input, {a.size(0), b.size(1)}, false, input.scalar_type());
     backend.fresh(result);
-    backend.mm(result, a, b);
+    multiply(backend, result, a, b, tf32);
     return result;
   };
   Tensor grad_input = none();
   if (args.needs_input) {
     grad_input = tokens(backend, input, embed);
-    if (rows > 0) backend.mm(as_rows(grad_input, rows), *grad_qkv, args.qkv_weight);
+    if (rows > 0) multiply(backend, as_rows(grad_input, rows), *grad_qkv, args.qkv_weight, tf32);
   }
   record_backward(backend.cuda, kernel);
   return {grad_input, args.needs_qkv_weight ? product(transposed(*grad_qkv), as_rows(input, rows)) : none(),

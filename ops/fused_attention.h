@@ -2,10 +2,10 @@
 //
 //   matrix product (Q, K and V in one) -> attention of each head -> matrix product
 //
-// The products are ATen's, and what runs between them is a device's choice; a device's own kernels for the whole take
-// the call before this one (see the device's fused_attention). Where a gradient is needed, the first product, the
-// attention's result and the logarithms of the softmax's denominators are kept: 4 embed + heads numbers a token. No
-// [length, length] tensor exists on any path.
+// The products are ATen's or the device's own, and what runs between them is a device's choice; a device's own kernels
+// for the whole take the call before this one (see the device's fused_attention). Where a gradient is needed, the first
+// product, the attention's result and the logarithms of the softmax's denominators are kept: 4 embed + heads numbers a
+// token. No [length, length] tensor exists on any path.
 #pragma once
 
 #include "checks.h"
@@ -35,6 +35,7 @@ struct AttentionPlan {
   AttentionVersion version = AttentionVersion::kV2;  // kV1 or kV2
   int64_t batch = 0, length = 0, embed = 0, heads = 1, head_dim = 0;
   double scale = 1;
+  bool tf32 = false;
   int64_t rows() const { return batch * length; }
 };
 
@@ -51,7 +52,7 @@ struct Attention {
 };
 
 // What computed it; for last_path().
-enum class AttentionKernel : int { kNone = 0, kFlash = 1, kCudnn = 2, kEfficient = 3, kMath = 4 };
+enum class AttentionKernel : int { kNone = 0, kFlash = 1, kCudnn = 2, kEfficient = 3, kMath = 4, kTiled = 5 };
 
 struct AttentionResult {
   Tensor output;             // [batch, length, heads, head_dim], dense
@@ -71,6 +72,8 @@ struct AttentionBackward {
   Tensor logsumexp;            // [batch, heads, length], dense
 };
 
+struct FusedAttentionResult;
+
 // What a device has to offer.
 struct AttentionBackend {
   bool cuda;
@@ -79,6 +82,15 @@ struct AttentionBackend {
   AttentionResult (*attend)(const Attention& attention, bool keep_logsumexp);
   AttentionGradient (*attend_backward)(const Attention& attention, const AttentionBackward& backward);
   void (*fresh)(const Tensor& tensor);  // told of each large tensor just allocated
+  // Products of the device's own, tried first where there are any: out = a b, and out = rows weight^T + bias; false
+  // where they do not take the case.
+  bool (*own_mm)(const Tensor& out, const Tensor& a, const Tensor& b, bool tf32) = nullptr;
+  bool (*own_linear)(const Tensor& out, const Tensor& rows, const Tensor& weight, const OptionalTensor& bias,
+                     bool tf32) = nullptr;
+  const char* own_paths[2] = {"", ""};  // what is recorded beside the attention's path where one was taken: ieee, tf32
+  // Kernels for the whole, where there are such for the case. Null: there never are.
+  std::optional<FusedAttentionResult> (*whole)(const AttentionArgs& args, const AttentionPlan& plan,
+                                               bool keep) = nullptr;
 };
 
 // The result, and where `keep` is set what the backward needs.
@@ -101,6 +113,7 @@ struct FusedAttentionBackwardArgs {
   std::optional<double> scale;
   bool is_causal;
   const OptionalTensor& key_padding_mask;
+  const Text& precision;
   bool needs_input, needs_qkv_weight, needs_qkv_bias, needs_out_weight, needs_out_bias;
 };
 
@@ -110,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_attention_backward(const 
 
 // --- what the devices' stages are made of ---
 
-// Whether the environment's STYLEFORGE_PATH asks for this kernel (flash, cudnn, efficient, math): for tests.
+// Whether the environment's STYLEFORGE_PATH asks for this kernel (flash, cudnn, efficient, math, sm90): for tests.
 bool attention_forced(AttentionKernel kernel);
 
 // q, k and v (which = 0, 1, 2) as [batch, heads, length, head_dim], no copy.

@@ -8,7 +8,11 @@ namespace styleforge {
 template <const AttentionBackend& kBackend>
 struct AttentionOperators {
   static FusedAttentionResult run(const AttentionArgs& args, bool keep) {
-    return run_attention(kBackend, args, plan_attention(args), keep);
+    const AttentionPlan plan = plan_attention(args);
+    if (kBackend.whole != nullptr) {
+      if (auto result = kBackend.whole(args, plan, keep)) return *std::move(result);
+    }
+    return run_attention(kBackend, args, plan, keep);
   }
 
   template <AttentionVersion kVersion>
@@ -37,11 +41,11 @@ struct AttentionOperators {
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       const Tensor& grad_output, const Tensor& input, const Tensor& qkv, const Tensor& attention,
       const Tensor& logsumexp, const Tensor& qkv_weight, const Tensor& out_weight, int64_t num_heads,
-      std::optional<double> scale, bool is_causal, const OptionalTensor& key_padding_mask, const Text&,
+      std::optional<double> scale, bool is_causal, const OptionalTensor& key_padding_mask, const Text& precision,
       bool needs_input, bool needs_qkv_weight, bool needs_qkv_bias, bool needs_out_weight, bool needs_out_bias) {
-    return run_attention_backward(
-        kBackend, {grad_output, input, qkv, attention, logsumexp, qkv_weight, out_weight, num_heads, scale, is_causal,
-                   key_padding_mask, needs_input, needs_qkv_weight, needs_qkv_bias, needs_out_weight, needs_out_bias});
+    return run_attention_backward(kBackend, {grad_output, input, qkv, attention, logsumexp, qkv_weight, out_weight,
+                                             num_heads, scale, is_causal, key_padding_mask, precision, needs_input,
+                                             needs_qkv_weight, needs_qkv_bias, needs_out_weight, needs_out_bias});
   }
 };
 

@@ -46,6 +46,7 @@ InstanceNormCall prepare_instance_norm(const InstanceNormRequest& request, const
                                        const OptionalTensor& weight, const OptionalTensor& bias,
                                        const OptionalTensor& residual) {
   InstanceNormCall call;
+  call.held.reserve(4);
   auto& params = call.params;
   const auto sizes = sizes_of(input);
   fill_shape(params, sizes);

@@ -42,7 +42,22 @@ Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::ve
                    output_padding, int64_t{1});
 }
 
+namespace {
+Reformat& own_reformat() {
+  static Reformat reformat = nullptr;  // other files install theirs before main
+  return reformat;
+}
+}  // namespace
+
+void install_reformat(Reformat reformat) { own_reformat() = reformat; }
+
+std::optional<Tensor> reformatted(const Tensor& tensor, bool channels_last) {
+  const Reformat reformat = own_reformat();
+  return reformat == nullptr ? std::nullopt : reformat(tensor, channels_last);
+}
+
 Tensor to_contiguous(const Tensor& input, bool channels_last) {
+  if (auto result = reformatted(input, channels_last)) return *result;
   return torch::stable::contiguous(input, channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
                                                         : torch::headeronly::MemoryFormat::Contiguous);
 }

@@ -50,6 +50,12 @@ Tensor call_aten(const char* name, const char* overload, const Args&... args) {
 Tensor aten_convolution(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding);
 
+// What a device has for a change of a tensor's memory format in place of ATen's copy; gives nothing where it does not
+// take the tensor. One for each library.
+using Reformat = std::optional<Tensor> (*)(const Tensor& tensor, bool channels_last);
+void install_reformat(Reformat reformat);
+std::optional<Tensor> reformatted(const Tensor& tensor, bool channels_last);
+
 // aten::contiguous in the given memory format; returns the same tensor when nothing is to do.
 Tensor to_contiguous(const Tensor& input, bool channels_last);
 

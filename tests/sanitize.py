@@ -52,14 +52,37 @@ def _fused_convolutions(channels_last: bool, paths: set[str]) -> None:
             fused_conv_instance_norm_relu(
                 x, w, padding=kernel // 2, padding_mode="reflect", upsample=upsample, precision=precision
             )
-            own = styleforge.last_path().split("+")[-1].startswith(("sm90", "mma"))
-            if own:  # else it was cuDNN's, which takes some tools minutes
-                paths.add(styleforge.last_path())
+            path = styleforge.last_path()
+            # Else it was cuDNN's, which takes some tools minutes.
+            if "sm90" in path or "mma" in path or "picture" in path:
+                paths.add(path)
         x = torch.randn(1, 32, 21, 35, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
         w = torch.randn(3, 32, 9, 9, device="cuda", dtype=dtype)
         torch.ops.styleforge._reflect_conv2d(x, w, None, precision)
         paths.add(styleforge.last_path())
     os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_CONV_TUNE"] = ""
+
+
+def _memory_formats(paths: set[str]) -> None:
+    """Copies between the formats, and results in NCHW: rows that are whole 16-byte pieces, and not."""
+    for dtype in (torch.float16, torch.float32):
+        for sizes in ((2, 72, 9, 8), (1, 5, 3, 7)):
+            x = torch.randn(sizes, device="cuda", dtype=dtype)
+            y = x.contiguous(memory_format=torch.channels_last)
+            fused_instance_norm(x, residual=y)
+            fused_instance_norm(y, residual=x)
+        for width, activation in ((40, "relu"), (37, "silu")):
+            x = torch.randn(1, 64, 21, width, device="cuda", dtype=dtype)
+            w = torch.randn(72, 64, 3, 3, device="cuda", dtype=dtype)
+            r = torch.randn(1, 72, 21, width, device="cuda", dtype=dtype)
+            for forced in ("sm90", "sm90:two_pass"):
+                os.environ["STYLEFORGE_PATH"] = forced
+                for precision in ("tf32", "ieee"):
+                    fused_conv_instance_norm_relu(
+                        x, w, padding=1, activation=activation, residual=r, precision=precision
+                    )
+                    paths.add(styleforge.last_path())
+    os.environ["STYLEFORGE_PATH"] = ""
 
 
 def _feed_forward_networks(paths: set[str]) -> None:
@@ -81,7 +104,7 @@ def _feed_forward_networks(paths: set[str]) -> None:
 
 def _attention(paths: set[str]) -> None:
     """Every path, forward and backward; head sizes that are padded and that are not, masks."""
-    for forced in ("", "flash", "efficient", "math"):
+    for forced in ("", "flash", "efficient", "math", "sm90"):
         os.environ["STYLEFORGE_PATH"] = forced
         for dtype in (torch.float32, torch.float16):
             for length, embed, heads, is_causal in ((37, 32, 4, True), (70, 39, 3, False), (8, 16, 1, True)):
@@ -92,6 +115,20 @@ def _attention(paths: set[str]) -> None:
                     paths.add(styleforge.last_path())
                     y.backward(torch.randn_like(y))
                     paths.add(styleforge.last_path())
+    os.environ["STYLEFORGE_PATH"] = "dependent"
+    for dtype, precision in (
+        (torch.float32, "ieee"),
+        (torch.float32, "tf32"),
+        (torch.float16, "ieee"),
+        (torch.bfloat16, "ieee"),
+    ):
+        for length, embed, heads in ((37, 32, 4), (150, 128, 2), (40, 104, 1)):
+            sizes = ((2, length, embed), (3 * embed, embed), (3 * embed,), (embed, embed), (embed,))
+            tensors = [torch.randn(s, device="cuda", dtype=dtype) for s in sizes]
+            for mask in (None, torch.rand(2, length, device="cuda") < 0.5):
+                rest = (heads, None, mask is None, mask, precision)
+                torch.ops.styleforge._fused_attention_forward(*tensors, *rest, 1)
+                paths.add(styleforge.last_path())
     os.environ["STYLEFORGE_PATH"] = ""
 
 
@@ -110,6 +147,59 @@ def _matrix_products(paths: set[str]) -> None:
                 paths.add(styleforge.last_path())
                 torch.ops.styleforge._fused_ffn_forward(x, *parameters, "silu", None, precision)
     os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_GEMM_TUNE"] = ""
+
+
+def _half_matrix_products(paths: set[str]) -> None:
+    """The same of 16 bits: blocks with several tiles, all in one launch; the gradient."""
+    os.environ["STYLEFORGE_PATH"] = "sm90"
+    for tune in ("small=1", "small=2", "small=2,parts=4,stages=1"):
+        os.environ["STYLEFORGE_GEMM_TUNE"] = tune
+        for dtype in (torch.float16, torch.bfloat16):
+            for rows, embed, hidden, out in ((130, 64, 128, 64), (197, 104, 328, 72), (2200, 72, 1024, 136)):
+                sizes = ((rows, embed), (hidden, embed), (hidden,), (out, hidden), (out,), (rows, out))
+                x, *parameters, r = (torch.randn(s, device="cuda", dtype=dtype) for s in sizes)
+                fused_ffn(x, *parameters, residual=r)
+                if "16bit" not in styleforge.last_path():
+                    continue
+                paths.add(styleforge.last_path())
+                _, kept = torch.ops.styleforge._fused_ffn_forward(x, *parameters, "silu", None, "ieee")
+                fc1_weight, fc1_bias, fc2_weight, _ = parameters
+                given = (r, x, kept, fc1_weight, fc1_bias, fc2_weight, "gelu", "ieee")
+                torch.ops.styleforge._fused_ffn_backward(*given, False, False, True, False, True)
+                paths.add(styleforge.last_path())
+    os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_GEMM_TUNE"] = ""
+
+
+def _tiled_attention(paths: set[str]) -> None:
+    """Our own attention of float32, where the GPU has it: each head size, whole rows and not, masks."""
+    os.environ["STYLEFORGE_PATH"] = "sm90"
+    forward = torch.ops.styleforge._fused_attention_forward
+    backward = torch.ops.styleforge._fused_attention_backward
+    for length, embed, heads in (
+        (200, 64, 2),
+        (197, 64, 1),
+        (140, 128, 1),
+        (197, 120, 1),
+        (70, 36, 4),
+        (300, 132, 3),
+    ):
+        sizes = ((2, length, embed), (3 * embed, embed), (3 * embed,), (embed, embed), (embed,))
+        tensors = [torch.randn(s, device="cuda") for s in sizes]
+        for is_causal, mask in (
+            (False, None),
+            (True, None),
+            (True, torch.rand(2, length, device="cuda") < 0.5),
+        ):
+            _, *kept = forward(*tensors, heads, None, is_causal, mask, "ieee", 2)
+            if "sm90" not in styleforge.last_path():
+                continue
+            paths.add(styleforge.last_path())
+            if embed // heads <= 64:
+                needed = (True, False, False, False, False)
+                given = (tensors[0], tensors[0], *kept, tensors[1], tensors[3])
+                backward(*given, heads, None, is_causal, mask, "ieee", *needed)
+                paths.add(styleforge.last_path())
+    os.environ["STYLEFORGE_PATH"] = ""
 
 
 def main() -> None:
@@ -132,6 +222,8 @@ def main() -> None:
                 paths.add(styleforge.last_path())
     with torch.inference_mode():
         _matrix_products(paths)
+        _half_matrix_products(paths)
+        _tiled_attention(paths)
     if "--no-conv" not in sys.argv:
         _feed_forward_networks(paths)
         _attention(paths)
@@ -142,6 +234,8 @@ def main() -> None:
         fused_instance_norm(torch.randn(2, 3, 64, 64, device=device))
         paths.add(styleforge.last_path())
         os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_TUNE"] = ""
+        if torch.cuda.get_device_capability() == (9, 0):  # else it is cuDNN's, which takes some tools minutes
+            _memory_formats(paths)
         for channels_last in (False, True):
             x = torch.randn(1, 8, 9, 11, device=device)
             if channels_last:

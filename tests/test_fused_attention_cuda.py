@@ -28,6 +28,9 @@ PATHS = [
     ("cudnn", 256, 128, 4),
     ("efficient", 130, 128, 4),
     ("math", 130, 128, 4),
+    ("sm90", 300, 128, 4),
+    ("sm90", 77, 60, 1),
+    ("dependent", 300, 128, 2),
 ]
 CASES = pytest.mark.parametrize(("forced", "length", "embed", "heads"), PATHS, ids=str)
 

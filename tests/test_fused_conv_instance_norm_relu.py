@@ -303,9 +303,12 @@ FUSED = [
     ids=str,
 )
 @pytest.mark.parametrize("case", FUSED, ids=str)
-def test_fused_convolution(case: Any, dtype: torch.dtype, precision: str, padding_mode: str) -> None:
+def test_fused_convolution(
+    case: Any, dtype: torch.dtype, precision: str, padding_mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the fused convolution is for sm_90")
+    monkeypatch.setenv("STYLEFORGE_PATH", "sm90")
     ci, co, size, kernel, stride, padding, upsample = case
     for batch, layout, weight_format in ((1, "channels_last", torch.channels_last), (3, "contiguous", None)):
         x = tensor(batch, ci, *size, dtype=dtype, device="cuda", layout=layout, offset=0.3)

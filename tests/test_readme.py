@@ -1,4 +1,4 @@
-"""Every Python block and every `styleforge` command of the README runs."""
+"""Every Python block and every `styleforge` command of the README runs; the rest of it is there."""
 
 from __future__ import annotations
 
@@ -88,5 +88,42 @@ def test_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize("language", ["cpp", "cmake"])
+def test_other_blocks_are_cut_out_of_examples_that_are_built(language: str) -> None:
+    """``test_cpp.py`` builds and runs them."""
+    names = {"cpp": "*.cpp", "cmake": "CMakeLists.txt"}
+    files = [path.read_text() for path in (ROOT / "examples" / "cpp").glob(names[language])]
+    lines = [{line.strip() for line in text.splitlines()} for text in files]
+    assert _blocks(language)
+    for block in _blocks(language):
+        wanted = {
+            line.strip() for line in block.splitlines() if not line.startswith("#") or "include" in line
+        }
+        assert any(wanted - {""} <= found for found in lines), block
+
+
+def test_every_block_is_of_a_kind_that_is_tested() -> None:
+    assert set(re.findall(r"^```(\w*)$", TEXT, re.MULTILINE)) == {"", "sh", "python", "cpp", "cmake"}
+    known = ("styleforge ", "make ", "pip install", ".ci/run", "#")
+    for line in "".join(_blocks("sh")).splitlines():
+        assert line.startswith(known), line
+
+
+def test_make_targets_exist() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", TEXT, re.MULTILINE):
+        assert target in targets
+
+
+def test_picture() -> None:
+    from PIL import Image
+
+    before, _, _ = TEXT.partition("## Try it")
+    (path,) = re.findall(r"!\[[^\]]+\]\((\S+)\)", before)
+    assert (ROOT / path).stat().st_size <= 200_000
+    with Image.open(ROOT / path) as picture:
+        assert picture.format == "JPEG" and picture.width > 2 * picture.height
+
+
 def test_there_are_blocks_and_commands() -> None:
-    assert len(_blocks("python")) >= 6 and len(_commands()) >= 4
+    assert len(_blocks("python")) >= 10 and len(_commands()) >= 4

@@ -52,16 +52,18 @@ if(NOT TARGET styleforge::headers)
   set_target_properties(styleforge::headers PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "${_styleforge_include}"
                         INTERFACE_LINK_LIBRARIES "${CMAKE_DL_LIBS}")
 
-  # No symbol of the libraries is called: without --no-as-needed some linkers would leave them out.
+  # No symbol of the libraries is called, and LibTorch's own flags leave --as-needed on for what comes after them: each
+  # is named twice, once between flags that keep it, once as the target that gives the path to look in when it runs.
   add_library(styleforge::styleforge SHARED IMPORTED)
   set_target_properties(styleforge::styleforge PROPERTIES
     IMPORTED_LOCATION "${styleforge_LIBRARY}" IMPORTED_SONAME libstyleforge.so
-    INTERFACE_LINK_OPTIONS "LINKER:--no-as-needed" INTERFACE_LINK_LIBRARIES styleforge::headers)
+    INTERFACE_LINK_LIBRARIES
+      "styleforge::headers;-Wl,--push-state,--no-as-needed,${styleforge_LIBRARY},--pop-state")
   if(styleforge_CUDA_LIBRARY)
     add_library(styleforge::cuda SHARED IMPORTED)
     set_target_properties(styleforge::cuda PROPERTIES
       IMPORTED_LOCATION "${styleforge_CUDA_LIBRARY}" IMPORTED_SONAME libstyleforge_cuda.so
-      INTERFACE_LINK_OPTIONS "LINKER:--no-as-needed")
+      INTERFACE_LINK_LIBRARIES "-Wl,--push-state,--no-as-needed,${styleforge_CUDA_LIBRARY},--pop-state")
     set_property(TARGET styleforge::styleforge APPEND PROPERTY INTERFACE_LINK_LIBRARIES
                  $<$<TARGET_EXISTS:torch_cuda>:styleforge::cuda>)
   endif()

@@ -1,13 +1,16 @@
-// fused_attention on CUDA: the products are cuBLAS's through ATen, what runs between them is one of ATen's attention
-// kernels. Kernels of our own take their place here: for the whole, in Operators::run before run_attention; for the
-// stage between the products, in choose() and attend().
+// fused_attention on CUDA. The whole of a short sequence is our own (small_attention.h). Else products are our own
+// (csrc/cuda/gemm) or cuBLAS's through ATen, and what runs between them is our own in float32 (tiled_attention.h), or
+// one of ATen's attention kernels.
 #include "../fused_attention_operators.h"
 
 #include "../../csrc/cuda/common/launch.h"
 #include "../attention_math.h"
+#include "fused_ffn_gemm.h"
 #include "launch.h"
 #include "matmul.h"
 #include "sdpa.h"
+#include "small_attention.h"
+#include "tiled_attention.h"
 
 #include <algorithm>
 
@@ -90,6 +93,7 @@ void put(OptionalTensor& whole, const Tensor& part, int64_t batch, int64_t begin
 }
 
 AttentionResult attend_part(const Attention& attention, bool keep_logsumexp) {
+  if (auto result = tiled_attention(attention, keep_logsumexp)) return *result;
   const AttentionKernel kernel = choose(attention);
   if (kernel == AttentionKernel::kMath) return math_attention(cublas_baddbmm, attention);
   return sdpa(kernel, attention, keep_logsumexp);
@@ -109,6 +113,7 @@ AttentionResult attend(const Attention& attention, bool keep_logsumexp) {
 }
 
 AttentionGradient attend_backward_part(const Attention& attention, const AttentionBackward& backward) {
+  if (auto result = tiled_attention_backward(attention, backward)) return *result;
   const AttentionKernel kernel = choose_backward(attention);
   if (kernel == AttentionKernel::kMath) return math_attention_backward(cublas_baddbmm, attention, backward);
   return sdpa_backward(kernel, attention, backward);
@@ -130,7 +135,16 @@ AttentionGradient attend_backward(const Attention& attention, const AttentionBac
 }
 
 const AttentionBackend kBackend{
-    true, cublas_mm, cublas_addmm, attend, attend_backward, [](const Tensor&) {},
+    true,
+    cublas_mm,
+    cublas_addmm,
+    attend,
+    attend_backward,
+    [](const Tensor&) {},
+    run_gemm,
+    run_linear,
+    {"products:sm90:3xtf32", "products:sm90:tf32"},
+    run_small_attention,
 };
 
 using Operators = AttentionOperators<kBackend>;

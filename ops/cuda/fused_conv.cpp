@@ -4,6 +4,7 @@
 #include "../../csrc/cuda/pad/launch.h"
 #include "../../csrc/cuda/upsample/launch.h"
 #include "launch.h"
+#include "layout.h"
 
 namespace styleforge {
 namespace {
@@ -20,42 +21,62 @@ Tensor channels_last_aligned(const Tensor& tensor) {
   return aligned(dense) ? dense : torch::stable::clone(dense);
 }
 
-cuda::ConvWeightsParams weights_of(const Tensor& weight, DType dtype) {
-  cuda::ConvWeightsParams params;
-  params.weight = weight.const_data_ptr();
-  for (int d = 0; d < 4; ++d) params.stride[d] = weight.stride(d);
-  params.out_channels = narrow(weight.size(0));
-  params.in_channels = narrow(weight.size(1));
-  params.kernel_h = narrow(weight.size(2));
-  params.kernel_w = narrow(weight.size(3));
-  params.dtype = dtype;
-  return params;
-}
-
-// Writes the weights as the kernels read them, [rows, taps, channels], for kIeee split into two TF32 numbers.
-void write_weights(const Tensor& weight, cuda::ConvWeightsParams& prepare, const std::vector<int64_t>& sizes,
-                   cuda::ConvParams& params, bool split, const CudaScope& scope, std::vector<Tensor>& held) {
-  held.push_back(empty_dense(weight, sizes, true, weight.scalar_type()));
-  params.weight = prepare.output = held.back().mutable_data_ptr();
-  if (split) {
-    held.push_back(empty_dense(weight, sizes, true, weight.scalar_type()));
-    params.weight_lo = prepare.output_lo = held.back().mutable_data_ptr();
+// All that a call needs besides its result, in one allocation.
+class Scratch {
+ public:
+  // Offset of `bytes` more.
+  size_t add(size_t bytes) {
+    const size_t offset = size_;
+    size_ += (bytes + 255) / 256 * 256;
+    return offset;
   }
-  check_cuda(kOp, cuda::launch_conv_weights(prepare, scope.stream()));
-}
+  void allocate(const Tensor& like) { memory_ = static_cast<unsigned char*>(workspace(like, size_, holder_)); }
+  void* at(size_t offset) const { return memory_ + offset; }
 
-// The same, or the weights themselves where they lie so.
-void prepare_weights(const Tensor& weight, cuda::ConvParams& params, const cuda::ConvSchedule& schedule,
-                     const CudaScope& scope, std::vector<Tensor>& held) {
-  const bool split = schedule.takes_split_weights(params);
-  if (!split && is_dense(weight, true) && aligned(weight)) {
-    params.weight = weight.const_data_ptr();
-    return;
+ private:
+  size_t size_ = 0;
+  unsigned char* memory_ = nullptr;
+  std::optional<Tensor> holder_;
+};
+
+// Weights as the kernels read them, [rows, taps, channels], split into two TF32 numbers or not: written to scratch,
+// or the tensor itself where it lies so. `column_rows`: see ConvWeightsParams.
+class Weights {
+ public:
+  Weights(const Tensor& weight, bool split, DType dtype, Scratch& scratch, int column_rows = 0) : split_(split) {
+    params_.weight = weight.const_data_ptr();
+    rewritten_ = split_ || column_rows > 0 || !is_dense(weight, true) || !aligned(weight);
+    if (!rewritten_) return;
+    const auto sizes = weight.sizes();
+    for (int d = 0; d < 4; ++d) params_.stride[d] = weight.stride(d);
+    params_.out_channels = narrow(sizes[0]);
+    params_.in_channels = narrow(sizes[1]);
+    params_.kernel_h = narrow(sizes[2]);
+    params_.kernel_w = narrow(sizes[3]);
+    params_.column_rows = column_rows;
+    params_.dtype = dtype;
+    const int64_t rows = column_rows > 0 ? column_rows : sizes[0] * sizes[3];
+    const size_t bytes = static_cast<size_t>(rows * sizes[1] * sizes[2]) * weight.element_size();
+    high_ = scratch.add(bytes);
+    if (split_) low_ = scratch.add(bytes);
   }
-  auto prepare = weights_of(weight, params.dtype);
-  write_weights(weight, prepare, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, params, split, scope,
-                held);
-}
+
+  bool rewritten() const { return rewritten_; }
+
+  // Once scratch is allocated: where the convolution finds them, and what the launch that writes them takes.
+  const cuda::ConvWeightsParams& place(cuda::ConvParams& conv, const Scratch& scratch) {
+    conv.weight = params_.weight;
+    if (!rewritten_) return params_;
+    conv.weight = params_.output = scratch.at(high_);
+    if (split_) conv.weight_lo = params_.output_lo = scratch.at(low_);
+    return params_;
+  }
+
+ private:
+  cuda::ConvWeightsParams params_;
+  bool split_, rewritten_;
+  size_t high_ = 0, low_ = 0;
+};
 
 }  // namespace
 
@@ -140,19 +161,23 @@ Tensor pad_picture(const Tensor& picture, PaddingMode mode, const std::vector<in
   return padded;
 }
 
-// Convolution and norm, with the input and the weights in place.
+// Convolution and norm, with the input, the weights and the moments in place.
 Tensor launch_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan, cuda::ConvParams& params,
                          const cuda::ConvSchedule& schedule, const CudaScope& scope) {
-  std::optional<Tensor> holder;
-  params.moments = static_cast<float2*>(workspace(args.input, schedule.moments_bytes(params), holder));
-  const Tensor output = empty_dense(args.input, plan.output_sizes, true, args.input.scalar_type());
-  params.output = output.mutable_data_ptr();
-  const auto call = prepare_instance_norm(channels_last_in_place(args, plan), output, args.norm_weight, args.norm_bias,
-                                          args.residual);
-  const char* name = "";
-  check_cuda(kOp, cuda::launch_conv_instance_norm(params, schedule, call.params, scope.stream(), name));
+  const auto dtype = args.input.scalar_type();
+  const Tensor output = empty_dense(args.input, plan.output_sizes, plan.channels_last, dtype);
+  InstanceNormRequest request = norm_request(args, plan);
+  request.in_place = true;
+  const auto call = prepare_instance_norm(request, output, args.norm_weight, args.norm_bias, args.residual);
+  const char* name = nullptr;
+  check_cuda(kOp, cuda::launch_conv_one_pass(params, schedule, call.params, scope.stream(), name));
+  if (name == nullptr) {
+    const Tensor raw = plan.channels_last ? output : empty_dense(args.input, plan.output_sizes, true, dtype);
+    params.output = raw.mutable_data_ptr();
+    check_cuda(kOp, cuda::launch_conv_two_passes(params, schedule, call.params, scope.stream(), name));
+  }
   record_path("conv_instance_norm_relu:cuda", name);
-  return in_format(output, plan.channels_last);
+  return output;
 }
 
 }  // namespace
@@ -177,17 +202,70 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
   const auto schedule = fused_schedule(params);
   if (!schedule) return {};
 
-  std::vector<Tensor> held;
-  held.push_back(channels_last_aligned(args.input));
-  params.input = held.back().const_data_ptr();
-  if (phases) {
-    const Tensor phase_weights = upsample_phase_weights(args.weight, plan.tf32);
-    held.push_back(phase_weights);
-    prepare_weights(phase_weights, params, *schedule, scope, held);
-  } else {
-    prepare_weights(args.weight, params, *schedule, scope, held);
+  Scratch scratch;
+  const size_t moments = scratch.add(schedule->moments_bytes(params));
+  auto transpose = transposition(args.input, true);
+  const Tensor input = transpose ? args.input : channels_last_aligned(args.input);
+  const size_t transposed = transpose ? scratch.add(static_cast<size_t>(input.numel()) * input.element_size()) : 0;
+  const Tensor weight = phases ? upsample_phase_weights(args.weight, plan.tf32) : args.weight;
+  Weights weights(weight, schedule->takes_split_weights(params), params.dtype, scratch);
+  scratch.allocate(args.input);
+  params.moments = static_cast<float2*>(scratch.at(moments));
+  params.input = transpose ? scratch.at(transposed) : input.const_data_ptr();
+  const cuda::ConvWeightsParams& rewrite = weights.place(params, scratch);
+  if (transpose) transpose->output = scratch.at(transposed);
+  if (transpose && weights.rewritten()) {
+    check_cuda(kOp, cuda::launch_conv_operands(rewrite, *transpose, scope.stream()));
+  } else if (transpose) {
+    check_cuda(kOp, cuda::launch_transpose(*transpose, scope.stream()));
+  } else if (weights.rewritten()) {
+    check_cuda(kOp, cuda::launch_conv_weights(rewrite, scope.stream()));
   }
   return launch_fused_conv(args, plan, params, *schedule, scope);
+}
+
+std::optional<Tensor> run_picture_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+  if (args.upsample != 1) return {};
+  cuda::ConvParams params = output_params(args, plan);
+  params.in_channels = narrow(args.input.size(1));
+  params.height = narrow(args.input.size(2));
+  params.width = narrow(args.input.size(3));
+  params.kernel_h = narrow(args.weight.size(2));
+  params.kernel_w = narrow(args.weight.size(3));
+  params.stride_h = narrow(plan.stride[0]);
+  params.stride_w = narrow(plan.stride[1]);
+  params.pad_top = narrow(plan.padding[0]);
+  params.pad_left = narrow(plan.padding[1]);
+  params.mode = plan.mode;
+
+  const CudaScope scope(args.input);
+  cuda::ConvSchedule schedule;
+  bool supported = false;
+  check_cuda(kOp, cuda::schedule_picture_conv(params, schedule, supported));
+  if (!supported) return {};
+
+  cuda::PictureConv picture;
+  for (int d = 0; d < 4; ++d) {
+    picture.input_stride[d] = args.input.stride(d);
+    picture.weight_stride[d] = args.weight.stride(d);
+  }
+  params.input = args.input.const_data_ptr();
+  params.weight = args.weight.const_data_ptr();
+  Scratch scratch;
+  const size_t moments = scratch.add(schedule.moments_bytes(params));
+  scratch.allocate(args.input);
+  params.moments = static_cast<float2*>(scratch.at(moments));
+  const auto dtype = args.input.scalar_type();
+  const Tensor output = empty_dense(args.input, plan.output_sizes, plan.channels_last, dtype);
+  const Tensor raw = plan.channels_last ? output : empty_dense(args.input, plan.output_sizes, true, dtype);
+  params.output = raw.mutable_data_ptr();
+  InstanceNormRequest request = norm_request(args, plan);
+  request.in_place = true;
+  const auto call = prepare_instance_norm(request, output, args.norm_weight, args.norm_bias, args.residual);
+  const char* name = nullptr;
+  check_cuda(kOp, cuda::launch_picture_conv(params, picture, schedule, call.params, scope.stream(), name));
+  record_path("conv_instance_norm_relu:cuda", name);
+  return output;
 }
 
 std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
@@ -209,12 +287,16 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
   const auto schedule = fused_schedule(params);
   if (!schedule) return {};
 
-  std::vector<Tensor> held;
-  held.push_back(pad_picture(args.input, plan.mode, plan.padding, scope));
-  params.input = held.back().const_data_ptr();
+  const Tensor input = pad_picture(args.input, plan.mode, plan.padding, scope);
+  params.input = input.const_data_ptr();
   const Tensor weight = pad_picture(args.weight, PaddingMode::kZeros, {0, 0}, scope);
-  held.push_back(weight);
-  prepare_weights(weight, params, *schedule, scope, held);
+  Scratch scratch;
+  const size_t moments = scratch.add(schedule->moments_bytes(params));
+  Weights weights(weight, schedule->takes_split_weights(params), params.dtype, scratch);
+  scratch.allocate(args.input);
+  params.moments = static_cast<float2*>(scratch.at(moments));
+  const cuda::ConvWeightsParams& rewrite = weights.place(params, scratch);
+  if (weights.rewritten()) check_cuda(kOp, cuda::launch_conv_weights(rewrite, scope.stream()));
   return launch_fused_conv(args, plan, params, *schedule, scope);
 }
 
@@ -252,13 +334,12 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   auto schedule = fused_schedule(params);
   if (!schedule) return {};
 
-  std::vector<Tensor> held;
-  held.push_back(channels_last_aligned(input));
-  params.input = held.back().const_data_ptr();
-  auto prepare = weights_of(weight, params.dtype);
-  prepare.column_rows = sum.pitch;
-  write_weights(weight, prepare, {sum.pitch, weight.size(1), weight.size(2), 1}, params,
-                schedule->takes_split_weights(params), scope, held);
+  const Tensor pixels = channels_last_aligned(input);
+  params.input = pixels.const_data_ptr();
+  Scratch scratch;
+  Weights weights(weight, schedule->takes_split_weights(params), params.dtype, scratch, sum.pitch);
+  scratch.allocate(input);
+  check_cuda(kOp, cuda::launch_conv_weights(weights.place(params, scratch), scope.stream()));
   const Tensor columns =
       empty_dense(input, {sum.batch, sum.pitch, sum.height, params.out_width}, true, input.scalar_type());
   params.output = columns.mutable_data_ptr();
@@ -266,10 +347,8 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
 
   const Tensor output =
       empty_dense(input, {sum.batch, sum.channels, sum.height, sum.width}, channels_last, input.scalar_type());
-  if (bias) {
-    held.push_back(to_contiguous(*bias, false));
-    sum.bias = held.back().const_data_ptr();
-  }
+  const Tensor shift = bias ? to_contiguous(*bias, false) : columns;
+  if (bias) sum.bias = shift.const_data_ptr();
   sum.columns = columns.const_data_ptr();
   sum.output = output.mutable_data_ptr();
   check_cuda(kOp, cuda::launch_sum_columns(sum, scope.stream()));

@@ -9,8 +9,10 @@ namespace styleforge {
 // The operator's result, or nothing where no fused kernel takes this device, shape and dtype.
 std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan);
 
-// The same for inputs of a few channels (pictures): padded in space and to 16 bytes of channels, after which the taps
-// of a kernel's row are neighbours in memory and serve as the channels of one tap.
+// The same for inputs of a few channels (pictures): one to four by a kernel of their own; else padded in space and to
+// 16 bytes of channels, after which the taps of a kernel's row are neighbours in memory and serve as the channels of
+// one tap.
+std::optional<Tensor> run_picture_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan);
 std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan);
 
 // A reflection-padded convolution of stride 1 with few output channels, by the columns of its kernel

@@ -87,6 +87,7 @@ Tensor fused_conv_instance_norm_relu(const Tensor& input, const Tensor& weight, 
   const ConvInstanceNormPlan plan = plan_conv_instance_norm(args);
   if (plan.empty()) return empty_dense(input, plan.output_sizes, plan.channels_last, input.scalar_type());
   if (auto output = run_fused_conv(args, plan)) return *output;
+  if (auto output = run_picture_conv(args, plan)) return *output;
   if (auto output = run_fused_picture_conv(args, plan)) return *output;
   if (auto output = run_upsample_phases(args, plan)) return *output;
   if (auto output = run_padded_channels(args, plan)) return *output;

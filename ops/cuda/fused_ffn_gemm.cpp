@@ -1,5 +1,6 @@
 #include "fused_ffn_gemm.h"
 
+#include "../../csrc/cuda/ffn/launch.h"
 #include "../../csrc/cuda/gemm/launch.h"
 #include "../matrix.h"
 #include "launch.h"
@@ -17,6 +18,7 @@ bool narrow(int64_t value) { return value > 0 && value <= std::numeric_limits<in
 // a [rows, k] * b^T, b [n, k] as it lies: what is known before anything is allocated.
 cuda::GemmParams product_params(int64_t rows, const Tensor& b, bool tf32) {
   cuda::GemmParams params;
+  params.dtype = kernel_dtype(kOp, "input", b.scalar_type());
   params.b = b.const_data_ptr();
   params.b_stride[0] = b.stride(0);
   params.b_stride[1] = b.stride(1);
@@ -58,14 +60,62 @@ void run(cuda::GemmParams& params, const cuda::GemmSchedule& schedule, const Ten
   check_cuda(kOp, cuda::launch_gemm(params, schedule, scope.stream()));
 }
 
+// A small network of 16-bit numbers in one launch.
+std::optional<FfnResult> run_whole_ffn(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden,
+                                       const CudaScope& scope) {
+  if (args.fc1_weight.stride(1) != 1 || args.fc2_weight.stride(1) != 1) return {};
+  const ScalarType dtype = args.input.scalar_type();
+  OptionalTensor held_fc1_bias, held_fc2_bias, residual;
+  const Tensor input = as_rows(args.input, plan.rows);
+  cuda::WholeFfnParams params;
+  params.input = input.const_data_ptr();
+  params.input_stride = input.stride(0);
+  params.fc1_weight = args.fc1_weight.const_data_ptr();
+  params.fc1_stride = args.fc1_weight.stride(0);
+  params.fc1_bias = bias_data(args.fc1_bias, held_fc1_bias);
+  params.fc2_weight = args.fc2_weight.const_data_ptr();
+  params.fc2_stride = args.fc2_weight.stride(0);
+  params.fc2_bias = bias_data(args.fc2_bias, held_fc2_bias);
+  if (args.residual) {
+    residual = as_rows(*args.residual, plan.rows);
+    params.residual = residual->const_data_ptr();
+    params.residual_stride = residual->stride(0);
+  }
+  params.rows = static_cast<int>(plan.rows);
+  params.embed = static_cast<int>(plan.embed);
+  params.hidden = static_cast<int>(plan.hidden);
+  params.out = static_cast<int>(plan.out);
+  params.dtype = kernel_dtype(kOp, "input", dtype);
+  params.activation = plan.activation;
+  bool supported = false;
+  check_cuda(kOp, cuda::whole_ffn_supported(params, supported));
+  if (!supported) return {};
+  FfnResult result{empty_dense(args.input, plan.output_sizes, false, dtype), {}};
+  params.output = result.output.mutable_data_ptr();
+  if (keep_hidden) {
+    result.hidden = empty_dense(args.input, plan.hidden_sizes, false, dtype);
+    params.product = result.hidden->mutable_data_ptr();
+  }
+  check_cuda(kOp, cuda::launch_whole_ffn(params, scope.stream()));
+  record_path("ffn:cuda:sm90:16bit:one_launch");
+  return result;
+}
+
 }  // namespace
 
 std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden) {
-  if (args.input.scalar_type() != ScalarType::Float || !narrow(plan.rows) || !narrow(plan.embed) ||
-      !narrow(plan.hidden) || !narrow(plan.out) || plan.embed % 4 != 0 || plan.hidden % 4 != 0) {
+  const ScalarType dtype = args.input.scalar_type();
+  if (dtype == ScalarType::Double || !narrow(plan.rows) || !narrow(plan.embed) || !narrow(plan.hidden) ||
+      !narrow(plan.out)) {
     return {};
   }
+  // What the copy engine takes: rows that begin at multiples of 16 bytes.
+  const int64_t vector = 16 / static_cast<int64_t>(args.input.element_size());
+  if (plan.embed % vector != 0 || plan.hidden % vector != 0) return {};
   const CudaScope scope(args.input);
+  if (dtype != ScalarType::Float) {
+    if (auto result = run_whole_ffn(args, plan, keep_hidden, scope)) return result;
+  }
   OptionalTensor held_fc1_bias, held_fc2_bias, residual;
   const Tensor input = as_rows(args.input, plan.rows);
 
@@ -87,19 +137,21 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
   const auto second_schedule = schedule(second);
   if (!second_schedule) return {};
 
-  FfnResult result{empty_dense(args.input, plan.output_sizes, false, ScalarType::Float), {}};
+  FfnResult result{empty_dense(args.input, plan.output_sizes, false, dtype), {}};
   if (keep_hidden) {
-    result.hidden = empty_dense(args.input, plan.hidden_sizes, false, ScalarType::Float);
+    result.hidden = empty_dense(args.input, plan.hidden_sizes, false, dtype);
     first.product = result.hidden->mutable_data_ptr();
   }
-  const Tensor activated = empty_dense(args.input, {plan.rows, plan.hidden}, false, ScalarType::Float);
+  const Tensor activated = empty_dense(args.input, {plan.rows, plan.hidden}, false, dtype);
   first.output = activated.mutable_data_ptr();
   second.a = activated.const_data_ptr();
   second.output = result.output.mutable_data_ptr();
   run(first, *first_schedule, args.input, scope);
   second.b_is_ready = !second_schedule->prepare_b();
   run(second, *second_schedule, args.input, scope);
-  record_path(plan.tf32 ? "ffn:cuda:sm90:tf32" : "ffn:cuda:sm90:3xtf32");
+  record_path(dtype != ScalarType::Float ? "ffn:cuda:sm90:16bit"
+              : plan.tf32                ? "ffn:cuda:sm90:tf32"
+                                         : "ffn:cuda:sm90:3xtf32");
   return result;
 }
 
@@ -116,6 +168,85 @@ bool run_gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool tf32) {
   if (!found) return false;
   run(params, *found, a, scope);
   record_path(tf32 ? "ffn_backward:cuda:sm90:tf32" : "ffn_backward:cuda:sm90:3xtf32", "aten_matmul");
+  return true;
+}
+
+bool run_activation_gradient(const FfnActivationGradient& args) {
+  const int64_t rows = args.hidden.size(0), hidden = args.hidden.size(1), out = args.weight.size(0);
+  if (!narrow(rows) || !narrow(hidden) || !narrow(out) || args.grad_output.stride(1) != 1) return false;
+  const CudaScope scope(args.hidden);
+  cuda::GemmParams params;
+  params.dtype = kernel_dtype(kOp, "input", args.hidden.scalar_type());
+  params.gradient = true;
+  params.activation = args.activation;
+  params.m = static_cast<int>(rows);
+  params.n = static_cast<int>(hidden);
+  params.k = static_cast<int>(out);
+  params.a = args.grad_output.const_data_ptr();
+  params.a_stride = args.grad_output.stride(0);
+  params.b = args.weight.const_data_ptr();
+  params.b_stride[0] = args.weight.stride(1);
+  params.b_stride[1] = args.weight.stride(0);
+  params.residual = args.hidden.const_data_ptr();
+  params.residual_stride = hidden;
+  params.output = args.gradient.mutable_data_ptr();
+  if (args.activated) params.product = args.activated->mutable_data_ptr();
+  const auto found = schedule(params);
+  if (!found) return false;
+  std::optional<Tensor> holder;
+  cuda::ColumnSumsParams sums;
+  if (args.sum) {
+    sums.part_count = static_cast<int>((rows + 15) / 16);
+    const size_t count = static_cast<size_t>(sums.part_count) * static_cast<size_t>(hidden);
+    params.column_sums = sums.parts = static_cast<float*>(workspace(args.hidden, count * sizeof(float), holder));
+    sums.output = args.sum->mutable_data_ptr();
+    sums.columns = params.n;
+    sums.dtype = params.dtype;
+  }
+  check_cuda(kOp, cuda::launch_gemm(params, *found, scope.stream()));
+  if (args.sum) check_cuda(kOp, cuda::launch_column_sums(sums, scope.stream()));
+  record_path("ffn_backward:cuda:sm90:16bit", "aten_matmul");
+  return true;
+}
+
+bool run_column_sums(const Tensor& out, const Tensor& matrix) {
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  if (matrix.element_size() != 2 || !narrow(rows) || !narrow(columns) || columns % 8 != 0) return false;
+  // Parts of rows are the second dimension of a grid.
+  if (matrix.stride(1) != 1 || matrix.stride(0) % 8 != 0 || cuda::column_sum_parts(static_cast<int>(rows)) > 65535) {
+    return false;
+  }
+  cuda::ColumnSumsParams sums;
+  sums.matrix = matrix.const_data_ptr();
+  if (reinterpret_cast<uintptr_t>(sums.matrix) % 16 != 0) return false;
+  const CudaScope scope(matrix);
+  sums.dtype = kernel_dtype(kOp, "grad_output", matrix.scalar_type());
+  sums.stride = matrix.stride(0);
+  sums.rows = static_cast<int>(rows);
+  sums.columns = static_cast<int>(columns);
+  sums.part_count = cuda::column_sum_parts(sums.rows);
+  std::optional<Tensor> holder;
+  const size_t count = static_cast<size_t>(sums.part_count) * static_cast<size_t>(columns);
+  sums.parts = static_cast<float*>(workspace(matrix, count * sizeof(float), holder));
+  sums.output = out.mutable_data_ptr();
+  check_cuda(kOp, cuda::launch_column_sums(sums, scope.stream()));
+  return true;
+}
+
+bool run_linear(const Tensor& out, const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, bool tf32) {
+  const int64_t m = rows.size(0), k = rows.size(1), n = weight.size(0);
+  if (rows.scalar_type() != ScalarType::Float || !narrow(m) || !narrow(n) || !narrow(k)) return false;
+  if (rows.stride(1) != 1 || rows.stride(0) < k) return false;
+  const CudaScope scope(rows);
+  OptionalTensor held;
+  auto params = product_params(m, weight, tf32);
+  params.a = rows.const_data_ptr();
+  params.a_stride = rows.stride(0);
+  params.bias = bias_data(bias, held);
+  params.output = out.mutable_data_ptr();
+  const auto found = schedule(params);
+  if (!found) return false;
+  run(params, *found, rows, scope);
   return true;
 }
 

@@ -12,4 +12,10 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
 // nothing and says false where the kernels do not take it.
 bool run_gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool tf32);
 
+// See FfnBackend; of 16-bit numbers.
+bool run_activation_gradient(const FfnActivationGradient& args);
+bool run_column_sums(const Tensor& out, const Tensor& matrix);
+// out = rows weight^T + bias, weight [n, k] of any strides, out dense; as run_gemm, and no path is recorded.
+bool run_linear(const Tensor& out, const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, bool tf32);
+
 }  // namespace styleforge

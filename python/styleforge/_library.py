@@ -138,7 +138,12 @@ def cmake_prefix_path() -> str:
 
 
 def last_path() -> str:
-    """Which path the most recent operator call in this process took; "" before the first call."""
+    """Which path the most recent operator call in this process took.
+
+    Returns:
+        Operator, device and kernel with colons between them, "ffn:cuda:sm90:tf32" say; "" before the first
+        call.
+    """
     return _c_string("styleforge_last_path")
 
 

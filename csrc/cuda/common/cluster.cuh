@@ -87,6 +87,13 @@ __device__ __forceinline__ float4 load_remote(uint32_t local, uint32_t rank) {
 }
 #endif
 
+#ifdef STYLEFORGE_HAS_CLUSTER
+// Two neighbours to a shared address, aligned to 8 bytes, that map_shared gave.
+__device__ __forceinline__ void store_remote(uint32_t remote, float first, float second) {
+  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote), "f"(first), "f"(second) : "memory");
+}
+#endif
+
 // Programmatic dependent launch: a kernel may start while its predecessor drains; nothing it reads or writes before
 // this call may depend on the predecessor.
 __device__ __forceinline__ void wait_for_predecessor() {

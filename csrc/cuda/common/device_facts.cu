@@ -3,11 +3,11 @@
 namespace styleforge::cuda {
 
 namespace {
+constexpr int kMaxDevices = 64;
 __global__ void architecture_probe() {}
 }  // namespace
 
 cudaError_t device_facts(DeviceFacts& facts) {
-  constexpr int kMaxDevices = 64;
   static DeviceFacts known[kMaxDevices];
   static std::atomic<bool> ready[kMaxDevices];
   int device = 0;
@@ -16,6 +16,7 @@ cudaError_t device_facts(DeviceFacts& facts) {
   if (device >= kMaxDevices) return cudaErrorInvalidDevice;
   if (!ready[device].load(std::memory_order_acquire)) {
     DeviceFacts fresh;
+    fresh.device = device;
     const auto ask = [&](int& value, cudaDeviceAttr attribute) {
       if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
     };
@@ -33,6 +34,27 @@ cudaError_t device_facts(DeviceFacts& facts) {
     ready[device].store(true, std::memory_order_release);
   }
   facts = known[device];
+  return cudaSuccess;
+}
+
+cudaError_t allow_shared_memory(const void* kernel, const DeviceFacts& facts) {
+  // A hash table that only grows; a kernel that finds no place in it is asked for again each time.
+  constexpr size_t kPlaces = 512;
+  static std::atomic<const void*> allowed[kMaxDevices][kPlaces];
+  auto* places = allowed[facts.device];
+  const size_t first = reinterpret_cast<uintptr_t>(kernel) / 16 % kPlaces;
+  size_t place = first;
+  for (const void* held; (held = places[place].load(std::memory_order_acquire)) != nullptr;) {
+    if (held == kernel) return cudaSuccess;
+    place = (place + 1) % kPlaces;
+    if (place == first) break;
+  }
+  cudaFuncAttributes attributes = {};
+  if (const auto error = cudaFuncGetAttributes(&attributes, kernel)) return error;
+  const int bytes = facts.max_shared_per_block - static_cast<int>(attributes.sharedSizeBytes);
+  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
+  const void* empty = nullptr;
+  places[place].compare_exchange_strong(empty, kernel, std::memory_order_release);  // another's place: next time
   return cudaSuccess;
 }
 

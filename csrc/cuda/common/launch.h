@@ -14,6 +14,7 @@
 namespace styleforge::cuda {
 
 struct DeviceFacts {
+  int device = 0;
   int major = 0, minor = 0;
   int multiprocessors = 0;
   int max_shared_per_block = 0;  // with opt-in
@@ -28,6 +29,10 @@ struct DeviceFacts {
 // Of the current device.
 cudaError_t device_facts(DeviceFacts& facts);
 
+// Lets `kernel` have as much dynamic shared memory as the device has. It is asked for once: to ask costs the host a
+// third of a microsecond. (Always the same amount, so that it does not matter which of two threads comes last.)
+cudaError_t allow_shared_memory(const void* kernel, const DeviceFacts& facts);
+
 // How the blocks of a launch stand to each other. Of a cluster: needs sm_90. Cooperative: all blocks are resident at
 // the same time, so that the grid can wait for itself (cudaErrorCooperativeLaunchTooLarge where they can not).
 struct Together {
@@ -41,8 +46,7 @@ cudaError_t launch(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t 
                    const DeviceFacts& facts, cudaStream_t stream, const Args&... args) {
   const int cluster = together.cluster;
   if (shared_bytes > 32 * 1024) {  // 48 KB with what the kernel declares statically need no opt-in
-    const auto error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    const auto error = allow_shared_memory(reinterpret_cast<const void*>(kernel), facts);
     if (error != cudaSuccess) return error;
   }
   if (cluster > 8) {

@@ -99,6 +99,10 @@ __device__ __forceinline__ void bulk_load_once(void* to, const void* from, uint3
 __device__ __forceinline__ void named_barrier(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
 }
+// Counts towards it without waiting.
+__device__ __forceinline__ void named_arrive(int name, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
 
 #endif  // STYLEFORGE_HAS_BULK_COPY
 

@@ -35,6 +35,7 @@
 #include "kernels.h"
 #include "tile_in.cuh"
 #include "tile_out.cuh"
+#include "tile_out_nchw.cuh"
 #include "tiles.h"
 
 namespace styleforge::cuda {
@@ -245,9 +246,11 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     const uint32_t input_full_at = shared_address(input_full), input_empty_at = shared_address(input_empty);
     int input_stage = 0, weight_stage = 0, last_stage = 0;
     uint32_t input_parity = 0, weight_parity = 0;
-    // Where the warp's row of tile `i` of the block lies. The last tile's take the place of the rings.
+    // Where the warp's row of tile `i` of the block lies. The last tile's take the place of the rings; without the norm
+    // the others come after each other in one place.
     const auto stash = [&](int tile) {
-      const int offset = tile + 1 == end ? 0 : s.stash_offset + (tile - begin) * Traits::kRows * Traits::kStoreBytes;
+      const int held = s.resident ? tile - begin : 0;
+      const int offset = tile + 1 == end ? 0 : s.stash_offset + held * Traits::kRows * Traits::kStoreBytes;
       return ring + offset + warp * Traits::kStoreBytes;
     };
 
@@ -519,6 +522,15 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
       const ConvTileAt at = conv_tile(p, s, tile);
+      if (!norm.output_channels_last) {
+        const RowOutNchw<T, kColumns> out(p, n, first_column, at, warp);
+        if (p.out_width % kFullWidth<T> == 0) {
+          out.write_runs(norm, statistics, shifts, stash(tile));
+        } else {
+          out.write_elements(norm, statistics, shifts, stash(tile));
+        }
+        continue;
+      }
       const RowOut<T, kColumns> out(p, n, first_column, at, warp);
       const typename RowOut<T, kColumns>::Affine affine(statistics, shifts, out.column);
       if (is_piecewise(norm.activation)) {

@@ -15,15 +15,11 @@
 namespace styleforge::cuda {
 namespace {
 
-constexpr int kMergeChannels = 16;  // 128 bytes of moments
+constexpr int kMergeChannels = 4;  // a sector of moments
 constexpr int kMergeThreads = 512;
 constexpr int kMaxMerged = 64;  // tiles that every block of `finish` merges for itself
 constexpr int kThreads = 256;
 constexpr int kBatch = 4;  // loads in flight for each thread, and as many of the residual
-
-__device__ __forceinline__ float norm_weight(const InstanceNormParams& p, int n, int channel) {
-  return channel < p.channels ? load_param(p.weight, p.param_dtype, n * p.param_batch_stride + channel, 1.0f) : 0.0f;
-}
 
 __global__ void __launch_bounds__(kMergeThreads)
     merge_kernel(const __grid_constant__ ConvParams c, const __grid_constant__ ConvSchedule s,
@@ -61,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int begin = blockIdx.x * range;
   const int end = vector < vectors ? min(begin + range, pixels) : 0;
   const int64_t first = static_cast<int64_t>(n) * pixels * vectors + vector;
-  const V* input = static_cast<const V*>(p.input) + first;
+  const V* input = static_cast<const V*>(c.output) + first;
   const V* residual = static_cast<const V*>(p.residual) + first;
   V* output = static_cast<V*>(p.output) + first;
 
@@ -140,11 +136,12 @@ cudaError_t launch_conv_finish(const ConvParams& params, const ConvSchedule& sch
       return error;
     }
   }
+  if (!norm.output_channels_last) return launch_conv_finish_nchw(params, schedule, norm, merge_first, stream);
   return switch_dtype(norm.dtype, [&]<typename T>() -> cudaError_t {
     if constexpr (sizeof(T) == 8) {
       return cudaErrorInvalidValue;
     } else {
-      const bool vectors = norm.channels % kFullWidth<T> == 0 && aligned16(norm.input) && aligned16(norm.output) &&
+      const bool vectors = norm.channels % kFullWidth<T> == 0 && aligned16(params.output) && aligned16(norm.output) &&
                            aligned16(norm.residual);
       if (vectors) {
         return merge_first ? launch_finish<T, kFullWidth<T>, false>(params, schedule, norm, facts, stream)

@@ -15,8 +15,11 @@ void schedule_conv_mma(const ConvParams& params, const DeviceFacts& facts, const
 cudaError_t launch_conv_sm90(const ConvParams& params, const ConvSchedule& schedule, const InstanceNormParams& norm,
                              cudaStream_t stream);
 cudaError_t launch_conv_mma(const ConvParams& params, const ConvSchedule& schedule, cudaStream_t stream);
-// norm.input is the convolution's result, channels_last; norm.output may be the same memory.
+// params.output is the convolution's result, channels_last; norm.output may be the same memory if it is channels_last.
 cudaError_t launch_conv_finish(const ConvParams& params, const ConvSchedule& schedule, const InstanceNormParams& norm,
                                cudaStream_t stream);
+// Its second step, to NCHW; `merged`: the moments are.
+cudaError_t launch_conv_finish_nchw(const ConvParams& params, const ConvSchedule& schedule,
+                                    const InstanceNormParams& norm, bool merged, cudaStream_t stream);
 
 }  // namespace styleforge::cuda

@@ -1,12 +1,14 @@
 // Convolution whose epilogue takes the instance norm's statistics, and the pass that normalises: what the operator
-// layer calls. Everything is channels_last inside.
+// layer calls. Everything is channels_last inside; the result is channels_last or NCHW.
 //
 //   kernel       file           what it does
 //   convolution  conv_sm90.cu   implicit GEMM with (mean, M2) of each tile's channels; where all tiles are on the chip
 //   at
 //                               the same time, all that follows, too; else it writes the raw result
 //                conv_mma.cu    the same for sm_80 and newer, always in two passes
+//                conv_picture.cu the same for one to four input channels, raw
 //   finish       finish.cu      merges the tiles' moments; normalises, adds the residual, activates, in place
+//                finish_nchw.cu the same, to another tensor, which is NCHW
 //   columns      columns.cu     adds up a convolution that ran by the columns of its kernel (few output channels, no
 //   norm) weights      weights.cu     brings weights to [rows][taps][channels], split for float32 accuracy
 #pragma once
@@ -15,6 +17,7 @@
 
 #include "../../instance_norm_params.h"
 #include "../../pad_params.h"
+#include "../layout/launch.h"
 
 namespace styleforge::cuda {
 
@@ -57,13 +60,14 @@ struct ConvSchedule {
   unsigned halo_divisor = 0, tiles_x_divisor = 0;       // 2^32 / halo_width and / tiles_x, rounded up
   int tiles = 1;                                        // of a block, one after the other
   bool mma = false;                                     // conv_mma.cu, else conv_sm90.cu
-  int chunks_ahead = 1;      // mma: chunks of input that are on their way before they are multiplied,
-  int pixels_a_step = 0;     // and how many of their pixels a step of the loop asks for
-  int swizzle_shift = 0;     // mma: of a pixel's index
-  int sources_offset = 0;    // mma: the list of the halo's sources in shared memory
-  int mma_tile = 0;          // which of mma_shapes.h
-  bool resident = false;     // the grid is on the chip as a whole, and the convolution's kernel normalises
-  bool merge_apart = false;  // resident: moments are merged in a step of their own
+  int chunks_ahead = 1;        // mma: chunks of input that are on their way before they are multiplied,
+  int pixels_a_step = 0;       // and how many of their pixels a step of the loop asks for
+  int swizzle_shift = 0;       // mma: of a pixel's index
+  int sources_offset = 0;      // mma: the list of the halo's sources in shared memory
+  int mma_tile = 0;            // which of mma_shapes.h
+  bool resident = false;       // the grid is on the chip as a whole, and the convolution's kernel normalises
+  bool resident_nchw = false;  // it does so also where the result is NCHW
+  bool merge_apart = false;    // resident: moments are merged in a step of their own
   // Behind the rings in shared memory: the results of all but a block's last tile, then the moments of its warps. What
   // belongs to the last tile lies over the rings.
   int stash_offset = 0, parts_offset = 0;
@@ -86,9 +90,26 @@ const char* conv_name(const ConvParams& params, const ConvSchedule& schedule);
 // The convolution alone, where params.moments is null.
 cudaError_t launch_conv(const ConvParams& params, ConvSchedule schedule, cudaStream_t stream);
 
-// And the norm; norm.output is params.output. `name` is the path that ran.
-cudaError_t launch_conv_instance_norm(const ConvParams& params, ConvSchedule schedule, const InstanceNormParams& norm,
-                                      cudaStream_t stream, const char*& name);
+// And the norm, in one pass: the result goes to norm.output, in the format norm.output_channels_last, which is also the
+// residual's; params.output is not used. `name` is the path that ran; null where this schedule and these tensors take
+// two passes, or where this process has only some of the multiprocessors (MPS, a green context) or no cooperative
+// launches.
+cudaError_t launch_conv_one_pass(const ConvParams& params, const ConvSchedule& schedule, const InstanceNormParams& norm,
+                                 cudaStream_t stream, const char*& name);
+// In two: the convolution writes params.output, channels_last, which norm.output may be if it is channels_last, too.
+cudaError_t launch_conv_two_passes(const ConvParams& params, ConvSchedule schedule, const InstanceNormParams& norm,
+                                   cudaStream_t stream, const char*& name);
+
+// A convolution of few input channels, read where they lie: strides in elements, of [N, C, H, W] and [Co, Ci, kh, kw].
+// params.in_channels is the picture's own number of channels.
+struct PictureConv {
+  int64_t input_stride[4] = {};
+  int64_t weight_stride[4] = {};
+};
+cudaError_t schedule_picture_conv(const ConvParams& params, ConvSchedule& schedule, bool& supported);
+// Writes params.output, channels_last, and what follows goes to norm.output, as for launch_conv_two_passes.
+cudaError_t launch_picture_conv(const ConvParams& params, const PictureConv& picture, const ConvSchedule& schedule,
+                                const InstanceNormParams& norm, cudaStream_t stream, const char*& name);
 
 struct ConvWeightsParams {
   const void* weight = nullptr;  // [out_channels, in_channels, kernel_h, kernel_w], any strides
@@ -102,6 +123,9 @@ struct ConvWeightsParams {
   DType dtype = DType::kFloat32;
 };
 cudaError_t launch_conv_weights(const ConvWeightsParams& params, cudaStream_t stream);
+// The same, not by columns, and the transposition of an input to channels_last, in one launch. Both have the element
+// size of weights.dtype.
+cudaError_t launch_conv_operands(const ConvWeightsParams& weights, const TransposeParams& input, cudaStream_t stream);
 
 struct SumColumnsParams {
   const void* columns = nullptr;  // [batch, height, width + kernel_w - 1, pitch]

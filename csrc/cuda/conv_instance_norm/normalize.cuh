@@ -90,6 +90,10 @@ __device__ __forceinline__ void merge_tiles(const ConvParams& c, const ConvSched
   statistics[column] = make_float2(pilot + shift, rstd * weight);
 }
 
+__device__ __forceinline__ float norm_weight(const InstanceNormParams& p, int n, int channel) {
+  return channel < p.channels ? load_param(p.weight, p.param_dtype, n * p.param_batch_stride + channel, 1.0f) : 0.0f;
+}
+
 // The normalise step of kWidth neighbouring channels, in registers; from `column` on of the statistics. kFolded: mean
 // and shift are one number and the step one instruction. What that loses is of the size of float32's rounding of the
 // mean, which inputs of 16 bits have lost before.
@@ -108,6 +112,15 @@ struct ChannelAffine {
         mean[k] = channel.x;
         shift[k] = shifts[column + k];
       }
+    }
+  }
+  // Of one channel, for kWidth of its pixels.
+  __device__ __forceinline__ ChannelAffine(const float2& channel, float bias) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      scale[k] = channel.y;
+      shift[k] = kFolded ? fmaf(-channel.x, channel.y, bias) : bias;
+      if constexpr (!kFolded) mean[k] = channel.x;
     }
   }
 

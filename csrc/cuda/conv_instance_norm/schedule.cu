@@ -15,6 +15,7 @@ constexpr int kMaxWeightStages = 8;
 constexpr int kShared = 227 * 1024 - 2048;  // of a block, less what is declared statically
 constexpr int kAlignment = 1024 + 128;      // lost to the starts of the rings and of what lies behind them
 constexpr int kMaxTiles = 4;                // of a block of a resident grid
+constexpr int kMaxTilesInTurn = 64;         // of one that is not
 constexpr int kMaxMerged = 32;              // moments that a thread loads where every block merges for itself
 
 // STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6,tiles=2"
@@ -23,7 +24,8 @@ constexpr const char* kTuneVariable = "STYLEFORGE_CONV_TUNE";
 void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Overrides& overrides, ConvSchedule& s,
                         bool& supported) {
   const bool two_passes = overrides.forced("sm90:two_pass");
-  const bool wanted = !overrides.forced() || overrides.forced("sm90") || two_passes;
+  const bool one_pass = overrides.forced("sm90:one_pass");  // also where two are faster
+  const bool wanted = !overrides.forced() || overrides.forced("sm90") || one_pass || two_passes;
   const int element = static_cast<int>(size_of(p.dtype));
   if (!wanted || facts.major != 9 || !facts.has_cluster() || p.dtype == DType::kFloat64) return;
   if (p.in_channels * element % 16 != 0 || p.out_channels % 2 != 0) return;
@@ -56,8 +58,8 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
 
   s.halo_height = (s.tile_height - 1) * p.stride_h + p.kernel_h;
   s.halo_width = (s.kTileWidth - 1) * p.stride_w + p.kernel_w;
-  s.halo_divisor = divisor(s.halo_width);
-  s.tiles_x_divisor = divisor(s.tiles_x);
+  s.halo_divisor = rounded_reciprocal(s.halo_width);
+  s.tiles_x_divisor = rounded_reciprocal(s.tiles_x);
   s.halo_bytes = (s.halo_height * s.halo_width * kChunk + 1023) / 1024 * 1024;
   const int weight_bytes = s.columns * kChunk * (split ? 2 : 1);
   const int chunks = static_cast<int>(ceil_div(p.in_channels * element, kChunk));
@@ -71,10 +73,11 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   const int parts_bytes = s.tile_height * s.columns * static_cast<int>(sizeof(float2));
 
   // The rings take what `tiles` of a block leave of a multiprocessor's shared memory, or of half of it.
-  const auto fit = [&](int tiles) {
+  const auto fit = [&](int tiles, bool resident) {
     const int room = pairs && all > facts.multiprocessors ? (kShared - 2048) / 2 : kShared;
     const bool several = tiles > 1;
-    const int behind = several ? (tiles - 1) * stash_bytes + 2 * parts_bytes : 0;
+    const int held = !several ? 0 : resident ? tiles - 1 : 1;  // what is written at once leaves its place to the next
+    const int behind = several ? held * stash_bytes + 2 * parts_bytes : 0;
     s.weight_stages = std::min({tiles * steps, kMaxWeightStages, tuned("weights", room < kShared ? 4 : split ? 8 : 6)});
     s.input_stages = std::min({tiles * chunks, kMaxInputStages, tuned("inputs", kMaxInputStages)});
     const auto rings = [&] { return s.weight_stages * weight_bytes + s.input_stages * s.halo_bytes; };
@@ -88,14 +91,18 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     while (bytes() > kShared && s.weight_stages > std::min(steps, 2)) --s.weight_stages;
     s.tiles = tiles;
     s.stash_offset = (std::max(rings(), stash_bytes) + 127) / 128 * 128;
-    s.parts_offset = several ? s.stash_offset + (tiles - 1) * stash_bytes : stash_bytes;
+    s.parts_offset = several ? s.stash_offset + held * stash_bytes : stash_bytes;
     s.shared_bytes = static_cast<size_t>(bytes());
     return bytes() <= kShared;
   };
   const int64_t capacity = int64_t{facts.multiprocessors} * (pairs ? 2 : 1);
-  const auto tiles = tuned("tiles", static_cast<int>(std::min<int64_t>(ceil_div(all, capacity), kMaxTiles + 1)));
-  s.resident = !two_passes && tiles <= kMaxTiles && groups * ceil_div(s.entries, tiles) <= capacity && fit(tiles);
-  if (!s.resident && !fit(1)) return;
+  const auto tiles = tuned("tiles", static_cast<int>(std::min<int64_t>(ceil_div(all, capacity), kMaxTilesInTurn)));
+  s.resident = !two_passes && tiles <= kMaxTiles && groups * ceil_div(s.entries, tiles) <= capacity && fit(tiles, true);
+  // One after the other also where nothing is held: the next tile is loaded while the last one is written.
+  if (!s.resident && !fit(tiles, false) && !fit(1, false)) return;
+  // To NCHW, the phases of an upsampling would each write every second element; tiles of 128 channels take the same
+  // time in TF32 either way, and in fp16 1.5 us more in one pass (1x128x128x128 and 8x128x64x64).
+  s.resident_nchw = s.resident && p.phases == 1 && (s.columns < 128 || one_pass);
   if (s.halo_height > 256 || s.halo_width > 256) return;  // of a TMA box
   // Consumer threads: a warp for each row of a tile.
   s.merge_apart = s.tiles > 1 || int64_t{s.entries} * s.columns > int64_t{kMaxMerged} * 32 * s.tile_height;
@@ -127,19 +134,26 @@ cudaError_t launch_conv(const ConvParams& params, ConvSchedule schedule, cudaStr
   return launch_conv_sm90(params, schedule, {}, stream);
 }
 
-cudaError_t launch_conv_instance_norm(const ConvParams& params, ConvSchedule schedule, const InstanceNormParams& norm,
-                                      cudaStream_t stream, const char*& name) {
-  if (norm.channels % (16 / static_cast<int64_t>(size_of(norm.dtype))) != 0 || !aligned16(norm.residual)) {
-    schedule.resident = false;
-  }
-  if (schedule.resident) {
-    name = conv_name(params, schedule);
-    const auto error = launch_conv_sm90(params, schedule, norm, stream);
-    if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorNotSupported) return error;
-    // This process has only some of the multiprocessors (MPS, a green context), or no cooperative launches.
+cudaError_t launch_conv_one_pass(const ConvParams& params, const ConvSchedule& schedule, const InstanceNormParams& norm,
+                                 cudaStream_t stream, const char*& name) {
+  name = nullptr;
+  const bool vectors = norm.channels % (16 / static_cast<int64_t>(size_of(norm.dtype))) == 0 &&
+                       aligned16(norm.output) && aligned16(norm.residual);
+  if (!(norm.output_channels_last ? schedule.resident : schedule.resident_nchw) || !vectors) return cudaSuccess;
+  ConvParams own = params;
+  own.output = norm.output;
+  const auto error = launch_conv_sm90(own, schedule, norm, stream);
+  if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {
     cudaGetLastError();
-    schedule.resident = false;
+    return cudaSuccess;
   }
+  name = params.precision == ConvPrecision::kIeee ? "sm90:3xtf32:one_pass" : "sm90:one_pass";
+  return error;
+}
+
+cudaError_t launch_conv_two_passes(const ConvParams& params, ConvSchedule schedule, const InstanceNormParams& norm,
+                                   cudaStream_t stream, const char*& name) {
+  schedule.resident = false;
   name = conv_name(params, schedule);
   if (const auto error = launch_conv(params, schedule, stream)) return error;
   return launch_conv_finish(params, schedule, norm, stream);

@@ -27,8 +27,8 @@ bool fit(const ConvParams& p, const DeviceFacts& facts, ConvSchedule& s) {
   if (halo_height * halo_width * Shape::kChunk > facts.max_shared_per_block) return false;
   s.halo_height = static_cast<int>(halo_height);
   s.halo_width = static_cast<int>(halo_width);
-  s.halo_divisor = divisor(s.halo_width);
-  s.tiles_x_divisor = divisor(s.tiles_x);
+  s.halo_divisor = rounded_reciprocal(s.halo_width);
+  s.tiles_x_divisor = rounded_reciprocal(s.tiles_x);
   s.halo_bytes = s.halo_height * s.halo_width * Shape::kChunk;
 
   const int chunks = static_cast<int>(ceil_div(p.in_channels * element, Shape::kChunk));

@@ -24,6 +24,13 @@ __device__ __forceinline__ float exp2_approximate(float v) {
   return result;
 }
 
+// The same in one instruction: 0 where the result is smaller than normal numbers.
+__device__ __forceinline__ float exp2_flushed(float v) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
 __device__ __forceinline__ float reciprocal_approximate(float v) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
@@ -36,6 +43,17 @@ struct NormalDistribution {
   Acc cdf, exponential;
 };
 
+// Phi(-z) e^(z^2 / 2) for z >= 0: r times a polynomial in r = 1 / (z + 3), to 2^-15.
+__device__ __forceinline__ float short_tail(float z) {
+  const float r = reciprocal_approximate(z + 3.0f);
+  float g = fmaf(r, -3.879308899e1f, 1.966213664e1f);
+  g = fmaf(g, r, 7.682521630e0f);
+  g = fmaf(g, r, 2.952480550e0f);
+  g = fmaf(g, r, 1.217721110e0f);
+  g = fmaf(g, r, 3.983742200e-1f);
+  return g * r;
+}
+
 template <bool kShort>
 __device__ __forceinline__ NormalDistribution<float> normal_distribution(float x) {
   constexpr float kScale = -7.213475108e-1f;     // -log2(e) / 2
@@ -43,15 +61,8 @@ __device__ __forceinline__ NormalDistribution<float> normal_distribution(float x
   constexpr float kLn2 = 6.931471806e-1f;
   const float z = fminf(fabsf(x), 15.0f);  // the tail is 0 in float32 from there on; NaN comes back with x
   if constexpr (kShort) {
-    const float exponential = exp2_approximate(z * z * kScale);
-    const float reciprocal = reciprocal_approximate(z + 3.0f);
-    const float q = (z - 3.0f) * reciprocal;
-    float g = fmaf(q, 4.989096429e-3f, -9.772569872e-3f);
-    g = fmaf(g, q, -4.636475444e-2f);
-    g = fmaf(g, q, 2.298551649e-1f);
-    g = fmaf(g, q, -5.094233751e-1f);
-    g = fmaf(g, q, 7.290908694e-1f);
-    const float tail = exponential * (g * reciprocal);
+    const float exponential = exp2_flushed(z * z * kScale);
+    const float tail = exponential * short_tail(z);
     return {x < 0.0f ? tail : 1.0f - tail, exponential};
   }
   const float square = __fmul_rn(z, z);
@@ -112,17 +123,47 @@ __device__ __forceinline__ Logistic<Acc> logistic(Acc x) {
   return {x < Acc(0) ? other : r, other * r};
 }
 
+// gelu for a result that is going to be rounded to 16 bits: max(x, 0) - |x| Phi(-|x|), without a choice between the
+// sides. The maximum is a sum that is NaN for -inf, as PyTorch's result.
+__device__ __forceinline__ float gelu_short(float x) {
+  constexpr float kScale = -7.213475108e-1f;  // -log2(e) / 2
+  const float z = fminf(fabsf(x), 15.0f);
+  const float tail = exp2_flushed(z * kScale * z) * short_tail(z);
+  const float half = 0.5f * x;
+  return fmaf(-z, tail, half + fabsf(half));
+}
+
+// sigmoid(x) for a result that is going to be rounded to 16 bits.
+__device__ __forceinline__ float sigmoid_short(float x) {
+  constexpr float kLog2E = 1.442695041f;
+  return reciprocal_approximate(1.0f + exp2_flushed(x * -kLog2E));
+}
+template <bool kShort, typename Acc>
+__device__ __forceinline__ Acc ffn_sigmoid(Acc x) {
+  if constexpr (kShort) {
+    return sigmoid_short(x);
+  } else {
+    return sigmoid_acc(x);
+  }
+}
+
 // As in activation.cuh, the switch stands outside the loop: one branch for each vector.
 template <bool kShort, int kSize, typename Acc>
 __device__ __forceinline__ void ffn_activate(Acc (&v)[kSize], FfnActivation activation) {
   switch (activation) {
     case FfnActivation::kGelu:
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) v[i] *= normal_distribution<kShort>(v[i]).cdf;
+      for (int i = 0; i < kSize; ++i) {
+        if constexpr (kShort) {
+          v[i] = gelu_short(v[i]);
+        } else {
+          v[i] *= normal_distribution<kShort>(v[i]).cdf;
+        }
+      }
       break;
     case FfnActivation::kGeluTanh:
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) v[i] *= sigmoid_acc(tanh_argument(v[i]));
+      for (int i = 0; i < kSize; ++i) v[i] *= ffn_sigmoid<kShort>(tanh_argument(v[i]));
       break;
     case FfnActivation::kRelu:
 #pragma unroll
@@ -130,7 +171,7 @@ __device__ __forceinline__ void ffn_activate(Acc (&v)[kSize], FfnActivation acti
       break;
     case FfnActivation::kSilu:
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) v[i] *= sigmoid_acc(v[i]);
+      for (int i = 0; i < kSize; ++i) v[i] *= ffn_sigmoid<kShort>(v[i]);
       break;
   }
 }

@@ -2,7 +2,8 @@
 //
 //   output = activation(a b^T + bias) + residual          a [m, k], b [n, k], both with neighbouring k in memory
 //
-// float32 in and out: to float32 accuracy (kIeee, 3xTF32), or with operands rounded to TF32 (kTF32).
+// float32 in and out: to float32 accuracy (kIeee, 3xTF32), or with operands rounded to TF32 (kTF32). Or float16 or
+// bfloat16 in and out, with sums in float32.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../../activation.h"
 #include "../../ffn_params.h"
 
 namespace styleforge::cuda {
@@ -22,7 +24,7 @@ struct GemmParams {
   const void* bias = nullptr;      // [n] or null
   const void* residual = nullptr;  // [m, n], rows residual_stride apart, or null
   void* output = nullptr;          // [m, n], dense
-  void* product = nullptr;         // [m, n], dense: also a b^T alone, or null
+  void* product = nullptr;         // [m, n], dense: also a b^T alone (16-bit: with the bias), or null
   // Of b, as launch_gemm_weights writes it: [n, padded k], to nearest; the second where kIeee. Null where the
   // schedule's kernel rounds b itself.
   const float* b_hi = nullptr;
@@ -35,8 +37,13 @@ struct GemmParams {
   // while that kernel still runs.
   bool b_is_ready = false;
   bool activate = false;
+  // 16-bit, in the backward: residual is what the activation was given, b is [n, k] with neighbouring n in memory, a
+  // b^T the gradient of the activation's result. output = a b^T activation'(residual), product = activation(residual).
+  bool gradient = false;
+  float* column_sums = nullptr;  // [ceil(m / 16), n]: of the output, over 16 rows each, or null
   FfnActivation activation = FfnActivation::kGelu;
   GemmPrecision precision = GemmPrecision::kIeee;
+  DType dtype = DType::kFloat32;
 };
 
 // How the product is cut.
@@ -44,11 +51,12 @@ struct GemmSchedule {
   bool small = false;    // a tile a block, its k cut up in a cluster; else blocks that go from tile to tile
   int columns = 128;     // of a tile; rows are 64 where small, else 128
   int cluster = 1;       // blocks that share a tile, each with a part of k
-  int stages = 4;        // of the ring, each 32 numbers of k
+  int stages = 4;        // of the ring, each 32 numbers of k, 64 of 16 bits
   int band = 16;         // tiles of rows that are done before the next ones: what the L2 cache is to hold of a
   int blocks = 0;        // of the grid
   bool vectors = false;  // rows of the results are whole vectors of 16 bytes
-  bool prepare_b() const { return !small; }
+  bool half = false;     // 16-bit
+  bool prepare_b() const { return !small && !half; }
 };
 
 // Numbers of k in a row of the prepared b: a multiple of 16 bytes.

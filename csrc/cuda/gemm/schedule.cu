@@ -21,6 +21,29 @@ bool pays(const GemmParams& p) {
   return p.precision == GemmPrecision::kIeee || int64_t{p.m} * p.n * p.k < kTF32Most;
 }
 
+// 16-bit products that fill the device.
+void schedule_half(const GemmParams& p, GemmSchedule& s, bool& supported, const DeviceFacts& facts,
+                   const Overrides& overrides) {
+  const auto fits = [](int64_t stride, int width) { return stride % 8 == 0 && stride >= width; };  // the copy engine
+  if (p.k % 8 != 0 || p.n % 8 != 0 || !fits(p.a_stride, p.k)) return;
+  if (p.b_stride[p.gradient ? 0 : 1] != 1 || !fits(p.b_stride[p.gradient ? 1 : 0], p.gradient ? p.n : p.k)) return;
+  if (!aligned16(p.a) || !aligned16(p.b) || !aligned16(p.output) || !aligned16(p.product)) return;
+  const auto pairs = [](const void* from, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(from) % 4 == 0 && stride % 2 == 0;
+  };
+  if (!pairs(p.bias, 0) || !pairs(p.residual, p.residual_stride)) return;
+  const auto tuned = [&](const char* key, int64_t chosen) { return static_cast<int>(overrides.tuned(key, chosen)); };
+  constexpr int kMostStages = 6;  // in shared memory, beside what is on its way out
+  s = {};
+  s.half = true;
+  s.stages = std::clamp(tuned("stages", kMostStages), 2, kMostStages);
+  s.band = tuned("band", 16);
+  const int64_t tiles = ceil_div(p.m, 128) * ceil_div(p.n, 128);
+  if (tiles > INT32_MAX / 2) return;
+  s.blocks = static_cast<int>(std::min<int64_t>(tiles, facts.multiprocessors));
+  supported = overrides.forced() || tiles * 2 > facts.multiprocessors;
+}
+
 }  // namespace
 
 cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported) {
@@ -30,6 +53,10 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
   const Overrides overrides(kTuneVariable);
   const bool wanted = !overrides.forced() || overrides.forced("sm90");
   if (!wanted || facts.major != 9 || !facts.has_cluster()) return cudaSuccess;
+  if (p.dtype != DType::kFloat32) {
+    if (p.m > 0 && p.n > 0 && p.k > 0) schedule_half(p, s, supported, facts, overrides);
+    return cudaSuccess;
+  }
   if (p.m < 1 || p.n < 1 || p.k < 4 || (!overrides.forced() && !pays(p))) return cudaSuccess;
   // What the copy engine takes: rows of a that begin at multiples of 16 bytes.
   if (p.k % 4 != 0 || p.a_stride % 4 != 0 || !aligned16(p.a)) return cudaSuccess;
@@ -78,6 +105,7 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
 }
 
 cudaError_t launch_gemm(const GemmParams& params, const GemmSchedule& schedule, cudaStream_t stream) {
+  if (schedule.half) return launch_half_gemm_sm90(params, schedule, stream);
   return schedule.small ? launch_small_gemm_sm90(params, schedule, stream) : launch_gemm_sm90(params, schedule, stream);
 }
 

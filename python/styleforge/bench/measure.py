@@ -20,6 +20,7 @@ from styleforge.bench.timing import graph_times, host_times, wall_times
 _MOST_BUFFERS = 32
 _CALLS_OF_A_GRAPH = 20
 _GRAPH_MICROSECONDS = 10_000
+_LONG_CALL = 2_000  # microseconds
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Timing:
         gpu: GPU time: in a CUDA graph ("graph") or between events around calls ("events").
         host: host time of a call, GPU idle at the start of each burst.
         wall: of a call and the wait for its result.
+        formats: median by memory format, of all that were measured.
     """
 
     memory_format: str
@@ -59,6 +61,7 @@ class Timing:
     gpu_clock: str | None = None
     host: Statistics | None = None
     path: str | None = None
+    formats: dict[str, float] = field(default_factory=dict)
 
     def main(self) -> Statistics:
         """GPU time where there is one, else wall-clock time."""
@@ -250,9 +253,12 @@ def _time(
         )
         for (_, timing), own in zip(ready, samples, strict=True):
             timing.wall = summarize(own)
+    formats: dict[str, dict[str, float]] = {}
     for contender, timing in ready:
         if timing.wall is None:
             continue
+        formats.setdefault(contender.name, {})[timing.memory_format] = timing.main().median
+        timing.formats = formats[contender.name]
         best = result.timings.get(contender.name)
         if best is None or timing.main().median < best.main().median:
             result.timings[contender.name] = timing
@@ -262,6 +268,7 @@ def _time(
 
 def _time_on_gpu(contender: Contender, timing: Timing, settings: Settings) -> None:
     calls = contender.calls
+    estimate = 0.0
 
     def finished() -> None:
         calls[0]()
@@ -272,12 +279,16 @@ def _time_on_gpu(contender: Contender, timing: Timing, settings: Settings) -> No
         finished()
         estimate = (time.perf_counter() - start) * 1e6
         count = max(1, min(_CALLS_OF_A_GRAPH, int(_GRAPH_MICROSECONDS / estimate)))
+        if estimate > _LONG_CALL:  # it empties the cache itself
+            calls = calls[: max(2, count)]
         samples = graph_times(calls, settings.iterations, count, settings.warmup, settings.seconds)
         timing.gpu, timing.gpu_clock = summarize(samples), "graph"
     elif not contender.synchronous:
         timing.gpu, timing.gpu_clock = summarize(_event_times(calls, settings)), "events"
     if not contender.synchronous:
-        timing.host = summarize(host_times(calls[0], 15, 20))
+        # Fewer calls of long ones: what is asked is how soon the host is through, and it may wait for none.
+        burst = max(2, min(20, int(_GRAPH_MICROSECONDS / max(estimate, 1))))
+        timing.host = summarize(host_times(calls[0], 15 if burst == 20 else 3, burst))
     timing.wall = summarize(wall_times([finished], settings.iterations, settings.warmup, settings.seconds)[0])
 
 

@@ -257,12 +257,16 @@ def bench_net(compile: bool, cases: Sequence[tuple[int, int, int]] = ((1, 512, 5
 
 def bench_host() -> None:
     """Host time of eager calls against ``torch.relu``; of modules also against their operator."""
-    x = torch.randn(1, 4, 8, 8, device="cuda")
-    weight = torch.randn(4, device="cuda")
-    conv_weight = torch.randn(4, 4, 3, 3, device="cuda")
-    norm = styleforge.FusedInstanceNorm2d(4).cuda()
-    block = styleforge.FusedConvInstanceNormReLU(4, 4).cuda()
-    plain_norm = torch.nn.InstanceNorm2d(4, affine=True).cuda()
+    x = torch.randn(1, 64, 16, 16, device="cuda")  # channels enough for the fused convolution
+    weight = torch.randn(64, device="cuda")
+    conv_weight = torch.randn(64, 64, 3, 3, device="cuda")
+    y, y_weight = _formatted(x, True), _formatted(conv_weight, True)
+    norm = styleforge.FusedInstanceNorm2d(64).cuda()
+    block = styleforge.FusedConvInstanceNormReLU(64, 64).cuda()
+    plain_norm = torch.nn.InstanceNorm2d(64, affine=True).cuda()
+    plain_block = torch.nn.Sequential(
+        torch.nn.Conv2d(64, 64, 3, padding=1), torch.nn.InstanceNorm2d(64, affine=True), torch.nn.ReLU()
+    ).cuda()
     plain_ffn = torch.nn.Sequential(
         torch.nn.Linear(128, 512), torch.nn.GELU(), torch.nn.Linear(512, 128)
     ).cuda()
@@ -280,10 +284,14 @@ def bench_host() -> None:
         "fused_conv_instance_norm_relu": lambda: torch.ops.styleforge.fused_conv_instance_norm_relu(
             x, conv_weight, None, weight, weight, (1, 1), (1, 1)
         ),
+        "the same, channels_last": lambda: torch.ops.styleforge.fused_conv_instance_norm_relu(
+            y, y_weight, None, weight, weight, (1, 1), (1, 1)
+        ),
         "conv2d": lambda: F.conv2d(x, conv_weight, None, 1, 1),
         "FusedInstanceNorm2d": lambda: norm(x),
         "nn.InstanceNorm2d": lambda: plain_norm(x),
         "FusedConvInstanceNormReLU": lambda: block(x),
+        "nn.Sequential of Conv2d, norm, ReLU": lambda: plain_block(x),
         "FusedFFN": lambda: ffn(tokens),
         "nn.Sequential of Linear, GELU, Linear": lambda: plain_ffn(tokens),
     }

@@ -122,6 +122,7 @@ def _case(entry: Mapping[str, Any]) -> CaseResult:
             Check(**timing["check"]),
             gpu_clock=timing["gpu_clock"],
             path=timing["path"],
+            formats=dict(timing.get("formats", {})),
             **clocks,
         )
     return result

@@ -88,7 +88,8 @@ def bench(
             metavar="SHAPE",
             help="Measure this instead, written as in the tables: attention 2x256x128/4, "
             "ffn 8x1024x512->2048, instance-norm 4x64x256x256, conv 1x64->128@128x128k3s2 "
-            "(residual: 1x128@64x64), transformer-net 1x512x512. Can be repeated.",
+            "(residual: 1x128@64x64), transformer-net 1x512x512. Can be repeated. For several operators, "
+            "each with its operator in front: 'conv 1x64->64@64x64k3s1'.",
         ),
     ] = None,
     against: Annotated[
@@ -169,6 +170,8 @@ def bench(
     names = list(OPERATORS) if Operator.all in chosen else [operator.value for operator in chosen]
     console = stderr_console()
     work = {name: _cases(name, mode.value, suite, cases, names) for name in names}
+    if cases:
+        work = {name: found for name, found in work.items() if found}
     for name in [name for name, found in work.items() if not found]:
         note(console, f"{name} has no {mode.value} mode")
         del work[name]
@@ -210,10 +213,18 @@ def _cases(name: str, mode: str, suite: bool, given: list[str] | None, names: li
 
     if not given:
         return cases(name, mode, suite)
-    if len(names) != 1:
-        raise UsageError("--case needs one operator: styleforge bench OPERATOR --case SHAPE")
+    texts: list[str] = []
+    for text in given:
+        operator, _, shape = text.rpartition(" ")
+        if (operator or (names[0] if len(names) == 1 else "")) not in names:
+            raise UsageError(
+                "--case needs one operator: styleforge bench OPERATOR --case SHAPE, or --case 'OPERATOR "
+                f"SHAPE' with one of {', '.join(names)}, got '{text}'"
+            )
+        if operator in ("", name):
+            texts.append(shape)
     try:
-        return [parse(name, mode, text) for text in given]
+        return [parse(name, mode, text) for text in texts]
     except ValueError as error:
         raise UsageError(f"--case: {error}") from error
 

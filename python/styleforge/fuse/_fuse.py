@@ -66,6 +66,9 @@ def unfuse(model: M) -> M:
 
     Parameters, buffers, hooks and mode stay as they are now.
 
+    Args:
+        model: what ``fuse`` returned; others stay as they are.
+
     Returns:
         ``model``.
     """

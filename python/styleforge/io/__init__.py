@@ -1,4 +1,8 @@
-"""Reading and writing pictures and videos as 8-bit RGB arrays. Imports neither torch nor PyAV by itself."""
+"""Reading and writing pictures and videos as 8-bit RGB arrays. Imports neither torch nor PyAV by itself.
+
+``PICTURE_SUFFIXES`` are the file name suffixes, lower case, that are read and written as pictures;
+``VIDEO_INPUT_SUFFIXES`` are taken for videos, ``VIDEO_OUTPUT_SUFFIXES`` can be written.
+"""
 
 from styleforge.io.errors import MediaError, MissingPackageError
 from styleforge.io.files import atomic_path

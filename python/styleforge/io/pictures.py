@@ -155,7 +155,13 @@ def read_picture(path: Path, *, size: int | None = None) -> Picture:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height of an upright picture in pixels, from the file's header alone.
+    """Reads the size of an upright picture from the file's header alone.
+
+    Args:
+        path: the file; its format is found from its content.
+
+    Returns:
+        Width and height in pixels.
 
     Raises:
         MediaError: the header cannot be read.

@@ -288,6 +288,9 @@ class VideoWriter:
     def write(self, item: Frame | AudioPacket) -> None:
         """Encodes a frame or copies an audio packet.
 
+        Args:
+            item: the next frame, or a packet of the source's audio.
+
         Raises:
             MediaError: encoding or writing failed.
         """

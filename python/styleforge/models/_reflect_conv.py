@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from styleforge.ops import pad_upsample
+
 __all__ = ["reflect_conv2d", "reflect_conv2d_by_columns"]
 
 
@@ -137,4 +139,6 @@ def reflect_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, precision: st
         output: Tensor = torch.ops.styleforge._reflect_conv2d(x, weight, bias, precision)
         return output
     rows, columns = weight.size(2) // 2, weight.size(3) // 2
+    if not torch.jit.is_scripting() and not recorded:  # type: ignore[attr-defined]
+        return F.conv2d(pad_upsample(x, (rows, columns), padding_mode="reflect"), weight, bias)
     return F.conv2d(F.pad(x, [columns, columns, rows, rows], mode="reflect"), weight, bias)

@@ -200,7 +200,17 @@ def read_state_dict(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Returns the metadata of a ``.safetensors`` file; empty for the other formats, which have none."""
+    """Reads the text that is stored beside the tensors.
+
+    Args:
+        path: ``.safetensors``, or another format of checkpoints, which has none.
+
+    Returns:
+        Key to text; empty where there is none.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+    """
     path = _check_path(path)
     if path.suffix.lower() != ".safetensors":
         return {}

@@ -39,7 +39,11 @@ class StyleInfo:
 
 
 def available_styles() -> list[StyleInfo]:
-    """Lists the styles of the package, sorted by name."""
+    """Lists the styles of the package.
+
+    Returns:
+        One entry a style, sorted by name.
+    """
     styles = []
     for path in sorted(_FOLDER.glob("*.safetensors")):
         metadata = read_metadata(path)

@@ -39,10 +39,13 @@ class FusedAttention(nn.Module):
         batch_first: whether the batch is the first dimension, [N, S, E], or the second one, [S, N, E].
         precision: of float32 on the GPU: "ieee", "tf32", or None: what ``torch.backends.cuda.matmul`` says at
             every call (a scripted module keeps what it said when the module was built).
+        device: of the parameters.
+        dtype: of the parameters.
 
     Attributes:
-        in_proj_weight: [3 * embed_dim, embed_dim], queries, keys and values one below the other;
-        in_proj_bias: [3 * embed_dim] or None; out_proj: ``nn.Linear``.
+        in_proj_weight: [3 * embed_dim, embed_dim], queries, keys and values one below the other.
+        in_proj_bias: [3 * embed_dim] or None.
+        out_proj: ``nn.Linear``.
 
     Shape:
         query [N, S, embed_dim] or [S, embed_dim]; key_padding_mask [N, S] or [S]; output as query.

@@ -12,6 +12,8 @@ from styleforge.nn._checks import check_choice
 from styleforge.ops import conv_precision
 from styleforge.ops._common import ACTIVATIONS, PADDING_MODES, PRECISIONS, pair
 
+_fused_conv_instance_norm_relu = torch.ops.styleforge.fused_conv_instance_norm_relu.default
+
 
 class FusedConvInstanceNormReLU(nn.Module):
     """``activation(instance_norm(conv2d(pad(upsample(input)))) + residual)`` as one operator.
@@ -34,10 +36,14 @@ class FusedConvInstanceNormReLU(nn.Module):
         negative_slope: of leaky_relu.
         precision: of float32 on the GPU: "ieee", "tf32", or None: what ``torch.backends.cudnn`` says at every
             call (a scripted module keeps what it said when the module was built).
+        device: of the parameters.
+        dtype: of the parameters.
 
     Attributes:
-        weight: [Co, Ci, kh, kw]; bias: [Co] or None; norm_weight, norm_bias: [Co] or None. State dicts with
-        the older names ``gamma`` and ``beta`` load as well.
+        weight: [Co, Ci, kh, kw].
+        bias: [Co] or None.
+        norm_weight: [Co] or None; ``gamma`` in older state dicts, which load as well.
+        norm_bias: [Co] or None; ``beta`` in older state dicts.
 
     Shape:
         input [N, Ci, H, W], residual and output [N, Co, Ho, Wo]; channels_last where the input is.
@@ -179,6 +185,10 @@ class FusedConvInstanceNormReLU(nn.Module):
     def load_from_pytorch(self, conv: nn.Conv2d, instance_norm: nn.InstanceNorm2d) -> None:
         """Copies the parameters of existing layers into this one.
 
+        Args:
+            conv: a convolution of this module's channels and kernel, without groups and dilation.
+            instance_norm: the norm after it, without running statistics.
+
         Raises:
             ValueError: the layers have something that this module does not, or other shapes.
         """
@@ -206,12 +216,28 @@ class FusedConvInstanceNormReLU(nn.Module):
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         """Input [N, Ci, H, W] and residual [N, Co, Ho, Wo] to [N, Co, Ho, Wo]."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            precision = self.scripted_precision
-            weight, bias, norm_weight, norm_bias = self.weight, self.bias, self.norm_weight, self.norm_bias
-        else:
-            precision = conv_precision(self.precision)
-            weight, bias, norm_weight, norm_bias = self._tensors()
-        output: Tensor = torch.ops.styleforge.fused_conv_instance_norm_relu(
+            scripted: Tensor = torch.ops.styleforge.fused_conv_instance_norm_relu(
+                input,
+                self.weight,
+                self.bias,
+                self.norm_weight,
+                self.norm_bias,
+                self.stride,
+                self.padding,
+                self.padding_mode,
+                self.upsample,
+                self.eps,
+                self.activation,
+                self.negative_slope,
+                residual,
+                self.scripted_precision,
+            )
+            return scripted
+        precision = self.precision
+        if precision is None:  # which only float32 knows
+            precision = conv_precision() if input.dtype is torch.float32 else "ieee"
+        weight, bias, norm_weight, norm_bias = self._tensors()
+        output: Tensor = _fused_conv_instance_norm_relu(
             input,
             weight,
             bias,

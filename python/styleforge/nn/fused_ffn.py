@@ -32,10 +32,16 @@ class FusedFFN(nn.Module):
         activation: gelu (erf), gelu_tanh, relu or silu.
         precision: of float32 on the GPU: "ieee", "tf32", or None: what ``torch.backends.cuda.matmul`` says at
             every call (a scripted module keeps what it said when the module was built).
+        device: of the parameters.
+        dtype: of the parameters.
 
     Attributes:
-        fc1_weight: [hidden_dim, embed_dim]; fc1_bias: [hidden_dim] or None; fc2_weight: [embed_dim,
-        hidden_dim]; fc2_bias: [embed_dim] or None. hidden_dropout, output_dropout: the two probabilities.
+        fc1_weight: [hidden_dim, embed_dim].
+        fc1_bias: [hidden_dim] or None.
+        fc2_weight: [embed_dim, hidden_dim].
+        fc2_bias: [embed_dim] or None.
+        hidden_dropout: probability of the dropout after the activation.
+        output_dropout: probability of the dropout after the second linear layer.
 
     Shape:
         input [..., embed_dim]; residual and output the same.

@@ -27,8 +27,14 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
         track_running_stats: as in ``nn.InstanceNorm2d``: in eval mode the running statistics are used. Both
             modes then run on PyTorch's own operators, since there is no reduction to fuse (eval) or
             statistics to update (train).
+        device: of the parameters.
+        dtype: of the parameters.
         activation: none, relu, leaky_relu, silu, sigmoid or tanh.
         negative_slope: of leaky_relu.
+
+    Attributes:
+        weight: [C], or None where ``affine`` is false.
+        bias: [C], or None where ``affine`` is false.
 
     Shape:
         input [N, C, H, W] or [C, H, W], residual the same; output the same, channels_last where the input is.
@@ -61,7 +67,13 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
     def from_torch(
         cls, norm: nn.InstanceNorm2d, activation: str = "none", negative_slope: float = 0.01
     ) -> "FusedInstanceNorm2d":
-        """The same layer, sharing its parameters and buffers."""
+        """The same layer, sharing its parameters and buffers.
+
+        Args:
+            norm: an existing layer, with or without parameters and running statistics.
+            activation: as in the constructor.
+            negative_slope: as in the constructor.
+        """
         new = cls(
             norm.num_features,
             norm.eps,

@@ -22,6 +22,12 @@ class ResidualBlock(nn.Module):
         bias: whether the convolutions have one (unused, see ``FusedConvInstanceNormReLU``).
         affine: learnable scale and shift after the norms.
         precision: as in ``FusedConvInstanceNormReLU``.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        conv1: ``FusedConvInstanceNormReLU`` with ReLU.
+        conv2: ``FusedConvInstanceNormReLU`` with the block's activation; takes the input as its residual.
 
     Shape:
         [N, channels, H, W] in and out.
@@ -73,7 +79,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = layer(activation)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, channels, H, W] to the same shape."""
+        """Input [N, channels, H, W] to the same shape."""
         output: Tensor = self.conv2(self.conv1(input), input)
         return output
 
@@ -86,7 +92,19 @@ class ResidualBlock(nn.Module):
         in2: nn.InstanceNorm2d,
         relu2: nn.Module | None = None,
     ) -> None:
-        """Copies the parameters of a block written in PyTorch layers; the ReLUs have none and are ignored."""
+        """Copies the parameters of a block written in PyTorch layers.
+
+        Args:
+            conv1: the first convolution.
+            in1: the norm after it.
+            relu1: has no parameters and is ignored.
+            conv2: the second convolution.
+            in2: the norm after it.
+            relu2: ignored as well.
+
+        Raises:
+            ValueError: the layers have something that the block does not, or other shapes.
+        """
         del relu1, relu2
         self.conv1.load_from_pytorch(conv1, in1)
         self.conv2.load_from_pytorch(conv2, in2)

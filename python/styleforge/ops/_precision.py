@@ -18,6 +18,12 @@ def conv_precision(precision: str | None = None) -> str:
 
     Follows ``torch.backends.cudnn.allow_tf32`` or, once somebody has set it, the newer
     ``torch.backends.cudnn.conv.fp32_precision``.
+
+    Args:
+        precision: "ieee", "tf32" or None.
+
+    Returns:
+        "ieee" or "tf32", the ``precision`` that the operators take by schema.
     """
     if precision is not None:
         return precision
@@ -51,6 +57,12 @@ def matmul_precision(precision: str | None = None) -> str:
 
     Follows ``torch.set_float32_matmul_precision`` and ``torch.backends.cuda.matmul``, by its older
     ``allow_tf32`` or, once somebody has set it, the newer ``fp32_precision``.
+
+    Args:
+        precision: "ieee", "tf32" or None.
+
+    Returns:
+        "ieee" or "tf32", the ``precision`` that the operators take by schema.
     """
     if precision is not None:
         return precision

@@ -43,6 +43,12 @@ def fused_attention(
 ) -> Tensor:
     """Multi-head self-attention with its projections as one operator.
 
+        q, k, v = (input @ qkv_weight.T + qkv_bias).chunk(3, -1), each split into num_heads heads
+        output = concat(softmax(scale * q @ k.T) @ v over the heads) @ out_weight.T + out_bias
+
+    By schema ``torch.ops.styleforge.fused_attention``. Differentiable once; autocast, vmap and CUDA graphs
+    work.
+
     Args:
         input: [N, S, embed_dim], float32, float16, bfloat16 or float64, any strides.
         qkv_weight: [3 * embed_dim, embed_dim], the input's dtype: the weights of queries, keys and values,
@@ -65,6 +71,10 @@ def fused_attention(
 
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what was given.
+
+    Source:
+        Vaswani et al., "Attention Is All You Need", 2017, arXiv:1706.03762; the running softmax of version 2:
+        Dao et al., "FlashAttention", 2022, arXiv:2205.14135.
     """
     op = torch.ops.styleforge.fused_attention.default
     weights = (qkv_weight, qkv_bias, out_weight, out_bias)
@@ -84,7 +94,10 @@ def fused_attention_v1(
     key_padding_mask: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """``fused_attention`` in the design for short sequences."""
+    """``fused_attention`` in the design for short sequences.
+
+    Arguments, result and errors are those of ``fused_attention``.
+    """
     op = torch.ops.styleforge.fused_attention_v1.default
     weights = (qkv_weight, qkv_bias, out_weight, out_bias)
     return _call(op, input, weights, num_heads, scale, is_causal, key_padding_mask, precision)
@@ -103,7 +116,10 @@ def fused_attention_v2(
     key_padding_mask: Tensor | None = None,
     precision: str | None = None,
 ) -> Tensor:
-    """``fused_attention`` in the design for any length: tiles with a running softmax."""
+    """``fused_attention`` in the design for any length: tiles with a running softmax.
+
+    Arguments, result and errors are those of ``fused_attention``.
+    """
     op = torch.ops.styleforge.fused_attention_v2.default
     weights = (qkv_weight, qkv_bias, out_weight, out_bias)
     return _call(op, input, weights, num_heads, scale, is_causal, key_padding_mask, precision)

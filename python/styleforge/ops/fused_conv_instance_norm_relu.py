@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from styleforge.ops import _common as common
-from styleforge.ops import _composite as composite
+from styleforge.ops._pad_upsample import PadUpsample
 from styleforge.ops._precision import conv_precision, convolutions_in
 
 NAME = "fused_conv_instance_norm_relu"
@@ -50,6 +50,12 @@ def fused_conv_instance_norm_relu(
 ) -> Tensor:
     """Convolution, instance norm, residual and activation as one operator.
 
+        output = activation(instance_norm(conv2d(pad(upsample(input)), weight)) + residual)
+
+    with the norm of ``fused_instance_norm``; the bias cancels under it. By schema
+    ``torch.ops.styleforge.fused_conv_instance_norm_relu``. Differentiable once; autocast, vmap and CUDA
+    graphs work.
+
     Args:
         input: [N, Ci, H, W], float32, float16, bfloat16 or float64, any strides.
         weight: [Co, Ci, kh, kw], the input's dtype.
@@ -73,6 +79,10 @@ def fused_conv_instance_norm_relu(
 
     Raises:
         RuntimeError: an argument does not fit; the message names it, what was expected and what was given.
+
+    Source:
+        Johnson, Alahi, Fei-Fei, "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", 2016,
+        arXiv:1603.08155.
     """
     result: Tensor = _op(
         input,
@@ -254,7 +264,10 @@ def _differentiable(
         residual,
         precision,
     )
-    x, conv_padding = composite.before_convolution(input, common.pair(padding), padding_mode, upsample)
+    x, conv_padding = input, common.pair(padding)
+    if upsample != 1 or padding_mode != "zeros":  # zeros are left to the convolution
+        sides, conv_padding = (conv_padding, (0, 0)) if padding_mode != "zeros" else ((0, 0), conv_padding)
+        x = common.apply_function(PadUpsample, x, sides, padding_mode, upsample)
     if input.is_cuda and input.dtype == torch.float32 and precision != conv_precision():
         z = common.apply_function(_Convolution, x, weight, common.pair(stride), conv_padding, precision)
     else:

@@ -1,0 +1,46 @@
+// Which cases the kernels take, and how they are cut: a function of the shape and the device.
+#include "../common/launch.h"
+#include "../common/overrides.h"
+#include "kernels.h"
+
+namespace styleforge::cuda {
+namespace {
+
+// STYLEFORGE_ATTENTION_TUNE="turns=1" (1 never, 2 always)
+constexpr const char* kTuneVariable = "STYLEFORGE_ATTENTION_TUNE";
+
+}  // namespace
+
+cudaError_t schedule_tiled_attention(const TiledAttentionParams& p, TiledAttentionSchedule& s, bool& supported) {
+  supported = false;
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const Overrides overrides(kTuneVariable);
+  const bool forced = overrides.forced("sm90");
+  if (facts.major != 9 || !facts.has_cluster() || (overrides.forced() && !forced)) return cudaSuccess;
+  if (p.head_dim < 1 || p.head_dim > kTiledAttentionMaxHead || p.length < 1) return cudaSuccess;
+  s = {};
+  s.head = p.head_dim <= 32 ? 32 : p.head_dim <= 64 ? 64 : 128;
+  s.tiles = static_cast<int>(ceil_div(p.length, kTiledAttentionRows));
+  const int64_t blocks = int64_t{s.tiles} * p.batch * p.heads;
+  if (blocks < 1 || blocks > INT32_MAX) return cudaSuccess;
+  s.blocks = static_cast<int>(blocks);
+  s.vectors = p.head_dim % 4 == 0 && p.row_stride % 4 == 0 && p.batch_stride % 4 == 0 && aligned16(p.q) &&
+              aligned16(p.k) && aligned16(p.v) && aligned16(p.output);
+  s.turns = overrides.tuned("turns", 2) == 2;
+  supported = true;
+  return cudaSuccess;
+}
+
+cudaError_t schedule_tiled_attention_backward(const TiledAttentionBackwardParams& p, TiledAttentionSchedule& s,
+                                              bool& supported) {
+  // By force alone: right, but not yet timed against ATen's.
+  const Overrides overrides(kTuneVariable);
+  if (const auto error = schedule_tiled_attention(p.forward, s, supported)) return error;
+  supported = supported && overrides.forced("sm90") && s.vectors && p.forward.head_dim <= kTiledAttentionBackwardHead &&
+              p.grad_row_stride % 4 == 0 && p.grad_batch_stride % 4 == 0 && aligned16(p.grad_output) &&
+              aligned16(p.grad_q) && aligned16(p.grad_k) && aligned16(p.grad_v);
+  return cudaSuccess;
+}
+
+}  // namespace styleforge::cuda

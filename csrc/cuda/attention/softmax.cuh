@@ -1,0 +1,105 @@
+// The running softmax of a warpgroup's 64 queries over tiles of 64 keys, in the registers that wgmma leaves scores in
+// (common/wgmma.cuh): a lane has rows l / 4 and l / 4 + 8 of its warp's 16, and of these the columns 8 i + 2 (l % 4)
+// and the next one.
+#pragma once
+
+#include "../common/wgmma.cuh"
+
+namespace styleforge::cuda {
+
+constexpr int kTileKeys = 64;
+
+#ifdef STYLEFORGE_HAS_WGMMA
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// value = hi + lo but for 2^-23 of it, both TF32 where the tensor cores cut lo, which loses a bit at most. In three
+// instructions: cvt.rna.tf32 alone takes four. NaN stays NaN, by way of lo; infinity turns into it.
+__device__ __forceinline__ void split(float value, uint32_t& hi, uint32_t& lo) {
+  hi = (__float_as_uint(value) + 0x1000) & 0xffffe000;
+  lo = __float_as_uint(value - __uint_as_float(hi));
+}
+
+// Over the four lanes that share a row.
+__device__ __forceinline__ float row_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(0xffffffff, v, 1));
+  return fmaxf(v, __shfl_xor_sync(0xffffffff, v, 2));
+}
+__device__ __forceinline__ float row_sum(float v) {
+  v += __shfl_xor_sync(0xffffffff, v, 1);
+  return v + __shfl_xor_sync(0xffffffff, v, 2);
+}
+
+// Bits of the keys of a tile that the causal mask leaves of it: `count` of them, any number.
+__device__ __forceinline__ uint64_t first_bits(int count) {
+  return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << max(count, 0)) - 1;
+}
+
+struct RunningSoftmax {
+  // Of both rows: the greatest score so far, times `factor`; the sum of this lane's columns; what the last tile made of
+  // sums so far.
+  float peak[2], sum[2], rescale[2];
+
+  __device__ __forceinline__ void reset() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      peak[r] = __int_as_float(0xff800000);
+      sum[r] = 0;
+    }
+  }
+
+  // Scores become 2^(factor * score - peak): hi + lo, as fragments of wgmma's A. A takes the columns of eight keys in
+  // the order 0 2 4 6 1 3 5 7, which is how the lanes have them.
+  __device__ __forceinline__ void update(float (&s)[kTileKeys / 2], float factor, uint32_t (&hi)[8][4],
+                                         uint32_t (&lo)[8][4]) {
+    float top[2] = {s[0], s[2]};
+#pragma unroll
+    for (int i = 0; i < kTileKeys / 2; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
+    float base[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // Rounded before they are compared: equal peaks then give a factor of 1 to the bit.
+      const float next = fmaxf(peak[r], __fmul_rn(row_max(top[r]), factor));
+      base[r] = next == __int_as_float(0xff800000) ? 0 : next;
+      rescale[r] = exp2_fast(peak[r] - base[r]);
+      peak[r] = next;
+      sum[r] *= rescale[r];
+    }
+#pragma unroll
+    for (int i = 0; i < kTileKeys / 2; ++i) {
+      const int r = i / 2 % 2;
+      const float p = exp2_fast(fmaf(s[i], factor, -base[r]));
+      sum[r] += p;
+      split(p, hi[i / 4][r + i % 2 * 2], lo[i / 4][r + i % 2 * 2]);
+    }
+  }
+};
+
+// The same of what lies as scores do.
+__device__ __forceinline__ void split_weights(const float (&s)[kTileKeys / 2], uint32_t (&hi)[8][4],
+                                              uint32_t (&lo)[8][4]) {
+#pragma unroll
+  for (int i = 0; i < kTileKeys / 2; ++i) {
+    const int slot = i / 2 % 2 + i % 2 * 2;
+    split(s[i], hi[i / 4][slot], lo[i / 4][slot]);
+    asm volatile("" : "+r"(hi[i / 4][slot]), "+r"(lo[i / 4][slot]));  // here, not between the products
+  }
+}
+
+// -infinity where the row's bit of a key is not set; `bits` are shifted so that bit 0 is this lane's first column.
+__device__ __forceinline__ void hide_keys(float (&s)[kTileKeys / 2], const uint64_t (&bits)[2]) {
+#pragma unroll
+  for (int i = 0; i < kTileKeys / 2; ++i) {
+    const uint64_t row = bits[i / 2 % 2];
+    const uint32_t word = static_cast<uint32_t>(i < kTileKeys / 4 ? row : row >> 32);
+    if ((word >> (i / 4 % 4 * 8 + i % 2) & 1) == 0) s[i] = __int_as_float(0xff800000);
+  }
+}
+
+#endif  // STYLEFORGE_HAS_WGMMA
+
+}  // namespace styleforge::cuda

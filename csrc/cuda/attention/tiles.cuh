@@ -1,0 +1,83 @@
+// What a block of attention_sm90.cu keeps in shared memory, and how its warpgroups speak of it.
+#pragma once
+
+#include "../gemm/fragments.cuh"
+#include "kernels.h"
+#include "softmax.cuh"
+
+namespace styleforge::cuda {
+
+constexpr int kAttentionGroups = 2;  // consumer warpgroups
+constexpr int kAttentionConsumers = 128 * kAttentionGroups;
+constexpr int kAttentionThreads = kAttentionConsumers + 128;
+static_assert(kTiledAttentionRows == 64 * kAttentionGroups);
+
+template <int kHead>
+struct AttentionTile {
+  static_assert(kHead % 32 == 0);
+  static constexpr int kChunks = kHead / 32;
+  static constexpr int kVectors = kHead / 4;           // of 16 bytes, in a row
+  static constexpr int kPart = kTileKeys * kHead * 4;  // hi or lo of a tile of keys or values
+  static constexpr int kStage = 4 * kPart;             // keys hi, lo, values hi, lo
+  static constexpr int kStages = kHead <= 64 ? 2 : 1;
+  static constexpr int kQueryChunk = kTiledAttentionRows * kChunkBytes;  // 32 columns of all rows
+  static constexpr int kUnits = kHead / 32;           // of 16 numbers a producer, of keys or of values
+  static constexpr bool kBothProducts = kStages > 1;  // in one turn
+  static constexpr bool kQueriesInRegisters = kHead <= 64;
+  static constexpr size_t kShared = 1024 + kChunks * kQueryChunk + kStages * kStage;
+};
+
+#ifdef STYLEFORGE_HAS_WGMMA
+
+__device__ __forceinline__ void store_shared(uint32_t to, const uint32_t (&v)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
+// hi at `to`, lo `part` bytes behind.
+__device__ __forceinline__ void store_split(uint32_t to, uint32_t part, const float (&x)[4]) {
+  uint32_t hi[4], lo[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) split(x[i], hi[i], lo[i]);
+  store_shared(to, hi);
+  store_shared(to + part, lo);
+}
+
+// Four numbers of a row of which `valid` exist (none: zeros, and nothing is read).
+template <bool kWhole>
+__device__ __forceinline__ void load_row(float* to, const float* from, int valid) {
+  if constexpr (kWhole) {
+    const float4 x = valid > 0 ? *reinterpret_cast<const float4*>(from) : make_float4(0, 0, 0, 0);
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = i < valid ? from[i] : 0.0f;
+  }
+}
+
+struct AttentionBarriers {
+  uint64_t full_k[2], empty_k[2], full_v[2], empty_v[2];
+  uint64_t seen[2];  // bits of a stage's keys that take part
+};
+
+// Where a tile's stage stands in the ring.
+template <int kStages>
+struct Turnover {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    if (kStages == 1 || ++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+struct AttentionPlace {
+  int64_t first;  // element of this block's batch and head
+  int batch, head, row, steps;
+};
+
+#endif  // STYLEFORGE_HAS_WGMMA
+
+}  // namespace styleforge::cuda

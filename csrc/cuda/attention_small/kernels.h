@@ -1,0 +1,19 @@
+// The launches behind launch.h.
+#pragma once
+
+#include "../common/launch.h"
+#include "launch.h"
+
+namespace styleforge::cuda {
+
+constexpr int kSmallMaxLength = 4096;  // a byte a key lies in shared memory
+
+// Up to the second projection. Of 16-bit numbers and of float32, for they are two files.
+cudaError_t launch_small_heads_16_bit(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
+                                      cudaStream_t stream);
+cudaError_t launch_small_heads_float32(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
+                                       cudaStream_t stream);
+cudaError_t launch_small_output(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
+                                cudaStream_t stream);
+
+}  // namespace styleforge::cuda

@@ -1,0 +1,129 @@
+// Warp-wide matrix products (sm_80+) on pieces of 16 x 32 bytes and 8 x 32 bytes, alike for all types: 16 numbers of
+// two bytes or 8 TF32 numbers. ldmatrix moves TF32 numbers as pairs of 16-bit ones, which is where mma wants them.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/tf32.cuh"
+#include "../common/types.cuh"
+
+namespace styleforge::cuda {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define STYLEFORGE_HAS_MMA 1
+#endif
+
+// Arithmetic of a product: float32 by three products of TF32 numbers, or by one; 16-bit numbers.
+struct Ieee {
+  using T = float;
+  static constexpr bool kRound = true, kSplit = true;
+};
+struct TF32 {
+  using T = float;
+  static constexpr bool kRound = true, kSplit = false;
+};
+struct Half {
+  using T = __half;
+  static constexpr bool kRound = false, kSplit = false;
+};
+struct BFloat16 {
+  using T = __nv_bfloat16;
+  static constexpr bool kRound = false, kSplit = false;
+};
+
+// Registers of an operand; `lo` is what rounding to TF32 left out.
+template <typename Math, int kCount>
+struct Piece {
+  uint32_t hi[kCount] = {};
+  uint32_t lo[Math::kSplit ? kCount : 1] = {};
+};
+
+#ifdef STYLEFORGE_HAS_MMA
+
+// Four matrices of 8 rows x 16 bytes; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&a)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&a)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(address)
+               : "memory");
+}
+
+// To nearest. Ties go to even where that is one instruction; away from zero, which ptxas makes four of, elsewhere.
+__device__ __forceinline__ uint32_t round_piece(float v) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t r;
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
+  return r;
+#else
+  return round_tf32(v);
+#endif
+}
+template <typename Math, int kCount>
+__device__ __forceinline__ void round_piece(Piece<Math, kCount>& piece) {
+  if constexpr (Math::kRound) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float v = __uint_as_float(piece.hi[i]);
+      piece.hi[i] = round_piece(v);
+      if constexpr (Math::kSplit) piece.lo[i] = round_piece(v - __uint_as_float(piece.hi[i]));
+    }
+  }
+}
+
+template <typename Math>
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (Math::kRound) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else if constexpr (std::is_same_v<typename Math::T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// total += a b, b in registers `at` and `at` + 1 of its piece. Three products of eight numbers are added up by the
+// tensor core, the small ones first, and move on to `total` by a rounding addition: the core's own cuts off.
+template <typename Math, int kCount>
+__device__ __forceinline__ void multiply(float (&total)[4], const Piece<Math, 4>& a, const Piece<Math, kCount>& b,
+                                         int at) {
+  if constexpr (Math::kSplit) {
+    float d[4] = {};
+    mma<Math>(d, a.lo, b.hi[at], b.hi[at + 1]);
+    mma<Math>(d, a.hi, b.lo[at], b.lo[at + 1]);
+    mma<Math>(d, a.hi, b.hi[at], b.hi[at + 1]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) total[i] += d[i];
+  } else {
+    mma<Math>(total, a.hi, b.hi[at], b.hi[at + 1]);
+  }
+}
+
+// 16 bytes from global to shared memory, behind the back of the threads; the first `bytes` of them, zeros after.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+// This thread's copies since the last call are a group; wait_copies<n> leaves the n last groups under way.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLeft>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+#endif  // STYLEFORGE_HAS_MMA
+
+}  // namespace styleforge::cuda

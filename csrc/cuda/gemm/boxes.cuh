@@ -1,0 +1,52 @@
+// Boxes of 16-bit matrices by the copy engine, and pieces of them between registers and shared memory. A box is rows of
+// 64 numbers, 128 bytes, with the 128-byte swizzle.
+#pragma once
+
+#include "../common/cluster.cuh"
+#include "../common/tensor_map.h"
+#include "../common/wgmma.cuh"
+
+namespace styleforge::cuda {
+
+constexpr int kBoxColumns = 64;
+constexpr int kBoxRowBytes = 128;
+constexpr int kBoxBytes = 64 * kBoxRowBytes;  // of 64 rows
+
+// [rows, columns], rows `stride` numbers apart, in boxes of `box_rows` x 64.
+inline cudaError_t box_map(DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows,
+                           CUtensorMap& map) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t box[2] = {kBoxColumns, static_cast<cuuint32_t>(box_rows)};
+  return tensor_map(dtype, data, sizes, strides, box, map);
+}
+
+#ifdef STYLEFORGE_HAS_WGMMA
+
+__device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// A warp's 16 x 16 piece: the lane gives the address of row lane % 16, 16-byte half lane / 16. As load_matrix, the
+// other way.
+__device__ __forceinline__ void store_matrix(uint32_t address, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+#endif  // STYLEFORGE_HAS_WGMMA
+
+}  // namespace styleforge::cuda
