@@ -7,6 +7,7 @@ allocation.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 
@@ -37,10 +38,16 @@ CASES = [
 ]
 
 
+# STYLEFORGE_PATH, STYLEFORGE_CONV_TUNE
+CONVOLUTIONS = [("", ""), *(("mma", f"tile={tile}") for tile in range(1, 7))]
+
+
 def _fused_convolutions(channels_last: bool, paths: set[str]) -> None:
     """Our own convolutions, where the GPU has them: all kinds of arithmetic, tiles, borders and inputs."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    for dtype, precision in ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")):
+    kinds = ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+    for (forced, tune), (dtype, precision) in itertools.product(CONVOLUTIONS, kinds):
+        os.environ["STYLEFORGE_PATH"], os.environ["STYLEFORGE_CONV_TUNE"] = forced, tune
         for ci, co, kernel, upsample in ((64, 128, 3, 1), (32, 40, 3, 2), (72, 34, 5, 1), (3, 32, 9, 1)):
             x = torch.randn(1, ci, 21, 35, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
             w = torch.randn(co, ci, kernel, kernel, device="cuda", dtype=dtype)
@@ -48,12 +55,14 @@ def _fused_convolutions(channels_last: bool, paths: set[str]) -> None:
                 x, w, padding=kernel // 2, padding_mode="reflect", upsample=upsample, precision=precision
             )
             path = styleforge.last_path()
-            if "sm90" in path or "picture" in path:  # else it was cuDNN's, which takes some tools minutes
+            # Else it was cuDNN's, which takes some tools minutes.
+            if "sm90" in path or "mma" in path or "picture" in path:
                 paths.add(path)
         x = torch.randn(1, 32, 21, 35, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
         w = torch.randn(3, 32, 9, 9, device="cuda", dtype=dtype)
         torch.ops.styleforge._reflect_conv2d(x, w, None, precision)
         paths.add(styleforge.last_path())
+    os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_CONV_TUNE"] = ""
 
 
 def _memory_formats(paths: set[str]) -> None:

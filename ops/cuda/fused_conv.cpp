@@ -39,12 +39,11 @@ class Scratch {
   std::optional<Tensor> holder_;
 };
 
-// Weights as the kernels read them, [rows, taps, channels], for kIeee split into two TF32 numbers: written to scratch,
+// Weights as the kernels read them, [rows, taps, channels], split into two TF32 numbers or not: written to scratch,
 // or the tensor itself where it lies so. `column_rows`: see ConvWeightsParams.
 class Weights {
  public:
-  Weights(const Tensor& weight, cuda::ConvPrecision precision, DType dtype, Scratch& scratch, int column_rows = 0)
-      : split_(precision == cuda::ConvPrecision::kIeee) {
+  Weights(const Tensor& weight, bool split, DType dtype, Scratch& scratch, int column_rows = 0) : split_(split) {
     params_.weight = weight.const_data_ptr();
     rewritten_ = split_ || column_rows > 0 || !is_dense(weight, true) || !aligned(weight);
     if (!rewritten_) return;
@@ -209,7 +208,7 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
   const Tensor input = transpose ? args.input : channels_last_aligned(args.input);
   const size_t transposed = transpose ? scratch.add(static_cast<size_t>(input.numel()) * input.element_size()) : 0;
   const Tensor weight = phases ? upsample_phase_weights(args.weight, plan.tf32) : args.weight;
-  Weights weights(weight, params.precision, params.dtype, scratch);
+  Weights weights(weight, schedule->takes_split_weights(params), params.dtype, scratch);
   scratch.allocate(args.input);
   params.moments = static_cast<float2*>(scratch.at(moments));
   params.input = transpose ? scratch.at(transposed) : input.const_data_ptr();
@@ -293,7 +292,7 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
   const Tensor weight = pad_picture(args.weight, PaddingMode::kZeros, {0, 0}, scope);
   Scratch scratch;
   const size_t moments = scratch.add(schedule->moments_bytes(params));
-  Weights weights(weight, params.precision, params.dtype, scratch);
+  Weights weights(weight, schedule->takes_split_weights(params), params.dtype, scratch);
   scratch.allocate(args.input);
   params.moments = static_cast<float2*>(scratch.at(moments));
   const cuda::ConvWeightsParams& rewrite = weights.place(params, scratch);
@@ -329,15 +328,16 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   params.pad_left = sum.kernel_w / 2;
   params.mode = PaddingMode::kReflect;
   params.dtype = sum.dtype;
+  params.norm_follows = false;
   params.precision = float32_where_cudnn_has_it(precision_of(input, tf32));
   const CudaScope scope(input);
-  const auto schedule = fused_schedule(params);
+  auto schedule = fused_schedule(params);
   if (!schedule) return {};
 
   const Tensor pixels = channels_last_aligned(input);
   params.input = pixels.const_data_ptr();
   Scratch scratch;
-  Weights weights(weight, params.precision, params.dtype, scratch, sum.pitch);
+  Weights weights(weight, schedule->takes_split_weights(params), params.dtype, scratch, sum.pitch);
   scratch.allocate(input);
   check_cuda(kOp, cuda::launch_conv_weights(weights.place(params, scratch), scope.stream()));
   const Tensor columns =
@@ -347,12 +347,13 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
 
   const Tensor output =
       empty_dense(input, {sum.batch, sum.channels, sum.height, sum.width}, channels_last, input.scalar_type());
-  const OptionalTensor shift = bias ? OptionalTensor(to_contiguous(*bias, false)) : std::nullopt;
-  if (shift) sum.bias = shift->const_data_ptr();
+  const Tensor shift = bias ? to_contiguous(*bias, false) : columns;
+  if (bias) sum.bias = shift.const_data_ptr();
   sum.columns = columns.const_data_ptr();
   sum.output = output.mutable_data_ptr();
   check_cuda(kOp, cuda::launch_sum_columns(sum, scope.stream()));
-  record_path("reflect_conv2d:cuda:columns", params.precision == cuda::ConvPrecision::kIeee ? "sm90:3xtf32" : "sm90");
+  schedule->resident = false;
+  record_path("reflect_conv2d:cuda:columns", cuda::conv_name(params, *schedule));
   return output;
 }
 

@@ -28,6 +28,7 @@ cudaError_t device_facts(DeviceFacts& facts) {
     cudaFuncAttributes probe = {};
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&probe, architecture_probe);
     if (error != cudaSuccess) return error;
+    fresh.compiled_for = probe.ptxVersion;
     fresh.clusters = fresh.major >= 9 && probe.ptxVersion >= 90;
     known[device] = fresh;  // two threads write the same values
     ready[device].store(true, std::memory_order_release);

@@ -19,6 +19,7 @@ struct DeviceFacts {
   int multiprocessors = 0;
   int max_shared_per_block = 0;  // with opt-in
   int l2_bytes = 0;
+  int compiled_for = 0;  // the architecture of the code that runs there: 80, 90
   // The device has clusters and dependent launch, and the code that runs on it was compiled for them (PTX of an older
   // architecture, brought to a new device by the driver, was not).
   bool clusters = false;

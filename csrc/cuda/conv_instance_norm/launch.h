@@ -5,6 +5,7 @@
 //   convolution  conv_sm90.cu   implicit GEMM with (mean, M2) of each tile's channels; where all tiles are on the chip
 //   at
 //                               the same time, all that follows, too; else it writes the raw result
+//                conv_mma.cu    the same for sm_80 and newer, always in two passes
 //                conv_picture.cu the same for one to four input channels, raw
 //   finish       finish.cu      merges the tiles' moments; normalises, adds the residual, activates, in place
 //                finish_nchw.cu the same, to another tensor, which is NCHW
@@ -31,6 +32,7 @@ struct ConvParams {
   // [batch, entries, out_channels]: (mean, M2) of each tile's valid pixels; then [batch, out_channels]: mean and rstd
   // times the norm's weight
   float2* moments = nullptr;  // null: no norm follows
+  bool norm_follows = true;   // known before there are moments
 
   // sizes
   int batch = 0, in_channels = 0, height = 0, width = 0;
@@ -57,6 +59,12 @@ struct ConvSchedule {
   int halo_height = 0, halo_width = 0, halo_bytes = 0;  // of a tile's input, one stage
   unsigned halo_divisor = 0, tiles_x_divisor = 0;       // 2^32 / halo_width and / tiles_x, rounded up
   int tiles = 1;                                        // of a block, one after the other
+  bool mma = false;                                     // conv_mma.cu, else conv_sm90.cu
+  int chunks_ahead = 1;        // mma: chunks of input that are on their way before they are multiplied,
+  int pixels_a_step = 0;       // and how many of their pixels a step of the loop asks for
+  int swizzle_shift = 0;       // mma: of a pixel's index
+  int sources_offset = 0;      // mma: the list of the halo's sources in shared memory
+  int mma_tile = 0;            // which of mma_shapes.h
   bool resident = false;       // the grid is on the chip as a whole, and the convolution's kernel normalises
   bool resident_nchw = false;  // it does so also where the result is NCHW
   bool merge_apart = false;    // resident: moments are merged in a step of their own
@@ -64,6 +72,8 @@ struct ConvSchedule {
   // belongs to the last tile lies over the rings.
   int stash_offset = 0, parts_offset = 0;
   size_t shared_bytes = 0;
+  // Whether the convolution's kernel reads float32 weights in two TF32 parts.
+  bool takes_split_weights(const ConvParams& p) const { return p.precision == ConvPrecision::kIeee && !mma; }
   size_t moments_bytes(const ConvParams& p) const {
     return sizeof(float2) * static_cast<size_t>(p.batch) * static_cast<size_t>(entries + 1) *
            static_cast<size_t>(p.out_channels);
@@ -73,6 +83,9 @@ struct ConvSchedule {
 // Whether the fused kernels take this shape on the current device; fills the schedule if so. Pointers may still be
 // null; input and weight must come 16-byte aligned.
 cudaError_t schedule_conv(const ConvParams& params, ConvSchedule& schedule, bool& supported);
+
+// The path's name, for what ends in a kernel of its own.
+const char* conv_name(const ConvParams& params, const ConvSchedule& schedule);
 
 // The convolution alone, where params.moments is null.
 cudaError_t launch_conv(const ConvParams& params, ConvSchedule schedule, cudaStream_t stream);

@@ -21,25 +21,17 @@ constexpr int kMaxMerged = 32;              // moments that a thread loads where
 // STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6,tiles=2"
 constexpr const char* kTuneVariable = "STYLEFORGE_CONV_TUNE";
 
-// __umulhi(value, divisor(d)) is value / d where value * d < 2^32 and d > 1.
-unsigned divisor(int d) { return static_cast<unsigned>((uint64_t{1} << 32) / static_cast<unsigned>(d) + 1); }
-
-}  // namespace
-
-cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported) {
-  supported = false;
-  DeviceFacts facts;
-  if (const auto error = device_facts(facts)) return error;
-  const Overrides overrides(kTuneVariable);
+void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Overrides& overrides, ConvSchedule& s,
+                        bool& supported) {
   const bool two_passes = overrides.forced("sm90:two_pass");
   const bool one_pass = overrides.forced("sm90:one_pass");  // also where two are faster
   const bool wanted = !overrides.forced() || overrides.forced("sm90") || one_pass || two_passes;
   const int element = static_cast<int>(size_of(p.dtype));
-  if (!wanted || facts.major != 9 || !facts.has_cluster() || p.dtype == DType::kFloat64) return cudaSuccess;
-  if (p.in_channels * element % 16 != 0 || p.out_channels % 2 != 0) return cudaSuccess;
+  if (!wanted || facts.major != 9 || !facts.has_cluster() || p.dtype == DType::kFloat64) return;
+  if (p.in_channels * element % 16 != 0 || p.out_channels % 2 != 0) return;
   // A chunk is always computed whole: not where most of it would be zeros.
-  if (p.in_channels * element * 2 < kChunk) return cudaSuccess;
-  if (p.batch > 65535 || int64_t{p.height} * p.width * p.in_channels > INT32_MAX) return cudaSuccess;
+  if (p.in_channels * element * 2 < kChunk) return;
+  if (p.batch > 65535 || int64_t{p.height} * p.width * p.in_channels > INT32_MAX) return;
 
   const int height = p.phases == 1 ? p.out_height : p.height;
   const int width = p.phases == 1 ? p.out_width : p.width;
@@ -66,13 +58,13 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
 
   s.halo_height = (s.tile_height - 1) * p.stride_h + p.kernel_h;
   s.halo_width = (s.kTileWidth - 1) * p.stride_w + p.kernel_w;
-  s.halo_divisor = divisor(s.halo_width);
-  s.tiles_x_divisor = divisor(s.tiles_x);
+  s.halo_divisor = rounded_reciprocal(s.halo_width);
+  s.tiles_x_divisor = rounded_reciprocal(s.tiles_x);
   s.halo_bytes = (s.halo_height * s.halo_width * kChunk + 1023) / 1024 * 1024;
   const int weight_bytes = s.columns * kChunk * (split ? 2 : 1);
   const int chunks = static_cast<int>(ceil_div(p.in_channels * element, kChunk));
   const int steps = chunks * p.kernel_h * p.kernel_w;
-  if (int64_t{s.entries} * s.tiles_x > INT32_MAX) return cudaSuccess;
+  if (int64_t{s.entries} * s.tiles_x > INT32_MAX) return;
   const int64_t groups = p.batch * ceil_div(p.out_channels, s.columns);  // of blocks that share statistics
   const int64_t all = groups * s.entries;
   const bool pairs = s.columns <= 64 && !split;  // a multiprocessor can hold two blocks
@@ -107,18 +99,37 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
   const auto tiles = tuned("tiles", static_cast<int>(std::min<int64_t>(ceil_div(all, capacity), kMaxTilesInTurn)));
   s.resident = !two_passes && tiles <= kMaxTiles && groups * ceil_div(s.entries, tiles) <= capacity && fit(tiles, true);
   // One after the other also where nothing is held: the next tile is loaded while the last one is written.
-  if (!s.resident && !fit(tiles, false) && !fit(1, false)) return cudaSuccess;
+  if (!s.resident && !fit(tiles, false) && !fit(1, false)) return;
   // To NCHW, the phases of an upsampling would each write every second element; tiles of 128 channels take the same
   // time in TF32 either way, and in fp16 1.5 us more in one pass (1x128x128x128 and 8x128x64x64).
   s.resident_nchw = s.resident && p.phases == 1 && (s.columns < 128 || one_pass);
-  if (s.halo_height > 256 || s.halo_width > 256) return cudaSuccess;  // of a TMA box
+  if (s.halo_height > 256 || s.halo_width > 256) return;  // of a TMA box
   // Consumer threads: a warp for each row of a tile.
   s.merge_apart = s.tiles > 1 || int64_t{s.entries} * s.columns > int64_t{kMaxMerged} * 32 * s.tile_height;
   supported = true;
+}
+
+}  // namespace
+
+cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported) {
+  supported = false;
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const Overrides overrides(kTuneVariable);
+  schedule_conv_sm90(p, facts, overrides, s, supported);
+  if (!supported) schedule_conv_mma(p, facts, overrides, s, supported);
   return cudaSuccess;
 }
 
+const char* conv_name(const ConvParams& params, const ConvSchedule& schedule) {
+  const bool split = params.precision == ConvPrecision::kIeee;
+  if (schedule.mma) return split ? "mma:3xtf32" : "mma";
+  if (schedule.resident) return split ? "sm90:3xtf32:one_pass" : "sm90:one_pass";
+  return split ? "sm90:3xtf32" : "sm90";
+}
+
 cudaError_t launch_conv(const ConvParams& params, ConvSchedule schedule, cudaStream_t stream) {
+  if (schedule.mma) return launch_conv_mma(params, schedule, stream);
   schedule.resident = false;
   return launch_conv_sm90(params, schedule, {}, stream);
 }
@@ -143,8 +154,8 @@ cudaError_t launch_conv_one_pass(const ConvParams& params, const ConvSchedule& s
 cudaError_t launch_conv_two_passes(const ConvParams& params, ConvSchedule schedule, const InstanceNormParams& norm,
                                    cudaStream_t stream, const char*& name) {
   schedule.resident = false;
-  name = params.precision == ConvPrecision::kIeee ? "sm90:3xtf32" : "sm90";
-  if (const auto error = launch_conv_sm90(params, schedule, norm, stream)) return error;
+  name = conv_name(params, schedule);
+  if (const auto error = launch_conv(params, schedule, stream)) return error;
   return launch_conv_finish(params, schedule, norm, stream);
 }
 

@@ -1,4 +1,4 @@
-// How a tile's input and weights come to shared memory (sm_90): by the copy engine in boxes, or by cp.async where the
+// How a tile's input and weights come to shared memory: by the copy engine in boxes (sm_90), or by cp.async where the
 // padding is index arithmetic.
 #pragma once
 
@@ -8,18 +8,21 @@
 
 namespace styleforge::cuda {
 
-#ifdef STYLEFORGE_HAS_BULK_COPY
-
 // The source coordinate of a reflected or replicated one; beyond the padding (tiles stand over) it stays inside.
 __device__ __forceinline__ int padded_source(int position, int size, PaddingMode mode) {
   if (mode == PaddingMode::kReflect) position = position < 0 ? -position : min(position, 2 * (size - 1) - position);
   return min(max(position, 0), size - 1);
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool valid) {
   const int bytes = valid ? 16 : 0;  // the rest of the 16 is zeros
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+#endif
+
+#ifdef STYLEFORGE_HAS_BULK_COPY
+
 // Arrives once this thread's copies so far are there.
 __device__ __forceinline__ void copy_async_arrive(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");

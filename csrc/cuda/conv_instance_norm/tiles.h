@@ -17,6 +17,11 @@ constexpr int kMergeSlice = 4;
 // How often a resident grid waits for itself.
 __host__ __device__ constexpr int grid_waits(const ConvSchedule& s) { return s.merge_apart ? 2 : 1; }
 
+// __umulhi(value, rounded_reciprocal(d)) is value / d where value * d < 2^32 and d > 1.
+inline unsigned rounded_reciprocal(int d) {
+  return static_cast<unsigned>((uint64_t{1} << 32) / static_cast<unsigned>(d) + 1);
+}
+
 struct ConvTileAt {
   int phase, y, x;    // first pixel, in pixels of its phase
   int rows, columns;  // valid ones

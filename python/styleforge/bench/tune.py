@@ -88,7 +88,8 @@ def _conv() -> None:
             for columns, height, tiles in itertools.product((32, 64, 128), (4, 8), (1, 2, 3, 4))
         ]
         results: list[tuple[float, str, str]] = []
-        for path, tune in itertools.product(("", "sm90:two_pass"), tunes):
+        tiles = [("mma", f"tile={tile}" if tile else "") for tile in range(7)]
+        for path, tune in [*itertools.product(("", "sm90:two_pass"), tunes), *tiles]:
             os.environ["STYLEFORGE_PATH"] = path
             os.environ["STYLEFORGE_CONV_TUNE"] = tune
             with torch.inference_mode():
