@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import styleforge
 from styleforge.fuse import FusionReport
@@ -593,3 +594,66 @@ def test_random_networks(plan: list[tuple[str, str, int]], training: bool) -> No
         torch.manual_seed(1)
         ours = fused(x.clone())
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_norm_takes_the_bias_of_a_transposed_convolution_out(functional: bool) -> None:
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.ConvTranspose2d(4, 6, 3, 2, 1, 1)
+            self.norm = nn.InstanceNorm2d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if functional:
+                y = F.conv_transpose2d(
+                    x, self.conv.weight, self.conv.bias, 2, padding=1, output_padding=(1, 1)
+                )
+            else:
+                y = self.conv(x)
+            return F.relu(self.norm(y))
+
+    model = Up().eval()
+    fused = styleforge.fuse(model)
+    x = torch.randn(2, 4, 9, 11)
+    with torch.no_grad(), Biases() as seen:
+        torch.testing.assert_close(fused(x), model(x))
+    assert seen.given == [False, True]
+    with Biases() as seen:
+        fused(x).square().sum().backward()
+    assert seen.given == [True] and model.conv.bias is not None
+    assert model.conv.bias.grad is not None and model.conv.bias.grad.abs().max() < 1e-4
+    with torch.no_grad():
+        script = torch.jit.script(styleforge.fuse(model))
+        torch.testing.assert_close(script(x), model(x))
+
+
+def test_a_bias_that_is_read_elsewhere_stays() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.ConvTranspose2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return F.instance_norm(y) + y
+
+    model = Both().eval()
+    x = torch.randn(1, 4, 6, 6)
+    with torch.no_grad(), Biases() as seen:
+        torch.testing.assert_close(styleforge.fuse(model)(x), model(x))
+    assert seen.given == [True, True]
+
+
+class Biases(TorchFunctionMode):
+    """Whether each transposed convolution had a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[bool] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.conv_transpose2d, torch.conv_transpose2d):
+            bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+            self.given.append(bias is not None)
+        return func(*args, **(kwargs or {}))

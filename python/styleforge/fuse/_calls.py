@@ -132,6 +132,28 @@ def instance_norm(
     return activate(output + residual, activation, negative_slope)
 
 
+def conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    stride: List[int],
+    padding: List[int],
+    output_padding: List[int],
+    groups: int,
+    dilation: List[int],
+) -> Tensor:
+    """``conv_transpose2d`` before an instance norm, which takes the bias out again: for its gradient only.
+
+    A trace has one of the two for all times: the one with the bias.
+    """
+    keeps = bias is not None and torch.is_grad_enabled() and bias.requires_grad
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        keeps = keeps or torch.jit.is_tracing()  # type: ignore
+    if keeps:
+        return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return F.conv_transpose2d(input, weight, None, stride, padding, output_padding, groups, dilation)
+
+
 def ffn(
     input: Tensor,
     fc1_weight: Tensor,

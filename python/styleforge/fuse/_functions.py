@@ -17,11 +17,16 @@ from styleforge.ops.fused_attention import MAX_HEAD_DIM
 
 # Parameter names, in order, of functions that are written in C and have no signature of their own.
 _CONV2D = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONV_TRANSPOSE2D = (
+    *("input", "weight", "bias", "stride", "padding"),
+    *("output_padding", "groups", "dilation"),
+)
 _PAD = ("input", "pad", "mode", "value")
 _DEFAULTS: dict[str, Any] = {
     "bias": None,
     "stride": 1,
     "padding": 0,
+    "output_padding": 0,
     "dilation": 1,
     "groups": 1,
     "mode": "constant",
@@ -39,6 +44,7 @@ _TANHS = {F.tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"}
 _ADDS = {operator.add, torch.add, "add", "__add__"}
 _ADDS_IN_PLACE = {operator.iadd, _in_place.iadd, "add_", "__iadd__"}
 _CONVS = {F.conv2d, torch.conv2d}
+TRANSPOSED_CONVS = {F.conv_transpose2d, torch.conv_transpose2d}
 _LINEARS = {F.linear, torch._C._nn.linear}
 _GELUS = {F.gelu, torch._C._nn.gelu}
 _PADS = {F.pad, torch._C._nn.pad}
@@ -96,7 +102,7 @@ def describe(
         if given is None or given["alpha"] != 1:
             return None
         return ops.Add(given["input"], given["other"], target in _ADDS_IN_PLACE)
-    if target in (F.conv_transpose2d, torch.conv_transpose2d) and args:
+    if target in TRANSPOSED_CONVS and args:
         return ops.Other(args[0], "conv_transpose2d")
     return _transformer(target, args, kwargs)
 
@@ -195,6 +201,12 @@ def _native_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operatio
 def _too_wide(embed_dim: Any, num_heads: Any) -> bool:
     known = isinstance(embed_dim, int) and isinstance(num_heads, int)
     return not known or embed_dim > MAX_HEAD_DIM * num_heads
+
+
+def transposed_conv(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The arguments of ``conv_transpose2d`` in order; None where they do not fit."""
+    given = _bind(_CONV_TRANSPOSE2D, args, kwargs)
+    return None if given is None else tuple(given[name] for name in _CONV_TRANSPOSE2D)
 
 
 def _bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -36,6 +36,8 @@ def rewrite(graph: fx.Graph, root: nn.Module) -> tuple[list[Site], list[Left]]:
     replaced: dict[Ref, fx.Node] = {}  # a site may read what another one gave
     for site in sites:
         _replace(graph, site, replaced)
+        if isinstance(site, NormSite) and site.conv is None:
+            _drop_bias(graph, root, replaced[site.steps[-1].key])
     return sites, left
 
 
@@ -232,6 +234,37 @@ def _replace(graph: fx.Graph, site: Site, replaced: dict[Ref, fx.Node]) -> None:
         new.meta = dict(last.meta)
     for node in reversed(nodes):
         graph.erase_node(node)
+
+
+def _drop_bias(graph: fx.Graph, root: nn.Module, norm: fx.Node) -> None:
+    """A transposed convolution that only a norm reads needs no bias: the norm takes it out again."""
+    node = norm.args[0]
+    if not isinstance(node, fx.Node) or len(node.users) != 1 or _values(norm).count(node) != 1:
+        return
+    args: tuple[Any, ...]
+    with graph.inserting_before(node):
+        if node.op == "call_module":
+            module: Any = root.get_submodule(str(node.target))
+            plain = type(module) is nn.ConvTranspose2d and not _layers.has_hooks(module)
+            if not plain or module.bias is None or len(node.args) != 1 or node.kwargs:
+                return
+            parameters = [graph.get_attr(f"{node.target}.{name}") for name in ("weight", "bias")]
+            numbers = (module.stride, module.padding, module.output_padding, module.groups, module.dilation)
+            args = (node.args[0], *parameters, *numbers)
+        elif node.op == "call_function" and node.target in _functions.TRANSPOSED_CONVS:
+            given = _functions.transposed_conv(node.args, dict(node.kwargs))
+            if given is None or given[2] is None:
+                return
+            args = given
+        else:
+            return
+        lists: list[Any] = [
+            list(n) if isinstance(n, (tuple, list)) else [n, n] for n in (*args[3:6], args[7])
+        ]
+        new = graph.call_function(_calls.conv_transpose, (*args[:3], *lists[:3], args[6], lists[3]))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
 
 
 def call_of(site: Site) -> tuple[Callable[..., Any], tuple[Any, ...]]:
