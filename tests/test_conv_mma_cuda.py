@@ -112,7 +112,10 @@ def test_portable_convolution(
         result = OP(*args, residual=residual, precision=precision)
         # Pictures run float32 also where TF32 is allowed.
         ieee = dtype == torch.float32 and (precision == "ieee" or ci <= 3)
-        assert styleforge.last_path().endswith("+mma:3xtf32" if ieee else "+mma")
+        if (kernel, stride) == ((7, 7), (3, 3)):  # no tile's halo fits: cuDNN's convolution, and it says so
+            assert "aten_conv" in styleforge.last_path()
+        else:
+            assert styleforge.last_path().endswith("+mma:3xtf32" if ieee else "+mma")
         assert result.stride() == dense_strides(reference.shape, x)
         error, allowed = rms_error(result, reference), rms_error(yardstick, reference)
         # TF32 is allowed, not demanded: PyTorch may have computed in float32. Sums in another order: 1e-7.

@@ -109,7 +109,9 @@ def _check(
     packed, result, logsumexp = _attend(x, heads, is_causal, mask, scale)
     expected, expected_logsumexp, terms = _expected(packed, is_causal, mask, scale)
     yardstick = _yardstick(packed, is_causal, mask, scale)
-    assert_as_accurate(result, yardstick, expected, factor=factor)
+    # With a few products in a sum PyTorch's units round them once, and 3xTF32 three times.
+    few = x.shape[-1] // (3 * heads) < 8
+    assert_as_accurate(result, yardstick, expected, factor=factor, ulps=4.0 if few else None)
     seen = expected_logsumexp.isfinite()
     assert torch.equal(logsumexp.isposinf(), ~seen)  # which the backward takes for "no weight"
     error = (logsumexp.double() - expected_logsumexp)[seen].abs()

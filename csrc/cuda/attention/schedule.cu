@@ -19,6 +19,7 @@ cudaError_t schedule_tiled_attention(const TiledAttentionParams& p, TiledAttenti
   const bool forced = overrides.forced("sm90");
   if (facts.major != 9 || !facts.has_cluster() || (overrides.forced() && !forced)) return cudaSuccess;
   if (p.head_dim < 1 || p.head_dim > kTiledAttentionMaxHead || p.length < 1) return cudaSuccess;
+  if (p.head_dim < 8 && !forced) return cudaSuccess;  // ATen's is more accurate on so few products
   s = {};
   s.head = p.head_dim <= 32 ? 32 : p.head_dim <= 64 ? 64 : 128;
   s.tiles = static_cast<int>(ceil_div(p.length, kTiledAttentionRows));
