@@ -39,6 +39,9 @@ class _Page(HTMLParser):
                 self.links.append(value or "")
 
 
+_BUILT = ("build", "dist")  # folders that are there only after a build
+
+
 def markdown_files(root: Path) -> list[Path]:
     """The Markdown files of a checkout; of an unpacked archive, those outside of hidden and built folders."""
     try:
@@ -48,9 +51,8 @@ def markdown_files(root: Path) -> list[Path]:
         ).stdout  # fmt: skip
         found = [root / name for name in listing.split("\0") if name]
     except (OSError, subprocess.CalledProcessError):
-        built = ("build", "dist")
         inner = [path.relative_to(root) for path in root.rglob("*.md")]
-        found = [root / p for p in inner if not p.parts[0].startswith(".") and p.parts[0] not in built]
+        found = [root / p for p in inner if not p.parts[0].startswith(".") and p.parts[0] not in _BUILT]
     return sorted(path for path in found if path.is_file())
 
 
@@ -67,7 +69,7 @@ def _dead(file: Path, root: Path) -> Iterator[tuple[str, str]]:
             yield link, reason
     for path in dict.fromkeys(paths):
         first = path.split("/")[0]
-        if (root / first).is_dir() and not any(root.glob(path.rstrip("/"))):
+        if first not in _BUILT and (root / first).is_dir() and not any(root.glob(path.rstrip("/"))):
             yield f"`{path}`", "there is no such file"
 
 
