@@ -4,14 +4,11 @@
 
 #include <cstdint>
 
+#include "../common/mma.cuh"
 #include "../common/tf32.cuh"
 #include "../common/types.cuh"
 
 namespace styleforge::cuda {
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-#define STYLEFORGE_HAS_MMA 1
-#endif
 
 // Arithmetic of a product: float32 by three products of TF32 numbers, or by one; 16-bit numbers.
 struct Ieee {
@@ -40,13 +37,7 @@ struct Piece {
 
 #ifdef STYLEFORGE_HAS_MMA
 
-// Four matrices of 8 rows x 16 bytes; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&a)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(address)
-               : "memory");
-}
+// As load_matrices, each matrix transposed.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&a)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
@@ -76,26 +67,6 @@ __device__ __forceinline__ void round_piece(Piece<Math, kCount>& piece) {
   }
 }
 
-template <typename Math>
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (Math::kRound) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else if constexpr (std::is_same_v<typename Math::T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
-
 // total += a b, b in registers `at` and `at` + 1 of its piece. Three products of eight numbers are added up by the
 // tensor core, the small ones first, and move on to `total` by a rounding addition: the core's own cuts off.
 template <typename Math, int kCount>
@@ -103,13 +74,13 @@ __device__ __forceinline__ void multiply(float (&total)[4], const Piece<Math, 4>
                                          int at) {
   if constexpr (Math::kSplit) {
     float d[4] = {};
-    mma<Math>(d, a.lo, b.hi[at], b.hi[at + 1]);
-    mma<Math>(d, a.hi, b.lo[at], b.lo[at + 1]);
-    mma<Math>(d, a.hi, b.hi[at], b.hi[at + 1]);
+    multiply<float>(d, a.lo, b.hi[at], b.hi[at + 1], d);
+    multiply<float>(d, a.hi, b.lo[at], b.lo[at + 1], d);
+    multiply<float>(d, a.hi, b.hi[at], b.hi[at + 1], d);
 #pragma unroll
     for (int i = 0; i < 4; ++i) total[i] += d[i];
   } else {
-    mma<Math>(total, a.hi, b.hi[at], b.hi[at + 1]);
+    multiply<typename Math::T>(total, a.hi, b.hi[at], b.hi[at + 1], total);
   }
 }
 

@@ -18,10 +18,12 @@
 
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
+#include "../common/mma.cuh"
 #include "../common/overrides.h"
 #include "../common/tf32.cuh"
 #include "../common/types.cuh"
 #include "kernels.h"
+#include "tile_in.cuh"
 #include "tiles.h"
 
 namespace styleforge::cuda {
@@ -62,33 +64,7 @@ __device__ __forceinline__ int divide(int value, int by, unsigned divisor) {
   return by == 1 ? value : static_cast<int>(__umulhi(value, divisor));
 }
 
-__device__ __forceinline__ int source(int position, int size, PaddingMode mode) {
-  if (mode == PaddingMode::kReflect) position = position < 0 ? -position : min(position, 2 * (size - 1) - position);
-  return min(max(position, 0), size - 1);
-}
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-#define STYLEFORGE_HAS_PICTURE_CONV 1
-
-template <typename T>
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (sizeof(T) == 4) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
+#ifdef STYLEFORGE_HAS_MMA
 
 // The block's weights to shared memory, in the order in which lanes take them; the rest is zeros already.
 template <typename T>
@@ -142,7 +118,7 @@ __device__ __forceinline__ void bring_input(const ConvParams& p, const PictureCo
       const int e = base + 32 * i;
       const int x = divide(e, p.in_channels, s.channels_divisor);
       inside[i] = e < s.elements && (!zeros || (left + x >= 0 && left + x < p.width));
-      column[i] = sample + source(left + x, p.width, p.mode) * picture.input_stride[3] +
+      column[i] = sample + padded_source(left + x, p.width, p.mode) * picture.input_stride[3] +
                   (e - x * p.in_channels) * picture.input_stride[1];
     }
     for (int first = warp; first < s.halo_height; first += kWarps * kLoads) {
@@ -151,7 +127,7 @@ __device__ __forceinline__ void bring_input(const ConvParams& p, const PictureCo
       for (int u = 0; u < kLoads; ++u) {
         const int y = top + first + u * kWarps;
         const bool valid = !zeros || (y >= 0 && y < p.height);
-        const int64_t row = source(y, p.height, p.mode) * picture.input_stride[2];
+        const int64_t row = padded_source(y, p.height, p.mode) * picture.input_stride[2];
 #pragma unroll
         for (int i = 0; i < kPieces; ++i) value[u][i] = inside[i] && valid ? column[i][row] : from_acc<T>(0.0f);
       }
@@ -178,7 +154,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     conv_picture_kernel(const __grid_constant__ ConvParams p, const __grid_constant__ PictureConv picture,
                         const __grid_constant__ ConvSchedule schedule, const __grid_constant__ PictureShape s) {
-#ifdef STYLEFORGE_HAS_PICTURE_CONV
+#ifdef STYLEFORGE_HAS_MMA
   using Traits = PictureTraits<T>;
   constexpr int kRows = Traits::kRows;
   extern __shared__ uint4 dynamic[];
@@ -220,10 +196,10 @@ __global__ void __launch_bounds__(kThreads, 2)
           for (int m = 0; m < kRows; ++m) {
             const uint32_t* row = from + m * row_pitch;
             const uint32_t a[4] = {row[0], row[eight], row[4], row[eight + 4]};
-            multiply<T>(total[m][0], a, b01.x, b01.y);
-            multiply<T>(total[m][1], a, b01.z, b01.w);
-            multiply<T>(total[m][2], a, b23.x, b23.y);
-            multiply<T>(total[m][3], a, b23.z, b23.w);
+            multiply<T>(total[m][0], a, b01.x, b01.y, total[m][0]);
+            multiply<T>(total[m][1], a, b01.z, b01.w, total[m][1]);
+            multiply<T>(total[m][2], a, b23.x, b23.y, total[m][2]);
+            multiply<T>(total[m][3], a, b23.z, b23.w, total[m][3]);
           }
         }
       } else {
@@ -245,11 +221,11 @@ __global__ void __launch_bounds__(kThreads, 2)
           for (int j = 0; j < kTiles; ++j) {
             const uint4 b = taken[32 * j];
 #pragma unroll
-            for (int m = 0; m < kRows; ++m) multiply<T>(d[m][j], low[m], b.x, b.y);
+            for (int m = 0; m < kRows; ++m) multiply<T>(d[m][j], low[m], b.x, b.y, d[m][j]);
 #pragma unroll
-            for (int m = 0; m < kRows; ++m) multiply<T>(d[m][j], high[m], b.z, b.w);
+            for (int m = 0; m < kRows; ++m) multiply<T>(d[m][j], high[m], b.z, b.w, d[m][j]);
 #pragma unroll
-            for (int m = 0; m < kRows; ++m) multiply<T>(d[m][j], high[m], b.x, b.y);
+            for (int m = 0; m < kRows; ++m) multiply<T>(d[m][j], high[m], b.x, b.y, d[m][j]);
           }
         }
 #pragma unroll
