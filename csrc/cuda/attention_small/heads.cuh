@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   for (int i = 0; i < chunks + kStages - 1; ++i) {
     const int chunk = i - (kStages - 1);
     if (chunk >= 0) {
-      wait_copies<kStages - 2>();
+      copy_wait<kStages - 2>();
       __syncthreads();
     }
     if (i < chunks) {
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
       load_tokens<Tile, Tile::kKeys>(to + Tile::kKeys * Tile::kPitch, place, 2, i * Tile::kKeys);
       into = into == kStages - 1 ? 0 : into + 1;
     }
-    commit_copies();
+    copy_commit();
     if (i == 0) block.fill_hidden(dynamic, padded);
     if (chunk < 0) continue;
     const unsigned char* keys = stages + stage * Tile::kStageBytes;

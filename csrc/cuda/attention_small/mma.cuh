@@ -88,12 +88,6 @@ __device__ __forceinline__ void multiply(float (&total)[4], const Piece<Math, 4>
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
-// This thread's copies since the last call are a group; wait_copies<n> leaves the n last groups under way.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kLeft>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-}
 
 #endif  // STYLEFORGE_HAS_MMA
 

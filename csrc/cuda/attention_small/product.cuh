@@ -125,7 +125,7 @@ __device__ __forceinline__ void multiply_rows(ProductTile<Math, kRows, kColumns>
   for (int i = 0; i < chunks + kStages - 1; ++i) {
     const bool multiplies = i >= kStages - 1;
     if (multiplies) {
-      wait_copies<kStages - 2>();
+      copy_wait<kStages - 2>();
       __syncthreads();
     }
     if (i < chunks) {
@@ -133,7 +133,7 @@ __device__ __forceinline__ void multiply_rows(ProductTile<Math, kRows, kColumns>
       if (!kWeightsFirst || multiplies) load_b(i, into);
       into = into == kStages - 1 ? 0 : into + 1;
     }
-    commit_copies();
+    copy_commit();
     if (!multiplies) continue;
     const uint32_t at = stage * Tile::kStageBytes;
 #pragma unroll(Tile::kAtOnce == Tile::kOwn ? 2 : 1)

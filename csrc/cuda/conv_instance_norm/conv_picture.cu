@@ -59,7 +59,6 @@ struct PictureShape {
   unsigned channels_divisor = 0, filter_divisor = 0, taps_divisor = 0, width_divisor = 0;
 };
 
-unsigned divisor(int d) { return static_cast<unsigned>((uint64_t{1} << 32) / static_cast<unsigned>(d) + (d > 1)); }
 __device__ __forceinline__ int divide(int value, int by, unsigned divisor) {
   return by == 1 ? value : static_cast<int>(__umulhi(value, divisor));
 }
@@ -324,10 +323,10 @@ PictureShape shape_of(const ConvParams& p, int height, int step, int element) {
     s.row_words = s.pitch = read;
   }
   s.halo_height = (height - 1) * p.stride_h + p.kernel_h;
-  s.channels_divisor = divisor(p.in_channels);
-  s.taps_divisor = divisor(p.kernel_h * p.kernel_w);
-  s.filter_divisor = divisor(p.in_channels * p.kernel_h * p.kernel_w);
-  s.width_divisor = divisor(p.kernel_w);
+  s.channels_divisor = rounded_reciprocal(p.in_channels);
+  s.taps_divisor = rounded_reciprocal(p.kernel_h * p.kernel_w);
+  s.filter_divisor = rounded_reciprocal(p.in_channels * p.kernel_h * p.kernel_w);
+  s.width_divisor = rounded_reciprocal(p.kernel_w);
   return s;
 }
 
@@ -362,7 +361,7 @@ cudaError_t schedule_picture_conv(const ConvParams& p, ConvSchedule& schedule, b
   schedule.tile_height = half ? PictureTraits<__half>::kHeight : PictureTraits<float>::kHeight;
   schedule.tiles_x = static_cast<int>(ceil_div(p.out_width, ConvSchedule::kTileWidth));
   schedule.tiles_y = static_cast<int>(ceil_div(p.out_height, schedule.tile_height));
-  schedule.tiles_x_divisor = divisor(schedule.tiles_x);
+  schedule.tiles_x_divisor = rounded_reciprocal(schedule.tiles_x);
   schedule.entries = schedule.tiles_x * schedule.tiles_y;
   if (int64_t{schedule.entries} * schedule.tiles_x > INT32_MAX) return cudaSuccess;
   schedule.shared_bytes = shared_bytes(shape);

@@ -1,16 +1,15 @@
 // Convolution whose epilogue takes the instance norm's statistics, and the pass that normalises: what the operator
 // layer calls. Everything is channels_last inside; the result is channels_last or NCHW.
 //
-//   kernel       file           what it does
-//   convolution  conv_sm90.cu   implicit GEMM with (mean, M2) of each tile's channels; where all tiles are on the chip
-//   at
-//                               the same time, all that follows, too; else it writes the raw result
-//                conv_mma.cu    the same for sm_80 and newer, always in two passes
-//                conv_picture.cu the same for one to four input channels, raw
-//   finish       finish.cu      merges the tiles' moments; normalises, adds the residual, activates, in place
-//                finish_nchw.cu the same, to another tensor, which is NCHW
-//   columns      columns.cu     adds up a convolution that ran by the columns of its kernel (few output channels, no
-//   norm) weights      weights.cu     brings weights to [rows][taps][channels], split for float32 accuracy
+//   file             what it does
+//   conv_sm90.cu     implicit GEMM with (mean, M2) of each tile's channels; where all tiles are on the chip at the
+//                    same time, all that follows, too; else it writes the raw result
+//   conv_mma.cu      the same for sm_80 and newer, always in two passes
+//   conv_picture.cu  the same for one to four input channels, in two passes
+//   finish.cu        merges the tiles' moments; normalises, adds the residual, activates, in place
+//   finish_nchw.cu   the same, to another tensor, which is NCHW
+//   columns.cu       adds up a convolution that ran by the columns of its kernel (few output channels, no norm)
+//   weights.cu       brings weights to [rows][taps][channels], split for float32 accuracy
 #pragma once
 
 #include <cuda_runtime.h>
