@@ -55,6 +55,8 @@ cudaError_t schedule_small_attention(const SmallAttentionParams& p, SmallAttenti
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const Overrides overrides(kTuneVariable);
+  s = {};
+  s.whole_rows = small_whole_rows(p, facts, overrides);
   const bool forced = overrides.forced("dependent");
   if ((overrides.forced() && !forced) || facts.major < 8) return cudaSuccess;
   if (p.dtype == DType::kFloat64 || p.head_dim % 8 != 0 || p.head_dim > 128) return cudaSuccess;
@@ -64,7 +66,6 @@ cudaError_t schedule_small_attention(const SmallAttentionParams& p, SmallAttenti
   }
 
   const auto tuned = [&](const char* key, int64_t chosen) { return static_cast<int>(overrides.tuned(key, chosen)); };
-  s = {};
   s.head_dim = p.head_dim <= 32 ? 32 : p.head_dim <= 64 ? 64 : 128;
   const bool wide = s.head_dim == 128 && p.dtype == DType::kFloat32;
   s.rows = wide ? 32 : tuned("rows", rows_of_block(p, facts));
@@ -84,6 +85,7 @@ bool small_attention_takes_memory(const SmallAttentionParams& p) {
 
 cudaError_t launch_small_attention(const SmallAttentionParams& p, const SmallAttentionSchedule& s,
                                    cudaStream_t stream) {
+  if (s.whole_rows > 0) return launch_small_whole(p, s, stream);
   const auto heads = p.dtype == DType::kFloat32 ? launch_small_heads_float32 : launch_small_heads_16_bit;
   if (const auto error = heads(p, s, stream)) return error;
   return launch_small_output(p, s, stream);

@@ -1,0 +1,87 @@
+// The launch of whole.cuh, and which shapes it takes.
+#include <algorithm>
+
+#include "../common/overrides.h"
+#include "../common/tensor_map.h"
+#include "whole.cuh"
+
+namespace styleforge::cuda {
+namespace {
+
+template <typename Tile>
+cudaError_t launch_tile(const SmallAttentionParams& p, const DeviceFacts& facts, cudaStream_t stream) {
+  using Size = cuuint64_t;
+  constexpr Size kSize = 2;
+  constexpr auto kFetch = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+  CUtensorMap tokens, qkv_weight, out_weight;
+  const Size embed = Tile::kEmbed;
+  const Size row = static_cast<Size>(p.input_stride[1]) * kSize;
+  const Size sample = p.batch == 1 ? row * static_cast<Size>(p.length) : static_cast<Size>(p.input_stride[0]) * kSize;
+  if (const auto error =
+          tensor_map<3>(p.dtype, p.input, {embed, static_cast<Size>(p.length), static_cast<Size>(p.batch)},
+                        {row, sample}, {kBoxColumns, 128, 1}, tokens, CU_TENSOR_MAP_SWIZZLE_128B, kFetch)) {
+    return error;
+  }
+  if (const auto error = tensor_map<2>(p.dtype, p.qkv_weight, {embed, 3 * embed}, {embed * kSize},
+                                       {kBoxColumns, Tile::kHeadDim}, qkv_weight, CU_TENSOR_MAP_SWIZZLE_128B, kFetch)) {
+    return error;
+  }
+  if (const auto error = tensor_map<2>(p.dtype, p.out_weight, {embed, embed}, {embed * kSize},
+                                       {kBoxColumns, Tile::kHeadDim}, out_weight, CU_TENSOR_MAP_SWIZZLE_128B, kFetch)) {
+    return error;
+  }
+  const dim3 grid(Tile::kHeads, static_cast<unsigned>(ceil_div(p.length, Tile::kRows)), static_cast<unsigned>(p.batch));
+  return launch(small_whole_kernel<Tile>, grid, dim3(kWholeThreads), Tile::kBytes, Tile::kHeads, facts, stream, p,
+                tokens, qkv_weight, out_weight);
+}
+
+template <typename T, int kEmbed, int kHeadDim, int kRows>
+cudaError_t launch_rows(const SmallAttentionParams& p, const DeviceFacts& facts, cudaStream_t stream) {
+  if (p.length <= 128) return launch_tile<WholeTile<T, kEmbed, kHeadDim, kRows, 1>>(p, facts, stream);
+  if (p.length <= 256) return launch_tile<WholeTile<T, kEmbed, kHeadDim, kRows, 2>>(p, facts, stream);
+  if constexpr (kEmbed == 128) return launch_tile<WholeTile<T, kEmbed, kHeadDim, kRows, 4>>(p, facts, stream);
+  return cudaErrorInvalidValue;
+}
+
+template <typename T>
+cudaError_t launch_dtype(const SmallAttentionParams& p, int rows, const DeviceFacts& facts, cudaStream_t stream) {
+  if (p.embed == 128) {
+    return rows == 16 ? launch_rows<T, 128, 32, 16>(p, facts, stream) : launch_rows<T, 128, 32, 32>(p, facts, stream);
+  }
+  return rows == 16 ? launch_rows<T, 256, 64, 16>(p, facts, stream) : launch_rows<T, 256, 64, 32>(p, facts, stream);
+}
+
+static_assert(WholeTile<__half, 128, 32, 32, 4>::kBytes <= 227 * 1024);
+static_assert(WholeTile<__half, 256, 64, 32, 2>::kBytes <= 227 * 1024);
+
+}  // namespace
+
+int small_whole_rows(const SmallAttentionParams& p, const DeviceFacts& facts, const Overrides& overrides) {
+  constexpr int kHeads = 4;
+  // "whole": 1 never, 2 always; "block": queries of a block
+  const auto wish = overrides.tuned("whole", 0);
+  if (wish == 1 || (overrides.forced() && !overrides.forced("whole"))) return 0;
+  if (facts.major != 9 || !facts.has_cluster() || facts.max_shared_per_block < 227 * 1024) return 0;
+  if ((p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) || p.heads != kHeads) return 0;
+  if (!(p.embed == 128 && p.length <= 512) && !(p.embed == 256 && p.length <= 256)) return 0;
+  const int rows = static_cast<int>(overrides.tuned("block", 32));
+  // Clusters of four find room on ten of eleven multiprocessors.
+  const int64_t blocks = ceil_div(p.length, rows) * p.batch * p.heads;
+  const int64_t room = facts.multiprocessors - facts.multiprocessors / 11;
+  return wish == 2 || overrides.forced() || blocks <= room ? rows : 0;
+}
+
+bool small_whole_takes_memory(const SmallAttentionParams& p) {
+  if (!aligned16(p.input) || !aligned16(p.qkv_weight) || !aligned16(p.out_weight)) return false;
+  return p.input_stride[1] > 0 && p.input_stride[1] % 8 == 0 &&
+         (p.batch == 1 || (p.input_stride[0] > 0 && p.input_stride[0] % 8 == 0));
+}
+
+cudaError_t launch_small_whole(const SmallAttentionParams& p, const SmallAttentionSchedule& s, cudaStream_t stream) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  return p.dtype == DType::kFloat16 ? launch_dtype<__half>(p, s.whole_rows, facts, stream)
+                                    : launch_dtype<__nv_bfloat16>(p, s.whole_rows, facts, stream);
+}
+
+}  // namespace styleforge::cuda
