@@ -79,7 +79,10 @@ def test_every_cut(
     monkeypatch.setenv("STYLEFORGE_PATH", PATH)
     for length, rows in itertools.product((1, 17, 128, 250, 333, 512, 1025), (16, 32)):
         out_rows = 48 - rows
-        monkeypatch.setenv("STYLEFORGE_SMALL_ATTENTION_TUNE", f"rows={rows},out_rows={out_rows}")
+        halves = 1 + length % 2
+        monkeypatch.setenv(
+            "STYLEFORGE_SMALL_ATTENTION_TUNE", f"rows={rows},out_rows={out_rows},halves={halves}"
+        )
         x = random_tensor(2, length, embed, dtype=dtype, device="cuda")
         for is_causal, mask in ((False, None), (True, None), (False, "some"), (True, "dead")):
             parameters = attention_parameters(embed, dtype, "cuda", "none" if mask == "some" else "both")

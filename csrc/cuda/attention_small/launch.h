@@ -38,9 +38,10 @@ struct SmallAttentionParams {
 };
 
 struct SmallAttentionSchedule {
-  int head_dim = 32;  // as the kernel has it, at least the one given
-  int rows = 32;      // of queries in a block, 16 or 32
-  int out_rows = 32;  // of a block of the second projection, 16 or 32
+  int head_dim = 32;    // as the kernel has it, at least the one given
+  int rows = 32;        // of queries in a block, 16 or 32
+  bool halves = false;  // a block of the first projection has half of a head of 64
+  int out_rows = 32;    // of a block of the second projection, 16 or 32
 
   int whole_rows = 0;  // of queries in a block of the one launch, 16 or 32; 0: three
 };

@@ -69,6 +69,8 @@ cudaError_t schedule_small_attention(const SmallAttentionParams& p, SmallAttenti
   s.head_dim = p.head_dim <= 32 ? 32 : p.head_dim <= 64 ? 64 : 128;
   const bool wide = s.head_dim == 128 && p.dtype == DType::kFloat32;
   s.rows = wide ? 32 : tuned("rows", rows_of_block(p, facts));
+  const bool room = blocks(p, s.rows) * 2 <= facts.multiprocessors;  // for a block each
+  s.halves = s.head_dim == 64 && p.head_dim % 16 == 0 && tuned("halves", room ? 2 : 1) == 2;
   // More rows read the weights fewer times, which is a matter of 16 bits: in float32 there is more to compute.
   const bool few = p.dtype == DType::kFloat32 || int64_t{p.batch} * p.length * p.embed <= kFewNumbers;
   s.out_rows = tuned("out_rows", few ? 16 : 32);

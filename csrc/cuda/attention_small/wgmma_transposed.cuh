@@ -16,15 +16,6 @@ namespace styleforge::cuda {
 #ifdef STYLEFORGE_HAS_WGMMA
 
 // clang-format off
-#define STYLEFORGE_WGMMA_8(type)                                                                                     \
-  asm volatile(                                                                                                      \
-      "{\n"                                                                                                          \
-      ".reg .pred p;\n"                                                                                              \
-      "setp.ne.b32 p, %7, 0;\n"                                                                                      \
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32." type "." type " {%0, %1, %2, %3}, %4, %5, p, 1, 1, %6, 0;\n"      \
-      "}\n"                                                                                                          \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                               \
-      : "l"(a), "l"(b), "n"(static_cast<int>(kTransposed)), "r"(static_cast<int>(accumulate)))
 #define STYLEFORGE_WGMMA_16(type)                                                                                    \
   asm volatile(                                                                                                      \
       "{\n"                                                                                                          \
@@ -48,22 +39,18 @@ namespace styleforge::cuda {
       : "l"(a), "l"(b), "n"(static_cast<int>(kTransposed)), "r"(static_cast<int>(accumulate)))
 // clang-format on
 
-// 8, 16 or 32 columns, two for each register; without `accumulate` D is overwritten.
+// 16 or 32 columns, two for each register; without `accumulate` D is overwritten.
 template <typename T, bool kTransposed, int kCount>
 __device__ __forceinline__ void multiply_boxes(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(kCount == 4 || kCount == 8 || kCount == 16);
+  static_assert(kCount == 8 || kCount == 16);
   if constexpr (std::is_same_v<T, __half>) {
-    if constexpr (kCount == 4) {
-      STYLEFORGE_WGMMA_8("f16");
-    } else if constexpr (kCount == 8) {
+    if constexpr (kCount == 8) {
       STYLEFORGE_WGMMA_16("f16");
     } else {
       STYLEFORGE_WGMMA_32("f16");
     }
   } else {
-    if constexpr (kCount == 4) {
-      STYLEFORGE_WGMMA_8("bf16");
-    } else if constexpr (kCount == 8) {
+    if constexpr (kCount == 8) {
       STYLEFORGE_WGMMA_16("bf16");
     } else {
       STYLEFORGE_WGMMA_32("bf16");
@@ -71,16 +58,11 @@ __device__ __forceinline__ void multiply_boxes(float (&d)[kCount], uint64_t a, u
   }
 }
 
-#undef STYLEFORGE_WGMMA_8
 #undef STYLEFORGE_WGMMA_16
 #undef STYLEFORGE_WGMMA_32
 
 // Pieces of 8 x 8 of a result, as wgmma has them, with rows and columns exchanged: lanes 8 i .. 8 i + 7 give the
 // addresses of 16 bytes for the columns of piece i.
-__device__ __forceinline__ void store_matrices_transposed(uint32_t address, uint32_t a, uint32_t b) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b)
-               : "memory");
-}
 __device__ __forceinline__ void store_matrices_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
                                                           uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),

@@ -41,22 +41,23 @@ struct WholeTile {
   static constexpr int kHeads = kEmbed / kHeadDim;
   static constexpr int kBoxes = kEmbed / 64;
   static constexpr int kKeys = 128 * kChunks;
-  static constexpr int kHalf = kRows / 2;    // queries of a warpgroup, where they share these
   static constexpr int kValues = kRows / 4;  // queries of a thread in a transposed result
   // The columns of a head fill a row of 64 or half of it; what else lies there is multiplied and left alone.
   static_assert((kHeadDim == 32 || kHeadDim == 64) && kEmbed % 128 == 0 && (kRows == 16 || kRows == 32));
 
-  static constexpr int kTokenBox = kKeys * kBoxRowBytes, kWeightBox = kHeadDim * kBoxRowBytes,
+  static constexpr int kTokenBox = 128 * kBoxRowBytes, kWeightBox = kHeadDim * kBoxRowBytes,
                        kRowBox = kRows * kBoxRowBytes;
+  static constexpr int kChunk = kBoxes * kTokenBox;
   static constexpr int kWeight = kBoxes * kWeightBox;
   // Weights one after the other, or, for want of room, those of values and output in place of keys' and queries'.
   static constexpr bool kInPlace = 4 * kWeight > 64 * 1024;
   static constexpr int kTokensAt = 0;
-  static constexpr int kQueryWeightAt = kBoxes * kTokenBox;
+  static constexpr int kQueryWeightAt = kChunks * kChunk;
   static constexpr int kKeyWeightAt = kQueryWeightAt + kWeight;
   static constexpr int kValueWeightAt = kInPlace ? kKeyWeightAt : kKeyWeightAt + kWeight;
   static constexpr int kOutWeightAt = kInPlace ? kQueryWeightAt : kValueWeightAt + kWeight;
-  // Queries, later the tokens' weighted mean, later the output; queries times the keys' weights, later the softmax.
+  // First: queries, the tokens' weighted mean, the output. Second: the queries' tokens, queries times the keys'
+  // weights, the softmax.
   static constexpr int kFirstAt = kQueryWeightAt + (kInPlace ? 2 : 4) * kWeight;
   static constexpr int kSecondAt = kFirstAt + kBoxes * kRowBox;
   static constexpr int kStatisticsAt = kSecondAt + (kEmbed > kKeys ? kEmbed : kKeys) / 64 * kRowBox;
@@ -68,14 +69,24 @@ struct WholeTile {
 
 #ifdef STYLEFORGE_HAS_WGMMA
 
-// Three dimensions, as load_box.
-__device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, int column, int row, int sample,
-                                         uint32_t barrier) {
+// Whole rows, 64 columns a box, one box after the other: the maps have the boxes as a dimension of their own.
+__device__ __forceinline__ void load_rows(uint32_t to, const CUtensorMap* map, int row, uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %2}], [%4];" ::
           "r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(sample), "r"(barrier)
+      "l"(map), "r"(0), "r"(row), "r"(barrier)
       : "memory");
+}
+__device__ __forceinline__ void load_rows(uint32_t to, const CUtensorMap* map, int row, int sample, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %2, %4}], "
+      "[%5];" ::"r"(to),
+      "l"(map), "r"(0), "r"(row), "r"(sample), "r"(barrier)
+      : "memory");
+}
+// As cluster_arrive, of threads that have only read, or made barriers and said so.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -109,6 +120,11 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t from) {
                : "memory");
   return v;
 }
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -121,15 +137,11 @@ template <typename T, int kCount>
 __device__ __forceinline__ void store_columns(uint32_t box, int unit, const float (&d)[kCount]) {
   const int lane = threadIdx.x % 32;
   const uint32_t at = box + (lane / 16 * 8 + lane % 8) * kBoxRowBytes + (((unit + lane / 8 % 2) ^ (lane % 8)) << 4);
-  if constexpr (kCount == 4) {
-    store_matrices_transposed(at, pack<T>(d[0], d[1]), pack<T>(d[2], d[3]));
-  } else {
 #pragma unroll
-    for (int g = 0; g < kCount / 8; ++g) {
-      const float* v = d + 8 * g;
-      store_matrices_transposed(at + g * 16 * kBoxRowBytes, pack<T>(v[0], v[1]), pack<T>(v[2], v[3]),
-                                pack<T>(v[4], v[5]), pack<T>(v[6], v[7]));
-    }
+  for (int g = 0; g < kCount / 8; ++g) {
+    const float* v = d + 8 * g;
+    store_matrices_transposed(at + g * 16 * kBoxRowBytes, pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]),
+                              pack<T>(v[6], v[7]));
   }
 }
 
@@ -159,6 +171,11 @@ __device__ __forceinline__ int owned_query() {
   const int value = kValues == 8 ? lane / 4 : lane / 8;
   return value / 2 * 8 + lane % 4 * 2 + value % 2;
 }
+// Of lanes with the same one, one.
+template <int kValues>
+__device__ __forceinline__ bool owns_query() {
+  return kValues == 8 || threadIdx.x % 8 < 4;
+}
 // Back to all lanes.
 template <int kValues>
 __device__ __forceinline__ void share_lanes(float (&v)[kValues], float owned) {
@@ -172,14 +189,14 @@ __device__ __forceinline__ void share_lanes(float (&v)[kValues], float owned) {
 
 template <typename Tile>
 __global__ void __launch_bounds__(kWholeThreads, 1)
-    small_whole_kernel(const __grid_constant__ SmallAttentionParams p, const __grid_constant__ CUtensorMap tokens,
-                       const __grid_constant__ CUtensorMap qkv_weight, const __grid_constant__ CUtensorMap out_weight) {
+    small_whole_kernel(const __grid_constant__ SmallAttentionParams p, const __grid_constant__ CUtensorMap queries,
+                       const __grid_constant__ CUtensorMap tokens, const __grid_constant__ CUtensorMap qkv_weight,
+                       const __grid_constant__ CUtensorMap out_weight) {
 #ifdef STYLEFORGE_HAS_WGMMA
   using T = typename Tile::T;
-  constexpr int kRows = Tile::kRows, kHalf = Tile::kHalf, kHeadDim = Tile::kHeadDim, kEmbed = Tile::kEmbed;
-  constexpr int kBoxes = Tile::kBoxes, kChunks = Tile::kChunks, kValues = Tile::kValues, kHeads = Tile::kHeads;
-  constexpr bool kHalfs = std::is_same_v<T, __half>;
-  constexpr float kLog2E = 1.4426950408889634f;
+  constexpr int kRows = Tile::kRows, kHeadDim = Tile::kHeadDim, kEmbed = Tile::kEmbed, kBoxes = Tile::kBoxes;
+  constexpr int kChunks = Tile::kChunks, kValues = Tile::kValues, kHeads = Tile::kHeads, kCount = kRows / 2;
+  constexpr bool kHalf = std::is_same_v<T, __half>;
   extern __shared__ __align__(1024) unsigned char memory[];
   const uint32_t at = shared_address(memory);
 
@@ -188,140 +205,133 @@ __global__ void __launch_bounds__(kWholeThreads, 1)
   const int group = warp / 4, quarter = warp % 4;
   const int head = blockIdx.x, sample = blockIdx.z;
   const int first_row = blockIdx.y * kRows;
-  const int first_chunk = first_row / 128;  // the one that has the queries; others follow it
-  const auto chunk_of = [&](int i) {
-    const int chunk = first_chunk + i;
-    return chunk < kChunks ? chunk : chunk - kChunks;
-  };
   const uint32_t barriers = at + Tile::kBarriersAt;
-  const uint32_t query_weight_here = barriers, key_weight_here = barriers + 8, value_weight_here = barriers + 16,
+  const uint32_t queries_here = barriers, key_weight_here = barriers + 8, value_weight_here = barriers + 16,
                  out_weight_here = barriers + 24, heads_here = barriers + 32, chunks_here = barriers + 40;
 
   if (threadIdx.x == 0) {
     if ((at & 1023) != 0) asm volatile("trap;");
     prefetch_map(&qkv_weight);
+    prefetch_map(&queries);
     prefetch_map(&tokens);
     prefetch_map(&out_weight);
     auto* barrier = reinterpret_cast<uint64_t*>(memory + Tile::kBarriersAt);
-    for (int i = 0; i < Tile::kBarriers; ++i) mbarrier_init(barrier + i, i == 4 ? kWholeThreads + 1 : 1);
+    for (int i = 0; i < Tile::kBarriers; ++i) mbarrier_init(barrier + i, i == 4 ? 128 + 1 : 1);
     mbarrier_init_fence();
-    // Each of the other heads' columns.
-    expect_bytes(heads_here, (kHeads - 1) * kRows * kHeadDim * sizeof(T));
+    expect_bytes(heads_here, (kHeads - 1) * kRows * kHeadDim * sizeof(T));  // of the other heads
   }
   __syncthreads();
   wait_for_predecessor();
   release_successor();
 
-  // part: queries, keys, values
-  const auto load_weight = [&](int part, uint32_t to, uint32_t barrier) {
-    expect_bytes(barrier, Tile::kWeight);
-    for (int box = 0; box < kBoxes; ++box) {
-      load_box(at + to + box * Tile::kWeightBox, &qkv_weight, box * kBoxColumns, part * kEmbed + head * kHeadDim,
-               barrier);
-    }
+  // One thread loads, in the order of use, and of the warpgroup that has nothing to do at first.
+  const bool loads = threadIdx.x == 128;
+  const auto load_values = [&] {
+    expect_bytes(value_weight_here, Tile::kWeight);
+    load_rows(at + Tile::kValueWeightAt, &qkv_weight, 2 * kEmbed + head * kHeadDim, value_weight_here);
   };
-  const auto load_out_weight = [&] {
+  const auto load_out = [&] {
     expect_bytes(out_weight_here, Tile::kWeight);
-    for (int box = 0; box < kBoxes; ++box) {
-      load_box(at + Tile::kOutWeightAt + box * Tile::kWeightBox, &out_weight, box * kBoxColumns, head * kHeadDim,
-               out_weight_here);
-    }
+    load_rows(at + Tile::kOutWeightAt, &out_weight, head * kHeadDim, out_weight_here);
   };
-  if (threadIdx.x == 0) {
-    load_weight(0, Tile::kQueryWeightAt, query_weight_here);
-    load_weight(1, Tile::kKeyWeightAt, key_weight_here);
-    if constexpr (!Tile::kInPlace) {
-      load_weight(2, Tile::kValueWeightAt, value_weight_here);
-      load_out_weight();
-    }
-  } else if (threadIdx.x == 128) {
+  if (loads) {
+    expect_bytes(queries_here, Tile::kWeight + kBoxes * Tile::kRowBox);
+    load_rows(at + Tile::kQueryWeightAt, &qkv_weight, head * kHeadDim, queries_here);
+    load_rows(at + Tile::kSecondAt, &queries, first_row, sample, queries_here);
+    expect_bytes(key_weight_here, Tile::kWeight);
+    load_rows(at + Tile::kKeyWeightAt, &qkv_weight, kEmbed + head * kHeadDim, key_weight_here);
     for (int i = 0; i < kChunks; ++i) {
-      expect_bytes(chunks_here + 8 * i, kBoxes * 128 * kBoxRowBytes);
-      for (int box = 0; box < kBoxes; ++box) {
-        load_box(at + Tile::kTokensAt + box * Tile::kTokenBox + chunk_of(i) * 128 * kBoxRowBytes, &tokens,
-                 box * kBoxColumns, chunk_of(i) * 128, sample, chunks_here + 8 * i);
-      }
+      expect_bytes(chunks_here + 8 * i, Tile::kChunk);
+      load_rows(at + Tile::kTokensAt + i * Tile::kChunk, &tokens, i * 128, sample, chunks_here + 8 * i);
+    }
+    if constexpr (!Tile::kInPlace) {
+      load_values();
+      load_out();
     }
   }
   __syncwarp();
 
-  // This thread's rows of a transposed result of the head's columns: their biases.
+  // This thread's rows of a transposed result of the head's columns, which the first warpgroup makes: their biases.
   float query_bias[2] = {}, value_bias[2] = {}, out_bias[2] = {};
-  const bool in_head = quarter * 16 < kHeadDim;  // whether the warp has any
+  const bool in_head = group == 0 && quarter * 16 < kHeadDim;  // whether the warp has any
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int column = quarter * 16 + lane / 4 + 8 * h;
+    const int column = head * kHeadDim + quarter * 16 + lane / 4 + 8 * h;
     if (in_head && p.qkv_bias != nullptr) {
-      const T* from = static_cast<const T*>(p.qkv_bias) + head * kHeadDim + column;
+      const T* from = static_cast<const T*>(p.qkv_bias) + column;
       // That of the keys makes no difference, unless it is no number.
       query_bias[h] = to_acc(from[0]) + 0.0f * to_acc(from[kEmbed]);
       value_bias[h] = to_acc(from[2 * kEmbed]);
     }
-    if (in_head && p.out_bias != nullptr) {
-      out_bias[h] = to_acc(static_cast<const T*>(p.out_bias)[head * kHeadDim + column]);
-    }
+    if (in_head && p.out_bias != nullptr) out_bias[h] = to_acc(static_cast<const T*>(p.out_bias)[column]);
   }
   // Whether a token takes no part, two bits a chunk: this thread's rows of transposed scores.
-  const auto token_of = [&](int i, int h) { return chunk_of(i) * 128 + group * 64 + quarter * 16 + lane / 4 + 8 * h; };
+  const auto token_of = [&](int i, int h) { return i * 128 + group * 64 + quarter * 16 + lane / 4 + 8 * h; };
+  const bool some_hidden = p.hidden != nullptr || p.is_causal || p.length < Tile::kKeys;
   uint32_t hidden = 0;
+  if (some_hidden) {
 #pragma unroll
-  for (int i = 0; i < 2 * kChunks; ++i) {
-    const int token = token_of(i / 2, i % 2);
-    const bool there = token < p.length;
-    bool hides = !there;
-    if (there && p.hidden != nullptr) hides = p.hidden[sample * p.hidden_stride[0] + token * p.hidden_stride[1]];
-    hidden |= static_cast<uint32_t>(hides) << i;
+    for (int i = 0; i < 2 * kChunks; ++i) {
+      const int token = token_of(i / 2, i % 2);
+      bool hides = token >= p.length;
+      if (!hides && p.hidden != nullptr) hides = p.hidden[sample * p.hidden_stride[0] + token * p.hidden_stride[1]];
+      hidden |= static_cast<uint32_t>(hides) << i;
+    }
   }
 
   float* const statistics = reinterpret_cast<float*>(memory + Tile::kStatisticsAt);
   float* const highest_of = statistics;             // [warp][query], first of the queries' numbers, then of scores
-  float* const total_of = statistics + 8 * kRows;   // the same
+  float* const total_of = statistics + 8 * kRows;   // [warp][query]
   float* const share_of = statistics + 16 * kRows;  // [query]
   const uint32_t first = at + Tile::kFirstAt, second = at + Tile::kSecondAt;
-
-  // Queries: each warpgroup half of them.
-  {
-    float d[kHalf / 2];
-    mbarrier_wait(query_weight_here, 0);
-    mbarrier_wait(chunks_here, 0);
+  // Of products of 64 rows one warpgroup makes all: two would read the same rows twice, which is what takes the time.
+  const auto multiply_whole = [&](float (&d)[kCount], uint32_t a_at, uint32_t b_at) {
     wgmma_fence();
 #pragma unroll
     for (int box = 0; box < kBoxes; ++box) {
-      const uint64_t a = wgmma_descriptor(at + Tile::kQueryWeightAt + box * Tile::kWeightBox);
-      const uint64_t b =
-          wgmma_descriptor(at + Tile::kTokensAt + box * Tile::kTokenBox + (first_row + group * kHalf) * kBoxRowBytes);
+      const uint64_t a = wgmma_descriptor(a_at + box * Tile::kWeightBox);
+      const uint64_t b = wgmma_descriptor(b_at + box * Tile::kRowBox);
 #pragma unroll
       for (int k = 0; k < 4; ++k) multiply_boxes<T, false>(d, a + 2 * k, b + 2 * k, box > 0 || k > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
+  };
+
+  // Queries.
+  if (group == 0) {
+    float d[kCount];
+    mbarrier_wait(queries_here, 0);
+    multiply_whole(d, at + Tile::kQueryWeightAt, second);
     if (in_head) {
+      const float sign = p.scale < 0 ? -1.0f : 1.0f;
 #pragma unroll
-      for (int i = 0; i < kHalf / 2; ++i) d[i] += query_bias[i / 2 % 2];
-      store_columns<T>(first + group * kHalf * kBoxRowBytes, 2 * quarter, d);
-      if constexpr (kHalfs) {
+      for (int c = 0; c < kCount; ++c) d[c] = (d[c] + query_bias[c / 2 % 2]) * sign;
+      store_columns<T>(first, 2 * quarter, d);
+      if constexpr (kHalf) {
 #pragma unroll
-        for (int j = 0; j < kHalf / 4; ++j) {
+        for (int j = 0; j < kValues; ++j) {
           float most = fmaxf(fabsf(d[j / 2 * 4 + j % 2]), fabsf(d[j / 2 * 4 + j % 2 + 2]));
 #pragma unroll
           for (int mask = 4; mask < 32; mask *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, mask));
-          if (lane < 4) highest_of[quarter * kRows + group * kHalf + j / 2 * 8 + lane * 2 + j % 2] = most;
+          if (lane < 4) highest_of[quarter * kRows + j / 2 * 8 + lane * 2 + j % 2] = most;
         }
       }
     }
     fence_async_shared();
-    __syncthreads();
   }
+  __syncthreads();
   if constexpr (Tile::kInPlace) {
-    if (threadIdx.x == 0) load_out_weight();
+    if (loads) load_out();
     __syncwarp();
   }
 
-  // Of a score, to be a power of two.
-  float factor[kHalfs ? kValues : 1];
+  // Of a score: what makes it a power of two. Not negative, which is the queries' sign, nor zero: 0 times infinity.
+  constexpr float kLog2E = 1.4426950408889634f, kLeast = 1.2e-38f;
+  float factor[kHalf ? kValues : 1];
   // Queries times the keys' weights: each warpgroup every other 64 columns.
   {
-    float d[kBoxes / 2][kRows / 2];
+    float d[kBoxes / 2][kCount];
     mbarrier_wait(key_weight_here, 0);
     wgmma_fence();
     const uint64_t b = wgmma_descriptor(first);
@@ -332,9 +342,11 @@ __global__ void __launch_bounds__(kWholeThreads, 1)
       for (int k = 0; k < kHeadDim / 16; ++k) multiply_boxes<T, true>(d[j], a + 128 * k, b + 2 * k, k > 0);
     }
     wgmma_commit();
-    if constexpr (kHalfs) {
+    factor[0] = fabsf(p.scale) * kLog2E;
+    if constexpr (kHalf) {
       // float16 ends at 65504: a query's numbers are brought below 1/8 for this product, by a power of two.
       float down[kValues];
+      const float whole = factor[0];
 #pragma unroll
       for (int j = 0; j < kValues; ++j) {
         float most = 0;
@@ -344,40 +356,41 @@ __global__ void __launch_bounds__(kWholeThreads, 1)
         }
         const int exponent = static_cast<int>(__float_as_uint(most) >> 23);
         down[j] = __uint_as_float(static_cast<uint32_t>(max(250 - exponent, 1)) << 23);
-        factor[j] = __uint_as_float(static_cast<uint32_t>(min(exponent + 4, 254)) << 23) * (p.scale * kLog2E);
+        factor[j] = __uint_as_float(static_cast<uint32_t>(min(exponent + 4, 254)) << 23) * whole;
       }
       wgmma_wait<0>();
 #pragma unroll
       for (int j = 0; j < kBoxes / 2; ++j) {
 #pragma unroll
-        for (int i = 0; i < kRows / 2; ++i) d[j][i] *= down[i / 4 * 2 + i % 2];
+        for (int c = 0; c < kCount; ++c) d[j][c] *= down[c / 4 * 2 + c % 2];
       }
     } else {
-      factor[0] = p.scale * kLog2E;
       wgmma_wait<0>();
     }
+#pragma unroll
+    for (float& f : factor) f = f < kLeast ? kLeast : f;
 #pragma unroll
     for (int j = 0; j < kBoxes / 2; ++j) store_columns<T>(second + (2 * j + group) * Tile::kRowBox, 2 * quarter, d[j]);
     fence_async_shared();
     __syncthreads();
   }
   if constexpr (Tile::kInPlace) {
-    if (threadIdx.x == 0) load_weight(2, Tile::kValueWeightAt, value_weight_here);
+    if (loads) load_values();
     __syncwarp();
   }
 
   // Scores and softmax: each warpgroup 64 tokens of every chunk.
-  float owned_total;
+  float owned_total = 0;
   {
-    float s[kChunks][kRows / 2];
+    float s[kChunks][kCount];
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      if (i > 0) mbarrier_wait(chunks_here + 8 * i, 0);
+      mbarrier_wait(chunks_here + 8 * i, 0);
       wgmma_fence();
-      const uint32_t from = at + Tile::kTokensAt + (chunk_of(i) * 128 + group * 64) * kBoxRowBytes;
 #pragma unroll
       for (int box = 0; box < kBoxes; ++box) {
-        const uint64_t a = wgmma_descriptor(from + box * Tile::kTokenBox);
+        const uint64_t a =
+            wgmma_descriptor(at + Tile::kTokensAt + i * Tile::kChunk + box * Tile::kTokenBox + group * kBoxBytes);
         const uint64_t b = wgmma_descriptor(second + box * Tile::kRowBox);
 #pragma unroll
         for (int k = 0; k < 4; ++k) multiply_boxes<T, false>(s[i], a + 2 * k, b + 2 * k, box > 0 || k > 0);
@@ -386,158 +399,149 @@ __global__ void __launch_bounds__(kWholeThreads, 1)
     }
     wgmma_wait<0>();
 
+    if (some_hidden) {
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          // The first query that sees the token, of those of this thread that are columns 0 of eight.
+          int from = p.is_causal ? token_of(i, h) : 0;
+          from = (hidden >> (2 * i + h) & 1) != 0 ? 1 << 30 : from - first_row - lane % 4 * 2;
+#pragma unroll
+          for (int j = 0; j < kValues; ++j) {
+            float& score = s[i][j / 2 * 4 + 2 * h + j % 2];
+            score = j / 2 * 8 + j % 2 < from ? -INFINITY : score;
+          }
+        }
+      }
+    }
     float v[kValues];
 #pragma unroll
     for (int j = 0; j < kValues; ++j) v[j] = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
 #pragma unroll
-      for (int c = 0; c < kRows / 2; ++c) {
-        const int value = c / 4 * 2 + c % 2, h = c / 2 % 2;
-        float& score = s[i][c];
-        score *= factor[kHalfs ? value : 0];
-        const int row = first_row + c / 4 * 8 + lane % 4 * 2 + c % 2;
-        if ((hidden >> (2 * i + h) & 1) != 0 || (p.is_causal && token_of(i, h) > row)) score = -INFINITY;
-        v[value] = fmaxf(v[value], score);
-      }
+      for (int c = 0; c < kCount; ++c) v[c / 4 * 2 + c % 2] = fmaxf(v[c / 4 * 2 + c % 2], s[i][c]);
     }
     float highest = merge_lanes(v, [](float a, float b) { return fmaxf(a, b); });
     const int query = owned_query<kValues>();
-    const bool owns = kValues == 8 || lane % 8 < 4;  // of two lanes with the same query, one
+    const bool owns = owns_query<kValues>();
     if (owns) highest_of[warp * kRows + query] = highest;
     __syncthreads();
 #pragma unroll
     for (int w = 0; w < 8; ++w) highest = fmaxf(highest, highest_of[w * kRows + query]);
     // No token so far: every power is 0, not NaN.
     share_lanes(v, highest == -INFINITY ? 0.0f : highest);
+#pragma unroll
+    for (int j = 0; j < kValues; ++j) v[j] *= -factor[kHalf ? j : 0];
     float sums[kValues] = {};
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
 #pragma unroll
-      for (int c = 0; c < kRows / 2; ++c) {
-        const int value = c / 4 * 2 + c % 2;
-        s[i][c] = exp2_fast(s[i][c] - v[value]);
-        sums[value] += s[i][c];
+      for (int c = 0; c < kCount; ++c) {
+        const int j = c / 4 * 2 + c % 2;
+        s[i][c] = exp2_fast(fmaf(s[i][c], factor[kHalf ? j : 0], v[j]));
+        sums[j] += s[i][c];
       }
-      store_columns<T>(second + (2 * chunk_of(i) + group) * Tile::kRowBox, 2 * quarter, s[i]);
+      store_columns<T>(second + (2 * i + group) * Tile::kRowBox, 2 * quarter, s[i]);
     }
+    fence_async_shared();
     const float total = merge_lanes(sums, [](float a, float b) { return a + b; });
     if (owns) total_of[warp * kRows + query] = total;
-    fence_async_shared();
     __syncthreads();
-    owned_total = 0;
-#pragma unroll
-    for (int w = 0; w < 8; ++w) owned_total += total_of[w * kRows + query];
   }
 
   // The tokens' weighted mean: each warpgroup every other 64 columns.
   {
-    float d[kBoxes / 2][kRows / 2];
+    float d[kBoxes / 2][kCount];
     wgmma_fence();
 #pragma unroll
-    for (int box = 0; box < 2 * kChunks; ++box) {
-      const uint64_t b = wgmma_descriptor(second + box * Tile::kRowBox);
-      const uint64_t a = wgmma_descriptor(at + Tile::kTokensAt + group * Tile::kTokenBox + box * kBoxBytes);
+    for (int i = 0; i < 2 * kChunks; ++i) {
+      const uint64_t a =
+          wgmma_descriptor(at + Tile::kTokensAt + i / 2 * Tile::kChunk + group * Tile::kTokenBox + i % 2 * kBoxBytes);
+      const uint64_t b = wgmma_descriptor(second + i * Tile::kRowBox);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
 #pragma unroll
         for (int j = 0; j < kBoxes / 2; ++j) {
-          multiply_boxes<T, true>(d[j], a + 128 * k + j * (2 * Tile::kTokenBox / 16), b + 2 * k, box > 0 || k > 0);
+          multiply_boxes<T, true>(d[j], a + 128 * k + j * (2 * Tile::kTokenBox / 16), b + 2 * k, i > 0 || k > 0);
         }
       }
     }
     wgmma_commit();
-    const float owned_share = owned_total == 0 ? 0.0f : __frcp_rn(owned_total);
-    if (warp == 0 && (kValues == 8 || lane % 8 < 4)) share_of[owned_query<kValues>()] = owned_share;
+    const int query = owned_query<kValues>();
+#pragma unroll
+    for (int w = 0; w < 8; ++w) owned_total += total_of[w * kRows + query];
+    const float owned_share = owned_total == 0 ? 0.0f : reciprocal_fast(owned_total);
+    if (warp == 0 && owns_query<kValues>()) share_of[query] = owned_share;
     float share[kValues];
     share_lanes(share, owned_share);
     wgmma_wait<0>();
-    cluster_arrive();  // the tokens here have been read
+    cluster_arrive_relaxed();  // the tokens here have been read
 #pragma unroll
     for (int j = 0; j < kBoxes / 2; ++j) {
 #pragma unroll
-      for (int c = 0; c < kRows / 2; ++c) d[j][c] *= share[c / 4 * 2 + c % 2];
+      for (int c = 0; c < kCount; ++c) d[j][c] *= share[c / 4 * 2 + c % 2];
       store_columns<T>(first + (2 * j + group) * Tile::kRowBox, 2 * quarter, d[j]);
     }
     fence_async_shared();
     __syncthreads();
   }
-
-  // Of a box that holds results of this warp: row lane / 2 of its half, of 16 columns the eight of lane % 2.
-  const int own_row = group * kHalf + lane / 2;
-  const auto own_unit = [&](int unit) {
-    return static_cast<uint32_t>(own_row * kBoxRowBytes + (((unit + lane % 2) ^ (own_row & 7)) << 4));
-  };
-
-  // The head's result: each warpgroup half of the queries. To all heads.
-  {
-    float d[kHalf / 2];
-    mbarrier_wait(value_weight_here, 0);
-    wgmma_fence();
-#pragma unroll
-    for (int box = 0; box < kBoxes; ++box) {
-      const uint64_t a = wgmma_descriptor(at + Tile::kValueWeightAt + box * Tile::kWeightBox);
-      const uint64_t b = wgmma_descriptor(first + box * Tile::kRowBox + group * kHalf * kBoxRowBytes);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) multiply_boxes<T, false>(d, a + 2 * k, b + 2 * k, box > 0 || k > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    // A query that sees no token has zeros, without the bias.
-#pragma unroll
-    for (int c = 0; c < kHalf / 2; ++c) {
-      const float share = share_of[group * kHalf + c / 4 * 8 + lane % 4 * 2 + c % 2];
-      d[c] += share == 0 ? 0.0f : value_bias[c / 2 % 2];
-    }
+  if (group != 0) {
     cluster_wait();
-    const uint32_t box = at + Tile::kAllHeadsAt + head * kHeadDim / 64 * Tile::kRowBox;
-    const int unit = head * kHeadDim % 64 / 8 + 2 * quarter;
-    if (in_head) {
-      store_columns<T>(box + group * kHalf * kBoxRowBytes, unit, d);
-      __syncwarp();
-      if (lane < 2 * kHalf) {
-        const uint32_t from = box + own_unit(unit);
-        const uint4 v = load_shared16(from);
-#pragma unroll
-        for (int i = 1; i < kHeads; ++i) {
-          const uint32_t other = (head + i) % kHeads;
-          store_remote(map_shared(from, other), v, map_shared(heads_here, other));
-        }
-      }
-    }
-    fence_async_shared();
-    mbarrier_arrive(heads_here);
+    return;
   }
 
-  // This block's columns of the output: each warpgroup half of the queries.
-  {
-    float d[kHalf / 2];
-    mbarrier_wait(out_weight_here, 0);
-    mbarrier_wait_cluster(heads_here, 0);
-    fence_async_shared();
-    wgmma_fence();
+  // A warp's columns of 16 rows of a box: the lane's 16 bytes.
+  const auto own_unit = [&](int row, int unit) {
+    return static_cast<uint32_t>(row * kBoxRowBytes + (((unit + lane % 2) ^ (row & 7)) << 4));
+  };
+
+  // The head's result, to all heads.
+  float d[kCount];
+  mbarrier_wait(value_weight_here, 0);
+  multiply_whole(d, at + Tile::kValueWeightAt, first);
+  // A query that sees no token has zeros, without the bias.
 #pragma unroll
-    for (int box = 0; box < kBoxes; ++box) {
-      const uint64_t a = wgmma_descriptor(at + Tile::kOutWeightAt + box * Tile::kWeightBox);
-      const uint64_t b = wgmma_descriptor(at + Tile::kAllHeadsAt + box * Tile::kRowBox + group * kHalf * kBoxRowBytes);
+  for (int c = 0; c < kCount; ++c) {
+    d[c] += share_of[c / 4 * 8 + lane % 4 * 2 + c % 2] == 0 ? 0.0f : value_bias[c / 2 % 2];
+  }
+  cluster_wait();
+  if (in_head) {
+    const uint32_t box = at + Tile::kAllHeadsAt + head * kHeadDim / 64 * Tile::kRowBox;
+    const int unit = head * kHeadDim % 64 / 8 + 2 * quarter;
+    store_columns<T>(box, unit, d);
+    __syncwarp();
 #pragma unroll
-      for (int k = 0; k < 4; ++k) multiply_boxes<T, false>(d, a + 2 * k, b + 2 * k, box > 0 || k > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    if (in_head) {
+    for (int row = lane / 2; row < kRows; row += 16) {
+      const uint32_t from = box + own_unit(row, unit);
+      const uint4 v = load_shared16(from);
 #pragma unroll
-      for (int c = 0; c < kHalf / 2; ++c) d[c] += out_bias[c / 2 % 2];
-      store_columns<T>(first + group * kHalf * kBoxRowBytes, 2 * quarter, d);
-      __syncwarp();
-      const int row = first_row + own_row;
-      if (lane < 2 * kHalf && row < p.length) {
-        const uint4 v = load_shared16(first + own_unit(2 * quarter));
-        T* to = static_cast<T*>(p.output) + (int64_t{sample} * p.length + row) * kEmbed + head * kHeadDim +
-                quarter * 16 + lane % 2 * 8;
-        *reinterpret_cast<uint4*>(to) = v;
+      for (int i = 1; i < kHeads; ++i) {
+        const uint32_t other = (head + i) % kHeads;
+        store_remote(map_shared(from, other), v, map_shared(heads_here, other));
       }
     }
+  }
+  fence_async_shared();
+  mbarrier_arrive(heads_here);
+
+  // This block's columns of the output.
+  mbarrier_wait(out_weight_here, 0);
+  mbarrier_wait_cluster(heads_here, 0);
+  fence_async_shared();
+  multiply_whole(d, at + Tile::kOutWeightAt, at + Tile::kAllHeadsAt);
+  if (!in_head) return;
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) d[c] += out_bias[c / 2 % 2];
+  store_columns<T>(first, 2 * quarter, d);
+  __syncwarp();
+#pragma unroll
+  for (int row = lane / 2; row < kRows; row += 16) {
+    const uint4 v = load_shared16(first + own_unit(row, 2 * quarter));
+    T* to = static_cast<T*>(p.output) + (int64_t{sample} * p.length + first_row + row) * kEmbed + head * kHeadDim +
+            quarter * 16 + lane % 2 * 8;
+    if (first_row + row < p.length) *reinterpret_cast<uint4*>(to) = v;
   }
 #endif
 }

@@ -11,28 +11,29 @@ namespace {
 template <typename Tile>
 cudaError_t launch_tile(const SmallAttentionParams& p, const DeviceFacts& facts, cudaStream_t stream) {
   using Size = cuuint64_t;
-  constexpr Size kSize = 2;
-  constexpr auto kFetch = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
-  CUtensorMap tokens, qkv_weight, out_weight;
-  const Size embed = Tile::kEmbed;
-  const Size row = static_cast<Size>(p.input_stride[1]) * kSize;
+  using Box = cuuint32_t;
+  constexpr Size kSize = 2, kBoxes = Tile::kBoxes;
+  constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
+  constexpr auto kFetch = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+  const Size embed = Tile::kEmbed, row = static_cast<Size>(p.input_stride[1]) * kSize;
   const Size sample = p.batch == 1 ? row * static_cast<Size>(p.length) : static_cast<Size>(p.input_stride[0]) * kSize;
-  if (const auto error =
-          tensor_map<3>(p.dtype, p.input, {embed, static_cast<Size>(p.length), static_cast<Size>(p.batch)},
-                        {row, sample}, {kBoxColumns, 128, 1}, tokens, CU_TENSOR_MAP_SWIZZLE_128B, kFetch)) {
-    return error;
-  }
-  if (const auto error = tensor_map<2>(p.dtype, p.qkv_weight, {embed, 3 * embed}, {embed * kSize},
-                                       {kBoxColumns, Tile::kHeadDim}, qkv_weight, CU_TENSOR_MAP_SWIZZLE_128B, kFetch)) {
-    return error;
-  }
-  if (const auto error = tensor_map<2>(p.dtype, p.out_weight, {embed, embed}, {embed * kSize},
-                                       {kBoxColumns, Tile::kHeadDim}, out_weight, CU_TENSOR_MAP_SWIZZLE_128B, kFetch)) {
-    return error;
-  }
+  CUtensorMap queries, tokens, qkv_weight, out_weight;
+  const auto map_tokens = [&](Box rows, CUtensorMap& map) {
+    return tensor_map<4>(p.dtype, p.input,
+                         {kBoxColumns, static_cast<Size>(p.length), kBoxes, static_cast<Size>(p.batch)},
+                         {row, kBoxRowBytes, sample}, {kBoxColumns, rows, kBoxes, 1}, map, kSwizzle, kFetch);
+  };
+  const auto map_weight = [&](const void* weight, Size rows, CUtensorMap& map) {
+    return tensor_map<3>(p.dtype, weight, {kBoxColumns, rows, kBoxes}, {embed * kSize, kBoxRowBytes},
+                         {kBoxColumns, Tile::kHeadDim, kBoxes}, map, kSwizzle, kFetch);
+  };
+  if (const auto error = map_tokens(Tile::kRows, queries)) return error;
+  if (const auto error = map_tokens(128, tokens)) return error;
+  if (const auto error = map_weight(p.qkv_weight, 3 * embed, qkv_weight)) return error;
+  if (const auto error = map_weight(p.out_weight, embed, out_weight)) return error;
   const dim3 grid(Tile::kHeads, static_cast<unsigned>(ceil_div(p.length, Tile::kRows)), static_cast<unsigned>(p.batch));
   return launch(small_whole_kernel<Tile>, grid, dim3(kWholeThreads), Tile::kBytes, Tile::kHeads, facts, stream, p,
-                tokens, qkv_weight, out_weight);
+                queries, tokens, qkv_weight, out_weight);
 }
 
 template <typename T, int kEmbed, int kHeadDim, int kRows>
