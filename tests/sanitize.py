@@ -117,13 +117,15 @@ def _attention(paths: set[str]) -> None:
                     paths.add(styleforge.last_path())
                     y.backward(torch.randn_like(y))
                     paths.add(styleforge.last_path())
-    os.environ["STYLEFORGE_PATH"] = "dependent"
-    for dtype, precision in (
-        (torch.float32, "ieee"),
-        (torch.float32, "tf32"),
-        (torch.float16, "ieee"),
-        (torch.bfloat16, "ieee"),
+    for forced, dtype, precision in (
+        ("together", torch.float32, "ieee"),
+        ("together", torch.float32, "tf32"),
+        ("dependent", torch.float32, "ieee"),
+        ("dependent", torch.float32, "tf32"),
+        ("dependent", torch.float16, "ieee"),
+        ("dependent", torch.bfloat16, "ieee"),
     ):
+        os.environ["STYLEFORGE_PATH"] = forced
         for length, embed, heads in ((37, 32, 4), (150, 128, 2), (40, 104, 1)):
             sizes = ((2, length, embed), (3 * embed, embed), (3 * embed,), (embed, embed), (embed,))
             tensors = [torch.randn(s, device="cuda", dtype=dtype) for s in sizes]

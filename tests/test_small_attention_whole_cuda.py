@@ -82,7 +82,8 @@ def test_every_cut(embed: int, length: int, dtype: torch.dtype, monkeypatch: pyt
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
 def test_any_scale(scale: float, dtype: torch.dtype) -> None:
     x = random_tensor(2, 200, 128, dtype=dtype, device="cuda")
-    _compare(x, *attention_parameters(128, dtype, "cuda"), HEADS, scale)
+    hidden = random_mask(2, 200, "some", "cuda")  # and PyTorch's kernels that know a scale of 0
+    _compare(x, *attention_parameters(128, dtype, "cuda"), HEADS, scale, False, hidden)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

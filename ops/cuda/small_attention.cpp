@@ -90,7 +90,9 @@ std::optional<FusedAttentionResult> run_small_attention(const AttentionArgs& arg
     params.qkv = static_cast<unsigned char*>(params.attended) + tokens;
   }
   check_cuda(kOp, cuda::launch_small_attention(params, schedule, scope.stream()));
-  record_path(whole ? "attention:v1:cuda:whole" : "attention:v1:cuda:dependent");
+  record_path(whole               ? "attention:v1:cuda:whole"
+              : schedule.together ? "attention:v1:cuda:together"
+                                  : "attention:v1:cuda:dependent");
   return result;
 }
 

@@ -43,7 +43,8 @@ struct SmallAttentionSchedule {
   bool halves = false;  // a block of the first projection has half of a head of 64
   int out_rows = 32;    // of a block of the second projection, 16 or 32
 
-  int whole_rows = 0;  // of queries in a block of the one launch, 16 or 32; 0: three
+  bool together = false, together_captured = false;  // the three launches as one; in a graph as well
+  int whole_rows = 0;                                // of queries in a block of the one launch, 16 or 32; 0: three
 };
 
 // Whether the three launches take this shape on the current device, and faster than ATen's do; fills the schedule if
@@ -56,7 +57,8 @@ bool small_attention_takes_memory(const SmallAttentionParams& params);
 // The same for the one launch, which neither reads nor writes `qkv`, `attended` and `logsumexp`.
 bool small_whole_takes_memory(const SmallAttentionParams& params);
 
-cudaError_t launch_small_attention(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
+// The schedule is afterwards what ran.
+cudaError_t launch_small_attention(const SmallAttentionParams& params, SmallAttentionSchedule& schedule,
                                    cudaStream_t stream);
 
 }  // namespace styleforge::cuda

@@ -57,7 +57,8 @@ cudaError_t schedule_small_attention(const SmallAttentionParams& p, SmallAttenti
   const Overrides overrides(kTuneVariable);
   s = {};
   s.whole_rows = small_whole_rows(p, facts, overrides);
-  const bool forced = overrides.forced("dependent");
+  const bool together = overrides.forced("together");
+  const bool forced = overrides.forced("dependent") || together;
   if ((overrides.forced() && !forced) || facts.major < 8) return cudaSuccess;
   if (p.dtype == DType::kFloat64 || p.head_dim % 8 != 0 || p.head_dim > 128) return cudaSuccess;
   if (p.length < 1 || p.length > kSmallMaxLength || p.batch < 1 || p.batch > kMostBlocks || p.heads > kMostBlocks ||
@@ -75,6 +76,10 @@ cudaError_t schedule_small_attention(const SmallAttentionParams& p, SmallAttenti
   const bool few = p.dtype == DType::kFloat32 || int64_t{p.batch} * p.length * p.embed <= kFewNumbers;
   s.out_rows = tuned("out_rows", few ? 16 : 32);
   supported = (forced || pays(p, s.rows, facts)) && shared_bytes(p, s) <= facts.max_shared_per_block - kReserved;
+  const auto wish = tuned("together", together ? 2 : 0);  // 1 never, 2 always
+  s.together = wish != 1 && !overrides.forced("dependent") && small_together_takes(p, s, facts);
+  s.together_captured = wish == 2;
+  if (together) supported = supported && s.together;
   return cudaSuccess;
 }
 
@@ -85,9 +90,19 @@ bool small_attention_takes_memory(const SmallAttentionParams& p) {
          aligned16(p.out_bias);
 }
 
-cudaError_t launch_small_attention(const SmallAttentionParams& p, const SmallAttentionSchedule& s,
-                                   cudaStream_t stream) {
+cudaError_t launch_small_attention(const SmallAttentionParams& p, SmallAttentionSchedule& s, cudaStream_t stream) {
   if (s.whole_rows > 0) return launch_small_whole(p, s, stream);
+  if (s.together && !s.together_captured) {
+    auto status = cudaStreamCaptureStatusNone;
+    if (const auto error = cudaStreamIsCapturing(stream, &status)) return error;
+    s.together = status == cudaStreamCaptureStatusNone;
+  }
+  if (s.together) {
+    const auto error = launch_small_together(p, s, stream);
+    if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+    cudaGetLastError();  // it is dealt with: part of the device is another's
+    s.together = false;
+  }
   const auto heads = p.dtype == DType::kFloat32 ? launch_small_heads_float32 : launch_small_heads_16_bit;
   if (const auto error = heads(p, s, stream)) return error;
   return launch_small_output(p, s, stream);
