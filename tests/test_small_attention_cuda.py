@@ -1,7 +1,7 @@
 """The kernels of fused_attention_v1 for a whole block: every way to cut it, and what they leave to others.
 
-STYLEFORGE_PATH=dependent forces them, =together the same as one launch. What a server asks of them (graphs, streams, repeatability) is in
-test_fused_attention_cuda.py, with the other paths.
+STYLEFORGE_PATH=dependent forces them, together the same as one launch. What a server asks of them (graphs,
+streams, repeatability) is in test_fused_attention_cuda.py, with the other paths.
 """
 
 from __future__ import annotations

@@ -28,9 +28,10 @@ OP = torch.ops.styleforge.fused_attention_v1
 PATH = "whole"
 HEADS = 4
 DTYPES = [torch.float16, torch.bfloat16]
-# embed_dim and length: whole chunks of 128 tokens and not, blocks of queries that begin in every chunk
-SIZES = [(128, length) for length in (1, 16, 17, 127, 128, 129, 250, 256, 333, 384, 512)] + [
-    (256, length) for length in (1, 40, 128, 200, 256)
+# embed_dim, heads and length: whole chunks of 128 tokens and not, blocks of queries that begin in every chunk
+SIZES = [
+    *((128, 4, length) for length in (1, 16, 17, 127, 128, 129, 250, 256, 333, 384, 512)),
+    *((256, heads, length) for heads in (4, 8) for length in (1, 40, 128, 200, 256)),
 ]
 pytestmark = [
     pytest.mark.cuda,
@@ -61,8 +62,10 @@ def _compare(*args: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("embed", "length"), SIZES)
-def test_every_cut(embed: int, length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("embed", "heads", "length"), SIZES)
+def test_every_cut(
+    embed: int, heads: int, length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for rows in (16, 32):
         monkeypatch.setenv("STYLEFORGE_SMALL_ATTENTION_TUNE", f"block={rows}")
         for batch, is_causal, mask, biases in (
@@ -75,7 +78,7 @@ def test_every_cut(embed: int, length: int, dtype: torch.dtype, monkeypatch: pyt
             x = random_tensor(batch, length, embed, dtype=dtype, device="cuda")
             parameters = attention_parameters(embed, dtype, "cuda", biases)
             hidden = None if mask is None else random_mask(batch, length, mask, "cuda")
-            _compare(x, *parameters, HEADS, None, is_causal, hidden)
+            _compare(x, *parameters, heads, None, is_causal, hidden)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -49,26 +49,32 @@ cudaError_t launch_dtype(const SmallAttentionParams& p, int rows, const DeviceFa
   if (p.embed == 128) {
     return rows == 16 ? launch_rows<T, 128, 32, 16>(p, facts, stream) : launch_rows<T, 128, 32, 32>(p, facts, stream);
   }
+  if (p.head_dim == 32) {
+    return rows == 16 ? launch_rows<T, 256, 32, 16>(p, facts, stream) : launch_rows<T, 256, 32, 32>(p, facts, stream);
+  }
   return rows == 16 ? launch_rows<T, 256, 64, 16>(p, facts, stream) : launch_rows<T, 256, 64, 32>(p, facts, stream);
 }
 
 static_assert(WholeTile<__half, 128, 32, 32, 4>::kBytes <= 227 * 1024);
+static_assert(WholeTile<__half, 256, 32, 32, 2>::kBytes <= 227 * 1024);
 static_assert(WholeTile<__half, 256, 64, 32, 2>::kBytes <= 227 * 1024);
 
 }  // namespace
 
 int small_whole_rows(const SmallAttentionParams& p, const DeviceFacts& facts, const Overrides& overrides) {
-  constexpr int kHeads = 4;
+  constexpr int kMostBatch = 65535;  // in a grid's third dimension
   // "whole": 1 never, 2 always; "block": queries of a block
   const auto wish = overrides.tuned("whole", 0);
   if (wish == 1 || (overrides.forced() && !overrides.forced("whole"))) return 0;
   if (facts.major != 9 || !facts.has_cluster() || facts.max_shared_per_block < 227 * 1024) return 0;
-  if ((p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) || p.heads != kHeads) return 0;
-  if (!(p.embed == 128 && p.length <= 512) && !(p.embed == 256 && p.length <= 256)) return 0;
-  // Clusters of four find room on ten of eleven multiprocessors. Blocks of half the queries are done sooner.
+  if ((p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) || p.batch > kMostBatch) return 0;
+  const bool narrow = p.embed == 128 && p.head_dim == 32 && p.length <= 512;
+  const bool wide = p.embed == 256 && (p.head_dim == 32 || p.head_dim == 64) && p.length <= 256;
+  if (!narrow && !wide) return 0;
+  // Clusters of four and eight find room on ten of eleven multiprocessors. Blocks of half the queries are done sooner.
   const int64_t room = facts.multiprocessors - facts.multiprocessors / 11;
   const auto blocks = [&](int rows) { return ceil_div(p.length, rows) * p.batch * p.heads; };
-  const int rows = static_cast<int>(overrides.tuned("block", blocks(16) <= room ? 16 : 32));
+  const int rows = overrides.tuned("block", blocks(16) <= room ? 16 : 32) == 16 ? 16 : 32;
   return wish == 2 || overrides.forced() || blocks(rows) <= room ? rows : 0;
 }
 
