@@ -135,12 +135,18 @@ def _attention(paths: set[str]) -> None:
                 paths.add(styleforge.last_path())
     os.environ["STYLEFORGE_PATH"] = "whole"
     for dtype in (torch.float16, torch.bfloat16):
-        for length, embed, rows in ((150, 128, 16), (40, 128, 32), (300, 128, 32), (150, 256, 16)):
+        for length, embed, heads, rows in (
+            (150, 128, 4, 16),
+            (40, 128, 4, 32),
+            (300, 128, 4, 32),
+            (150, 256, 4, 16),
+            (40, 256, 8, 32),
+        ):
             os.environ["STYLEFORGE_SMALL_ATTENTION_TUNE"] = f"block={rows}"
             sizes = ((2, length, embed), (3 * embed, embed), (3 * embed,), (embed, embed), (embed,))
             tensors = [torch.randn(s, device="cuda", dtype=dtype) for s in sizes]
             for mask in (None, torch.rand(2, length, device="cuda") < 0.5):
-                torch.ops.styleforge.fused_attention_v1(*tensors, 4, None, mask is None, mask)
+                torch.ops.styleforge.fused_attention_v1(*tensors, heads, None, mask is None, mask)
                 paths.add(styleforge.last_path())
     os.environ["STYLEFORGE_SMALL_ATTENTION_TUNE"] = ""
     os.environ["STYLEFORGE_PATH"] = ""

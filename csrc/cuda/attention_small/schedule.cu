@@ -27,7 +27,7 @@ int rows_of_block(const SmallAttentionParams& p, const DeviceFacts& facts) {
 }
 
 // Where these kernels were seen to be faster than ATen's, on one H200: 1 x 128 to 512 x 128, 2 x 256 x 128, 1 x 256 x
-// 256 in 4 heads take 0.21 to 0.36 of the time in float32 and 0.54 to 0.65 in 16 bits. More work than the device takes
+// 256 in 4 heads take 0.20 to 0.32 of the time in float32 and 0.49 to 0.63 in 16 bits. More work than the device takes
 // at once is for kernels that read weights fewer times.
 bool pays(const SmallAttentionParams& p, int rows, const DeviceFacts& facts) {
   constexpr int64_t kTokens = 512;

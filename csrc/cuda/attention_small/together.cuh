@@ -1,8 +1,8 @@
 // The three launches of launch.h as one whose blocks wait for one another, for float32.
 //
-// On the GPU two such waits take a little longer than the starts of two dependent launches do. On the host each launch
-// is two microseconds of the ten that all the rest of a call takes, and sequences that are this short wait for the
-// host: so this is what runs, unless the call is being captured in a graph.
+// On the GPU two such waits take longer than the starts of two dependent launches do, by 0.6 to 1.9 us of 7 to 14 (one
+// H200). On the host a call takes 10.9 us instead of 16, of which the launches are most, and sequences that are this
+// short wait for the host. So this is what runs, unless the call is being captured in a graph. Bits are the same.
 #pragma once
 
 #include <cooperative_groups.h>
