@@ -31,6 +31,8 @@ PATHS = [
     ("sm90", 300, 128, 4),
     ("sm90", 77, 60, 1),
     ("dependent", 300, 128, 2),
+    ("together", 200, 128, 4),
+    ("whole", 300, 128, 4),
 ]
 CASES = pytest.mark.parametrize(("forced", "length", "embed", "heads"), PATHS, ids=str)
 

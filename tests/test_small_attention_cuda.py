@@ -1,7 +1,7 @@
 """The kernels of fused_attention_v1 for a whole block: every way to cut it, and what they leave to others.
 
-STYLEFORGE_PATH=dependent forces them. What a server asks of them (graphs, streams, repeatability) is in
-test_fused_attention_cuda.py, with the other paths.
+STYLEFORGE_PATH=dependent forces them, together the same as one launch. What a server asks of them (graphs,
+streams, repeatability) is in test_fused_attention_cuda.py, with the other paths.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ def test_every_cut(
     monkeypatch.setenv("STYLEFORGE_PATH", PATH)
     for length, rows in itertools.product((1, 17, 128, 250, 333, 512, 1025), (16, 32)):
         out_rows = 48 - rows
-        monkeypatch.setenv("STYLEFORGE_SMALL_ATTENTION_TUNE", f"rows={rows},out_rows={out_rows}")
+        halves = 1 + length % 2
+        monkeypatch.setenv(
+            "STYLEFORGE_SMALL_ATTENTION_TUNE", f"rows={rows},out_rows={out_rows},halves={halves}"
+        )
         x = random_tensor(2, length, embed, dtype=dtype, device="cuda")
         for is_causal, mask in ((False, None), (True, None), (False, "some"), (True, "dead")):
             parameters = attention_parameters(embed, dtype, "cuda", "none" if mask == "some" else "both")
@@ -158,6 +161,49 @@ def test_one_sample_of_nan_stays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         result = OP(x, *parameters, 2)
         assert result[1].isnan().all()
         assert torch.equal(result[::2], expected[::2])
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("rows", [16, 32])
+def test_three_launches_as_one(rows: int, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same to the bit, whichever part has the most blocks; also what the backward needs."""
+    monkeypatch.setenv("STYLEFORGE_SMALL_ATTENTION_TUNE", f"rows={rows}")
+    for batch, length, embed, heads in (
+        (1, 128, 128, 4),
+        (2, 250, 128, 4),
+        (1, 512, 128, 4),
+        (1, 256, 256, 4),
+        (1, 100, 128, 2),
+        (3, 1, 48, 2),
+        (2, 77, 192, 3),
+        (1, 40, 512, 16),
+    ):
+        for is_causal, mask in ((False, None), (True, "some"), (False, "dead")):
+            x = random_tensor(batch, length, embed, device="cuda")
+            hidden = None if mask is None else random_mask(batch, length, mask, "cuda")
+            args = (x, *attention_parameters(embed, device="cuda"), heads, None, is_causal, hidden, precision)
+            monkeypatch.setenv("STYLEFORGE_PATH", "dependent")
+            expected = FORWARD(*args, 1)
+            monkeypatch.setenv("STYLEFORGE_PATH", "together")
+            poison(x.numel(), x.dtype, "cuda")
+            result = OP(*args)
+            assert styleforge.last_path() == "attention:v1:cuda:together"
+            assert torch.equal(result, expected[0])
+            for ours, wanted in zip(FORWARD(*args, 1), expected, strict=True):
+                assert torch.equal(ours, wanted)
+
+
+def test_graphs_have_the_dependent_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STYLEFORGE_PATH", "")
+    args = (random_tensor(1, 128, 128, device="cuda"), *attention_parameters(128, device="cuda"), 4)
+    expected = OP(*args)
+    assert styleforge.last_path() == "attention:v1:cuda:together"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = OP(*args)
+        assert _taken()
+    graph.replay()
+    assert torch.equal(result, expected)
 
 
 def test_what_the_kernels_do_not_take_runs_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

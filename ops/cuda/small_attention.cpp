@@ -50,7 +50,8 @@ std::optional<FusedAttentionResult> run_small_attention(const AttentionArgs& arg
   cuda::SmallAttentionSchedule schedule;
   bool supported = false;
   check_cuda(kOp, cuda::schedule_small_attention(params, schedule, supported));
-  if (!supported) return {};
+  if (keep) schedule.whole_rows = 0;
+  if (!supported && schedule.whole_rows == 0) return {};
 
   const Tensor input = with_rows(args.input);
   const Tensor qkv_weight = dense(args.qkv_weight), out_weight = dense(args.out_weight);
@@ -67,7 +68,9 @@ std::optional<FusedAttentionResult> run_small_attention(const AttentionArgs& arg
     params.hidden_stride[0] = args.key_padding_mask->stride(0);
     params.hidden_stride[1] = args.key_padding_mask->stride(1);
   }
-  if (!cuda::small_attention_takes_memory(params)) return {};
+  if (schedule.whole_rows > 0 && !cuda::small_whole_takes_memory(params)) schedule.whole_rows = 0;
+  const bool whole = schedule.whole_rows > 0;
+  if (!whole && !(supported && cuda::small_attention_takes_memory(params))) return {};
 
   FusedAttentionResult result;
   result.output = empty_dense(args.input, {n, s, embed}, false, dtype);
@@ -80,14 +83,16 @@ std::optional<FusedAttentionResult> run_small_attention(const AttentionArgs& arg
     params.qkv = result.qkv->mutable_data_ptr();
     params.attended = result.attention->mutable_data_ptr();
     params.logsumexp = static_cast<float*>(result.logsumexp->mutable_data_ptr());
-  } else {
+  } else if (!whole) {
     // Beside one another: embed is a multiple of 16 bytes.
     const size_t tokens = static_cast<size_t>(plan.rows() * embed) * args.input.element_size();
     params.attended = workspace(args.input, 4 * tokens, both);
     params.qkv = static_cast<unsigned char*>(params.attended) + tokens;
   }
   check_cuda(kOp, cuda::launch_small_attention(params, schedule, scope.stream()));
-  record_path("attention:v1:cuda:dependent");
+  record_path(whole               ? "attention:v1:cuda:whole"
+              : schedule.together ? "attention:v1:cuda:together"
+                                  : "attention:v1:cuda:dependent");
   return result;
 }
 

@@ -6,15 +6,27 @@
 namespace styleforge::cuda {
 
 template <typename Math, int kHeadDim, int kRows>
-cudaError_t launch_heads(const SmallAttentionParams& p, cudaStream_t stream) {
+cudaError_t launch_heads(const SmallAttentionParams& p, const SmallAttentionSchedule& s, cudaStream_t stream) {
   using Block = HeadBlock<Math, kHeadDim, kRows>;
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const int padded = padded_length(p.length);
   const dim3 grid(static_cast<unsigned>(ceil_div(p.length, kRows)), static_cast<unsigned>(p.heads),
                   static_cast<unsigned>(p.batch));
-  if (const auto error = launch(small_project_kernel<Math, kHeadDim, kRows>, grid, dim3(kSmallThreads),
-                                Block::Product::kRingBytes, 1, facts, stream, p)) {
+  const auto project = [&]<int kColumns>(const SmallAttentionParams& projected) {
+    return launch(small_project_kernel<Math, kColumns, kRows>, dim3(grid.x, projected.heads, grid.z),
+                  dim3(kSmallThreads), ProductTile<Math, kRows, 3 * kColumns>::kRingBytes, 1, facts, stream, projected);
+  };
+  if (s.halves) {  // to a projection, a head is two of half its width
+    if constexpr (kHeadDim == 64) {
+      SmallAttentionParams halves = p;
+      halves.heads *= 2;
+      halves.head_dim /= 2;
+      if (const auto error = project.template operator()<kHeadDim / 2>(halves)) return error;
+    } else {
+      return cudaErrorInvalidValue;
+    }
+  } else if (const auto error = project.template operator()<kHeadDim>(p)) {
     return error;
   }
   return launch(small_attend_kernel<Math, kHeadDim, kRows>, grid, dim3(kSmallThreads),
@@ -40,8 +52,8 @@ auto switch_heads(const SmallAttentionSchedule& s, const Body& body) {
 
 template <typename Math>
 cudaError_t launch_heads(const SmallAttentionParams& p, const SmallAttentionSchedule& s, cudaStream_t stream) {
-  return switch_heads<Math>(s,
-                            [&]<int kHeadDim, int kRows>() { return launch_heads<Math, kHeadDim, kRows>(p, stream); });
+  return switch_heads<Math>(
+      s, [&]<int kHeadDim, int kRows>() { return launch_heads<Math, kHeadDim, kRows>(p, s, stream); });
 }
 
 }  // namespace styleforge::cuda

@@ -5,7 +5,8 @@
 //
 // Both in one launch, with the blocks of a head as a cluster, was tried: handing keys and values on through each
 // other's shared memory is slower than through the L2 cache (some 14 bytes a cycle and multiprocessor), and a barrier
-// of the cluster behind stores to memory waits for these as long as a dependent launch does.
+// of the cluster behind stores to memory waits for these as long as a dependent launch does. What did help in 16 bits
+// is not to have keys and values at all: whole.cuh.
 #pragma once
 
 #include <algorithm>
@@ -29,8 +30,7 @@ struct HeadBlock {
   static constexpr int64_t kSize = sizeof(T);
 
   const SmallAttentionParams& p;
-  const int head = blockIdx.y, sample = blockIdx.z;
-  const int first_row = blockIdx.x * kRows;
+  const int head, sample, first_row;
   const int rows = p.length - first_row < kRows ? p.length - first_row : kRows;
   const int64_t first_token = int64_t{sample} * p.length;
 
@@ -123,44 +123,32 @@ struct HeadBlock {
 #endif
 };
 
-template <typename Math, int kHeadDim, int kRows>
-__global__ void __launch_bounds__(kSmallThreads, 1)
-    small_project_kernel(const __grid_constant__ SmallAttentionParams p) {
 #ifdef STYLEFORGE_HAS_MMA
-  using Block = HeadBlock<Math, kHeadDim, kRows>;
-  extern __shared__ __align__(128) unsigned char memory[];
-  const Block block{p};
-  wait_for_predecessor();
-  release_successor();
-  __shared__ __align__(16) typename Block::T bias[3 * kHeadDim];
+
+template <typename Block>
+__device__ __forceinline__ void project_rows(const Block& block, unsigned char* memory) {
+  __shared__ __align__(16) typename Block::T bias[3 * Block::kHeadDim];
   block.load_bias(bias);
   typename Block::Product product;
   block.multiply(product, shared_address(memory));
   add_parts(product, memory, [&](int row, int column, float (&v)[4]) {
-    const int part = column / kHeadDim, d = column % kHeadDim;
-    if (row < block.rows && d < p.head_dim) block.store(Block::with_bias(v, bias + column), row, part, d);
+    const int part = column / Block::kHeadDim, d = column % Block::kHeadDim;
+    if (row < block.rows && d < block.p.head_dim) block.store(Block::with_bias(v, bias + column), row, part, d);
   });
-#endif
 }
 
-template <typename Math, int kHeadDim, int kRows>
-__global__ void __launch_bounds__(kSmallThreads, 1)
-    small_attend_kernel(const __grid_constant__ SmallAttentionParams p, int padded) {
-#ifdef STYLEFORGE_HAS_MMA
-  using Block = HeadBlock<Math, kHeadDim, kRows>;
+template <typename Block>
+__device__ __forceinline__ void attend_rows(const Block& block, unsigned char* dynamic, int padded) {
   using Tile = typename Block::Tile;
   constexpr int kStages = Tile::kMostStages;
-  extern __shared__ __align__(128) unsigned char dynamic[];
+  const SmallAttentionParams& p = block.p;
   unsigned char* memory = dynamic + padded;  // queries, then the stages
-  const Block block{p};
-  wait_for_predecessor();
-  release_successor();
   const auto size = static_cast<int>(Block::kSize);
   const HeadPlace place{
       static_cast<const unsigned char*>(p.qkv) + (block.first_token * 3 * p.embed + block.head * p.head_dim) * size,
       int64_t{3} * p.embed * size, int64_t{p.embed} * size, p.head_dim * size, p.length};
   unsigned char* stages = memory + Tile::kQueryBytes;
-  load_tokens<Tile, kRows>(shared_address(memory), place, 0, block.first_row);
+  load_tokens<Tile, Tile::kRows>(shared_address(memory), place, 0, block.first_row);
 
   RunningSoftmax<Tile> softmax;
   const int chunks = (block.end_of_keys() + Tile::kKeys - 1) / Tile::kKeys;
@@ -187,6 +175,35 @@ __global__ void __launch_bounds__(kSmallThreads, 1)
   }
   __syncthreads();
   block.finish(softmax, memory);
+}
+
+#endif  // STYLEFORGE_HAS_MMA
+
+template <typename Math, int kHeadDim, int kRows>
+__global__ void __launch_bounds__(kSmallThreads, 1)
+    small_project_kernel(const __grid_constant__ SmallAttentionParams p) {
+#ifdef STYLEFORGE_HAS_MMA
+  using Block = HeadBlock<Math, kHeadDim, kRows>;
+  extern __shared__ __align__(128) unsigned char memory[];
+  const Block block{p, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z),
+                    static_cast<int>(blockIdx.x) * kRows};
+  wait_for_predecessor();
+  release_successor();
+  project_rows(block, memory);
+#endif
+}
+
+template <typename Math, int kHeadDim, int kRows>
+__global__ void __launch_bounds__(kSmallThreads, 1)
+    small_attend_kernel(const __grid_constant__ SmallAttentionParams p, int padded) {
+#ifdef STYLEFORGE_HAS_MMA
+  using Block = HeadBlock<Math, kHeadDim, kRows>;
+  extern __shared__ __align__(128) unsigned char memory[];
+  const Block block{p, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z),
+                    static_cast<int>(blockIdx.x) * kRows};
+  wait_for_predecessor();
+  release_successor();
+  attend_rows(block, memory, padded);
 #endif
 }
 

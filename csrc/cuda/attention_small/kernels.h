@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/launch.h"
+#include "../common/overrides.h"
 #include "launch.h"
 
 namespace styleforge::cuda {
@@ -15,5 +16,16 @@ cudaError_t launch_small_heads_float32(const SmallAttentionParams& params, const
                                        cudaStream_t stream);
 cudaError_t launch_small_output(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
                                 cudaStream_t stream);
+
+// All of it in one launch (whole.cuh): queries of a block, 0 where that takes or pays not.
+int small_whole_rows(const SmallAttentionParams& params, const DeviceFacts& facts, const Overrides& overrides);
+cudaError_t launch_small_whole(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
+                               cudaStream_t stream);
+
+// The three launches as one (together.cuh); cudaErrorCooperativeLaunchTooLarge where not all blocks find room at once.
+bool small_together_takes(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
+                          const DeviceFacts& facts);
+cudaError_t launch_small_together(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
+                                  cudaStream_t stream);
 
 }  // namespace styleforge::cuda

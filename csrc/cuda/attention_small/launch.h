@@ -3,8 +3,9 @@
 //   qkv = x qkv_weight^T + qkv_bias;  heads = softmax(scale q k^T) v of each head;  output = heads out_weight^T +
 //   out_bias
 //
-// in three launches, each of which starts while the one before it drains. float32 (3xTF32 to float32 accuracy, or
-// TF32), float16, bfloat16, sums in float32.
+// in one launch (whole.cuh: 16-bit numbers of some widths, without what a backward needs), or in three, each of which
+// starts while the one before it drains: float32 (3xTF32 to float32 accuracy, or TF32), float16, bfloat16. Sums are in
+// float32.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,19 +38,27 @@ struct SmallAttentionParams {
 };
 
 struct SmallAttentionSchedule {
-  int head_dim = 32;  // as the kernel has it, at least the one given
-  int rows = 32;      // of queries in a block, 16 or 32
-  int out_rows = 32;  // of a block of the second projection, 16 or 32
+  int head_dim = 32;    // as the kernel has it, at least the one given
+  int rows = 32;        // of queries in a block, 16 or 32
+  bool halves = false;  // a block of the first projection has half of a head of 64
+  int out_rows = 32;    // of a block of the second projection, 16 or 32
+
+  bool together = false, together_captured = false;  // the three launches as one; in a graph as well
+  int whole_rows = 0;                                // of queries in a block of the one launch, 16 or 32; 0: three
 };
 
-// Whether the kernels take this shape on the current device, and faster than ATen's do; fills the schedule if so.
+// Whether the three launches take this shape on the current device, and faster than ATen's do; fills the schedule if
+// so, and its whole_rows where the one launch does.
 cudaError_t schedule_small_attention(const SmallAttentionParams& params, SmallAttentionSchedule& schedule,
                                      bool& supported);
 
 // Whether the operands lie in memory as the kernels read them, in vectors of 16 bytes.
 bool small_attention_takes_memory(const SmallAttentionParams& params);
+// The same for the one launch, which neither reads nor writes `qkv`, `attended` and `logsumexp`.
+bool small_whole_takes_memory(const SmallAttentionParams& params);
 
-cudaError_t launch_small_attention(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
+// The schedule is afterwards what ran.
+cudaError_t launch_small_attention(const SmallAttentionParams& params, SmallAttentionSchedule& schedule,
                                    cudaStream_t stream);
 
 }  // namespace styleforge::cuda

@@ -8,7 +8,8 @@
 namespace styleforge::cuda {
 namespace {
 
-// STYLEFORGE_SMALL_ATTENTION_TUNE="rows=16,out_rows=16"
+// STYLEFORGE_SMALL_ATTENTION_TUNE="rows=16,out_rows=16,halves=2,together=1,whole=1,block=16" (halves, together, whole:
+// 1 never, 2 always)
 constexpr int kReserved = 4096;             // what the kernel declares by itself, and what the system takes
 constexpr int64_t kMostRows = 1 << 19;      // a grid has 65535 tiles of them
 constexpr int kMostBlocks = 65535;          // in a grid's second and third dimension
@@ -27,7 +28,7 @@ int rows_of_block(const SmallAttentionParams& p, const DeviceFacts& facts) {
 }
 
 // Where these kernels were seen to be faster than ATen's, on one H200: 1 x 128 to 512 x 128, 2 x 256 x 128, 1 x 256 x
-// 256 in 4 heads take 0.21 to 0.36 of the time in float32 and 0.54 to 0.65 in 16 bits. More work than the device takes
+// 256 in 4 heads take 0.20 to 0.32 of the time in float32 and 0.49 to 0.63 in 16 bits. More work than the device takes
 // at once is for kernels that read weights fewer times.
 bool pays(const SmallAttentionParams& p, int rows, const DeviceFacts& facts) {
   constexpr int64_t kTokens = 512;
@@ -55,7 +56,10 @@ cudaError_t schedule_small_attention(const SmallAttentionParams& p, SmallAttenti
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const Overrides overrides(kTuneVariable);
-  const bool forced = overrides.forced("dependent");
+  s = {};
+  s.whole_rows = small_whole_rows(p, facts, overrides);
+  const bool together = overrides.forced("together");
+  const bool forced = overrides.forced("dependent") || together;
   if ((overrides.forced() && !forced) || facts.major < 8) return cudaSuccess;
   if (p.dtype == DType::kFloat64 || p.head_dim % 8 != 0 || p.head_dim > 128) return cudaSuccess;
   if (p.length < 1 || p.length > kSmallMaxLength || p.batch < 1 || p.batch > kMostBlocks || p.heads > kMostBlocks ||
@@ -64,14 +68,20 @@ cudaError_t schedule_small_attention(const SmallAttentionParams& p, SmallAttenti
   }
 
   const auto tuned = [&](const char* key, int64_t chosen) { return static_cast<int>(overrides.tuned(key, chosen)); };
-  s = {};
   s.head_dim = p.head_dim <= 32 ? 32 : p.head_dim <= 64 ? 64 : 128;
   const bool wide = s.head_dim == 128 && p.dtype == DType::kFloat32;
   s.rows = wide ? 32 : tuned("rows", rows_of_block(p, facts));
+  // Twice as many blocks of half the work: 1 x 256 x 256 in float32 takes 14.5 us instead of 16.0.
+  const bool room = blocks(p, s.rows) * 2 <= facts.multiprocessors;
+  s.halves = s.head_dim == 64 && p.head_dim % 16 == 0 && tuned("halves", room ? 2 : 1) == 2;
   // More rows read the weights fewer times, which is a matter of 16 bits: in float32 there is more to compute.
   const bool few = p.dtype == DType::kFloat32 || int64_t{p.batch} * p.length * p.embed <= kFewNumbers;
   s.out_rows = tuned("out_rows", few ? 16 : 32);
   supported = (forced || pays(p, s.rows, facts)) && shared_bytes(p, s) <= facts.max_shared_per_block - kReserved;
+  const auto wish = tuned("together", together ? 2 : 0);  // 1 never, 2 always
+  s.together = wish != 1 && !overrides.forced("dependent") && small_together_takes(p, s, facts);
+  s.together_captured = wish == 2;
+  if (together) supported = supported && s.together;
   return cudaSuccess;
 }
 
@@ -82,8 +92,19 @@ bool small_attention_takes_memory(const SmallAttentionParams& p) {
          aligned16(p.out_bias);
 }
 
-cudaError_t launch_small_attention(const SmallAttentionParams& p, const SmallAttentionSchedule& s,
-                                   cudaStream_t stream) {
+cudaError_t launch_small_attention(const SmallAttentionParams& p, SmallAttentionSchedule& s, cudaStream_t stream) {
+  if (s.whole_rows > 0) return launch_small_whole(p, s, stream);
+  if (s.together && !s.together_captured) {
+    auto status = cudaStreamCaptureStatusNone;
+    if (const auto error = cudaStreamIsCapturing(stream, &status)) return error;
+    s.together = status == cudaStreamCaptureStatusNone;
+  }
+  if (s.together) {
+    const auto error = launch_small_together(p, s, stream);
+    if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+    cudaGetLastError();  // it is dealt with: part of the device is another's
+    s.together = false;
+  }
   const auto heads = p.dtype == DType::kFloat32 ? launch_small_heads_float32 : launch_small_heads_16_bit;
   if (const auto error = heads(p, s, stream)) return error;
   return launch_small_output(p, s, stream);
