@@ -6,11 +6,11 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from styleforge.bench.contenders import Contender, Problem, as_list, module_calls
 from styleforge.bench.precision import repeatable_convolutions
@@ -55,28 +55,23 @@ def exact_results(problem: Problem) -> list[Tensor]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with _AttentionInParts():
+        with patch.object(F, "scaled_dot_product_attention", _attention_in_parts):
             return [t.detach() for t in as_list(call())]
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-class _AttentionInParts(TorchFunctionMode):
-    """Attention of long sequences by parts of the queries: in float64 PyTorch holds every score at once."""
+_attention: Any = F.scaled_dot_product_attention
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        query, key, value, *others = args
-        rows = query[..., 0].numel()
-        if rows * key.shape[-2] <= _MOST_SCORES or kwargs.get("is_causal") or any(others):
-            return func(*args, **kwargs)
-        part = max(1, _MOST_SCORES * query.shape[-2] // (rows * key.shape[-2]))
-        parts: list[Tensor] = [func(q, key, value, **kwargs) for q in query.split(part, -2)]
-        return torch.cat(parts, -2)
+
+def _attention_in_parts(query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> Tensor:
+    """Attention of long sequences by parts of the queries: in float64 PyTorch holds every score at once."""
+    scores = query[..., 0].numel() * key.shape[-2]
+    if scores <= _MOST_SCORES or torch.is_grad_enabled() or any(others) or any(named.values()):
+        whole: Tensor = _attention(query, key, value, *others, **named)
+        return whole
+    rows = max(1, _MOST_SCORES * query.shape[-2] // scores)
+    return torch.cat([_attention(part, key, value) for part in query.split(rows, -2)], -2)
 
 
 def errors(results: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[float, float]:
