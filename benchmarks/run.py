@@ -72,11 +72,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
-def cases(run: str, suite: bool = False) -> list[Case]:
-    """What a run measures: the rows of the README's tables and all that has a goal."""
+def cases(run: str, *, suite: bool = False, goals: bool = True) -> list[Case]:
+    """What a run measures: the rows of the README's tables, and all that has a goal."""
     backward = "--backward" in RUNS[run]
     found = [] if run in ONLY_GOALS else list(SHOWN_TRAINING if backward else SHOWN)
-    found += cases_of(run)
+    found += cases_of(run) if goals else []
     if suite:
         from styleforge.bench.cases import SUITES
 
@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         turns = Path(folder) / "turns"
         started: list[Part] = []
         for run in given.runs or (RUNS if on_gpu else CPU_RUNS):
-            found = cases(run, given.suite)
+            found = cases(run, suite=given.suite, goals=on_gpu)
             if not on_gpu:
                 found = [case for case in found if _operations(*case) <= MOST_ON_CPU]
             for index, part in enumerate(parts(run, found) if on_gpu else [found]):
