@@ -436,17 +436,9 @@ def test_cases_that_are_prepared_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_autocast(tmp_path: Path, backward: bool) -> None:
-    arguments = (
-        "conv",
-        "--case",
-        "1x4->8@9x8k3s2",
-        "--dtype",
-        "bfloat16",
-        "--autocast",
-        "--against",
-        "eager",
-    )
-    data, _ = _json(tmp_path, *arguments, *["--backward"] * backward)
+    arguments = ["conv", "--case", "1x4->8@9x8k3s2", "--against", "eager"]
+    arguments += ["--dtype", "bfloat16", "--autocast", *["--backward"] * backward]
+    data, _ = _json(tmp_path, *arguments)
     assert data["settings"]["autocast"] and ", autocast" in data["tables"][0]["title"]
     (case,) = data["tables"][0]["cases"]
     for contender in case["contenders"].values():  # bfloat16 was used, not float32

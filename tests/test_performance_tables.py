@@ -266,11 +266,8 @@ def test_a_run_that_measures_nothing_says_so(tmp_path: Path, capsys: pytest.Capt
 def test_every_shown_case_can_be_measured() -> None:
     from styleforge.bench.cases import parse
 
-    for operator, shape in (
-        *tables.SHOWN,
-        *tables.SHOWN_TRAINING,
-        *((g.operator, g.shape) for g in goals.GOALS),
-    ):
+    asked = [(goal.operator, goal.shape) for goal in goals.GOALS]
+    for operator, shape in (*tables.SHOWN, *tables.SHOWN_TRAINING, *asked):
         assert parse(operator, "standard", shape).name == shape
     assert torch.float16 in {getattr(torch, o[1]) for o in run.RUNS.values() if o[0] == "--dtype"}
 
@@ -279,7 +276,7 @@ def test_every_shown_case_can_be_measured() -> None:
 
 
 def _entry(floor_is: str = "memory", **times: float) -> Data:
-    """A case of attention whose contenders have a GPU time, twice that on the host, and 1 MB a microsecond."""
+    """A case of attention: each contender's GPU time, twice that on the host, and 1 MB a microsecond."""
 
     def contender(time: float) -> Data:
         share = {"percent_of_floor": 80.0}
@@ -310,10 +307,8 @@ def test_a_goal(figure: str, others: tuple[str, ...], asked: float, reached: flo
 def test_goals_that_were_not_measured() -> None:
     goal = goals.Goal("", "float32", "attention", "1x1024x256/4", "gpu", 0.5)
     assert goals.reached(goal, _entry(eager=8)) is None and goals.reached(goal, _entry(styleforge=2)) is None
-    assert (
-        goals.reached(goals.Goal("", "", "", "", "copy", 92.0, ()), _entry("arithmetic", styleforge=1))
-        is None
-    )
+    rate = goals.Goal("", "float32", "attention", "1x1024x256/4", "copy", 92.0, ())
+    assert goals.reached(rate, _entry("arithmetic", styleforge=1)) is None
 
 
 def test_the_goals_page(tmp_path: Path, measured: Data) -> None:
