@@ -106,7 +106,7 @@ def _attention(
 # Name: STYLEFORGE_PATH, and what makes a call on data of its own.
 CALLS: dict[str, tuple[str, Callable[[], Call]]] = {
     "norm": ("", _norm((1, 64, 128, 128), HALF)),
-    "norm, clusters": ("plane", _norm((1, 4, 512, 512), FLOAT)),
+    "norm, clusters": ("plane", _norm((1, 16, 192, 192), FLOAT)),
     "norm, split": ("split", _norm((2, 16, 96, 96), FLOAT)),
     "norm, ticket": ("ticket", _norm((1, 3, 1024, 1024), HALF)),
     "norm, stream": ("stream", _norm((3, 50, 132, 144), HALF)),

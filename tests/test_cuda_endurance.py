@@ -99,6 +99,9 @@ def _with_few_multiprocessors() -> None:
                 results = [call().detach() for _ in range(3)]
                 few = styleforge.last_path()
                 torch.cuda.synchronize()
+            except RuntimeError as error:
+                print(json.dumps({"name": name, "error": str(error).splitlines()[0]}), flush=True)
+                continue
             finally:
                 context.pop_context()
         same = all(torch.equal(bits(results[0]), bits(result)) for result in results[1:])
@@ -128,4 +131,5 @@ def test_a_green_context_of_few_multiprocessors() -> None:
     assert done.returncode == 0, f"after {reached}: {done.stderr[-1500:]}"
     assert {entry["name"] for entry in found} == set(CALLS)
     for entry in found:
+        assert "error" not in entry, entry
         assert entry["repeats"] and entry["difference"] < 4e-3, entry

@@ -90,7 +90,7 @@ def main() -> None:
     ]
     net = load_style(given.style).eval().half().cuda()
     with torch.inference_mode(), torch.cuda.device(0):
-        ours = styleforge.graphed(_OfBytes(net, torch.channels_last), frames[0].cuda())
+        ours = styleforge.graphed(_OfBytes(net, torch.channels_last).eval(), frames[0].cuda())
         exact = _OfBytes(net.to_torch().float(), torch.contiguous_format)
         reference = exact.network(frames[0].cuda().permute(2, 0, 1)[None].float())
         ways: dict[str, list[Frame]] = {"styleforge.graphed": [ours], "eager": [], "torch.compile": []}
