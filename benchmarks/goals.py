@@ -225,6 +225,10 @@ def _cells(goal: Goal, entry: Entry | None, value: float | None) -> Sequence[str
     for who in (OURS, *BOTH):
         own = None if entry is None else _value(figure, entry, who)
         columns.append("-" if own is None else _short(own))
+        if entry is not None and own is not None and goal.figure == "gpu":
+            formats = entry["contenders"][who].get("formats", {})
+            others = [time for time in formats.values() if time != own]
+            columns[-1] += f" ({_short(others[0])})" if others else ""
     if value is None:
         said = "not measured"
     elif goal.figure == "copy":
