@@ -148,8 +148,8 @@ def render_goals(runs: Sequence[Run]) -> str:
     parts = [
         "# Goals and what is reached",
         "Made by `make performance-tables` of the results kept here: styleforge, eager PyTorch and "
-        "`torch.compile`, each in its better memory format (in brackets the other). *Reached* is styleforge's "
-        "time (or memory) as a part of the better of the two, or of the one that is named, in the same run; "
+        "`torch.compile`, each in its better memory format (the other in brackets). *Reached* is styleforge's"
+        " time (or memory) as a part of the better of the two, or of the one that is named, in the same run; "
         "**bold** where it is more than was asked.",
     ]
     for device in dict.fromkeys(run.environment["device"] for run in runs if run.on_gpu):
