@@ -175,9 +175,12 @@ def _wait(started: Sequence[Part], turns: Path, total: float) -> None:
         slow = [part for part in running if part.process.pid not in ready]
         if compiling and not slow:
             print(f"{seconds:4.0f} s: all have compiled", flush=True)
-        for part in running if seconds > total else slow if seconds > PREPARING * total else []:
+        late = running if seconds > total else slow if seconds > PREPARING * total else []
+        for part in late:
             print(f"{seconds:4.0f} s: no time left for {part.file.stem}", flush=True)
             part.process.kill()
+            part.process.wait()
+        running = [part for part in running if part not in late]
 
 
 def merge(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -245,6 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             for part in started:
                 part.process.kill()
+                part.process.wait()
         own = {run: [part for part in started if part.run == run] for run in (p.run for p in started)}
         right = [_keep(run, parts_of_it, given) for run, parts_of_it in own.items()]
     print(f"all: {time.monotonic() - begin:.0f} s", flush=True)
