@@ -61,7 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(RUNS)}; default: all")
     parser.add_argument("--suite", action="store_true", help="every case of styleforge bench --suite")
     parser.add_argument("--config", default="fast", help="of styleforge bench")
-    parser.add_argument("--seconds", help="of styleforge bench; default: 0.3 on a GPU, 1 on the CPU")
+    parser.add_argument("--seconds", help="of styleforge bench; default: 0.2 on a GPU, 1 on the CPU")
     parser.add_argument("--against", default="eager,compile", help="of styleforge bench")
     parser.add_argument("--device", default="auto", help="of styleforge bench")
     parser.add_argument("--total", type=float, default=1200, help="seconds of all runs together")
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parse_arguments(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     on_gpu = given.device.startswith("cuda") or (given.device == "auto" and torch.cuda.is_available())
-    given.seconds = given.seconds or ("0.3" if on_gpu else "1")
+    given.seconds = given.seconds or ("0.2" if on_gpu else "1")
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         turns = Path(folder) / "turns"
