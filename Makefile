@@ -1,7 +1,7 @@
 # make demo    stylise a photo that ships with the sources; the picture lies in demo-out/
 # make test    every test that needs no GPU
 # make support-table    runs the conformance matrix on the CPU and writes the README's table of it
-# make performance-tables    writes the README's tables of the results that are kept in benchmarks/
+# make performance-tables    writes the README's tables and benchmarks/GOALS.md of the results kept in benchmarks/
 # make docs    the reference from the docstrings, in build/docs; looks for links that lead nowhere
 # make lint    ruff, mypy and clang-format; `make format` rewrites what can be rewritten
 # make cuda    the CUDA library with nvcc (no GPU needed), e.g. make cuda ARCHS="80;90a" WERROR=ON

@@ -1,27 +1,36 @@
-"""Measures what the README's performance tables show, and keeps it: one `styleforge bench` a precision.
+"""Measures what the README's tables and the goals (goals.py) show, and keeps it.
 
-    python benchmarks/run.py                       # the cases of the tables, on the GPU if there is one
+    python benchmarks/run.py                       # all runs, on the GPU if there is one
     python benchmarks/run.py float16 tf32 --suite  # two of the runs, with every case of `--suite`
 
-Files: benchmarks/DEVICE-RUN.json. On a GPU the runs first go all at once with a handful of samples, which
-fills the caches of torch.compile: compiling takes nearly all of the time, on the host, and is quick a second
-time. Then each run has the machine alone. A run that takes longer than --limit, or is not through when the
---total of all is over, is ended; the operators that it had measured are kept. The first runs matter most.
+Files: benchmarks/DEVICE-RUN.json. On a GPU each run goes in parts of about the same length, one
+`styleforge bench` a part, all of which compile and check at the same time (which takes nearly all of the
+time, on the host); then each has the machine alone to measure (`--turns`). What is not through when the
+--total is over is ended; the operators that it had measured are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tables import FOLDER, SHOWN
+from goals import cases_of
+from tables import FOLDER, SHOWN, SHOWN_TRAINING
+
+from styleforge.bench.turns import prepared
+
+Case = tuple[str, str]
+"""Operator and shape."""
 
 RUNS = {
     "float16": ("--dtype", "float16"),
@@ -30,10 +39,18 @@ RUNS = {
     "bfloat16": ("--dtype", "bfloat16"),
     "bfloat16-backward": ("--dtype", "bfloat16", "--backward"),
     "tf32-backward": ("--precision", "tf32", "--backward"),
+    "float32-backward": ("--precision", "ieee", "--backward"),
+    "float16-autocast-backward": ("--dtype", "float16", "--autocast", "--backward"),
 }
+ONLY_GOALS = ("float32-backward", "float16-autocast-backward")  # which the README's tables do without
+PICTURES = ("transformer-net", "conv", "instance-norm")  # in bfloat16 as fast as in float16: left out
 CPU_RUNS = ("float32",)
-LEAST_SECONDS = 10  # a run takes longer to start than what is left
 MOST_ON_CPU = 1e11  # floating-point operations of a case: seconds a call beyond
+# Compiling and checking on one core, in seconds, about.
+COSTS = {"transformer-net": 24, "conv": 5, "instance-norm": 5, "ffn": 3, "attention": 3}
+BACKWARD_COSTS = 1.7  # times as much
+MOST_OF_A_PART = 50
+PREPARING = 0.6  # of the total: a part that still compiles then would leave the others no time to measure
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,14 +59,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(RUNS)}; default: all")
-    parser.add_argument("--suite", action="store_true", help="every case, not those of the tables alone")
+    parser.add_argument("--suite", action="store_true", help="every case of styleforge bench --suite")
     parser.add_argument("--config", default="fast", help="of styleforge bench")
-    parser.add_argument("--seconds", default="1", help="of styleforge bench")
+    parser.add_argument("--seconds", help="of styleforge bench; default: 0.2 on a GPU, 1 on the CPU")
     parser.add_argument("--against", default="eager,compile", help="of styleforge bench")
     parser.add_argument("--device", default="auto", help="of styleforge bench")
-    parser.add_argument("--limit", type=float, default=300, help="seconds of one run")
-    parser.add_argument("--total", type=float, default=3600, help="seconds of all runs together")
-    parser.add_argument("--no-warm-up", action="store_true", help="leave out the runs that fill the caches")
+    parser.add_argument("--total", type=float, default=1200, help="seconds of all runs together")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the files")
     given = parser.parse_args(arguments)
     unknown = [run for run in given.runs if run not in RUNS]
@@ -58,17 +73,44 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
-def command(run: str, given: argparse.Namespace, on_gpu: bool, file: Path, seconds: str) -> list[str]:
-    """The `styleforge bench` of a run."""
-    operators = dict.fromkeys(operator for operator, _ in SHOWN)  # in this order
-    found = [sys.executable, "-m", "styleforge", "bench", *operators]
-    found += ["--config", given.config, "--seconds", seconds]
-    found += ["--against", given.against, "--device", given.device, "--json", str(file), *RUNS[run]]
-    if given.suite:
-        return [*found, "--suite"]
-    for operator, shape in SHOWN:
-        if on_gpu or _operations(operator, shape) <= MOST_ON_CPU:
-            found += ["--case", f"{operator} {shape}"]
+def cases(run: str, *, suite: bool = False, goals: bool = True) -> list[Case]:
+    """What a run measures: the rows of the README's tables, and all that has a goal."""
+    backward = "--backward" in RUNS[run]
+    found = [] if run in ONLY_GOALS else list(SHOWN_TRAINING if backward else SHOWN)
+    found += cases_of(run) if goals else []
+    if run == "bfloat16" and not suite:
+        found = [case for case in found if case[0] not in PICTURES]
+    if suite:
+        from styleforge.bench.cases import SUITES
+
+        for (operator, mode), texts in SUITES.items():
+            found += [(operator, text) for part in texts for text in part if mode == "standard"]
+    return list(dict.fromkeys(found))
+
+
+def parts(run: str, found: Sequence[Case]) -> list[list[Case]]:
+    """The cases of a run in parts that compile for about as long, what takes longest first."""
+    factor = BACKWARD_COSTS if "--backward" in RUNS[run] else 1.0
+    made: list[list[Case]] = []
+    room = 0.0
+    for operator, shape in sorted(found, key=lambda case: -COSTS[case[0]]):
+        cost = COSTS[operator] * factor
+        if room < cost or not made:
+            made.append([])
+            room = MOST_OF_A_PART
+        made[-1].append((operator, shape))
+        room -= cost
+    return made
+
+
+def command(run: str, part: Sequence[Case], given: argparse.Namespace, file: Path) -> list[str]:
+    """The `styleforge bench` of a part."""
+    operators = dict.fromkeys(operator for operator, _ in part)
+    found = [sys.executable, "-m", "styleforge", "bench", *operators, "--config", given.config]
+    found += ["--seconds", given.seconds, "--against", given.against, "--device", given.device]
+    found += ["--json", str(file), *RUNS[run]]
+    for operator, shape in part:
+        found += ["--case", f"{operator} {shape}"]
     return found
 
 
@@ -98,50 +140,92 @@ def _operations(operator: str, shape: str) -> float:
     return parse(operator, "standard", shape).operations
 
 
-def _fill_caches(runs: list[str], given: argparse.Namespace, folder: Path, most: float) -> None:
-    begin = time.monotonic()
-    started = []
-    for run in runs:
-        line = command(run, given, True, folder / f"{run}.json", "0")
-        log = (folder / f"{run}.txt").open("w")
-        started.append(subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT))
-    for process in started:
-        try:
-            process.wait(max(1.0, begin + most - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    print(f"caches of torch.compile: {time.monotonic() - begin:.0f} s", flush=True)
+@dataclass
+class Part:
+    """A `styleforge bench` that was started."""
+
+    run: str
+    file: Path
+    log: Path
+    process: subprocess.Popen[bytes]
 
 
-def _measure(run: str, given: argparse.Namespace, on_gpu: bool, folder: Path, most: float) -> bool:
-    """Measures a run and keeps its file; whether it came to its end with every result right."""
-    file, log = folder / f"{run}.json", folder / f"{run}.txt"
-    file.unlink(missing_ok=True)
-    begin = time.monotonic()
-    line = command(run, given, on_gpu, file, given.seconds)
+def _start(
+    run: str, index: int, found: Sequence[Case], given: argparse.Namespace, turns: Path, *, on_gpu: bool
+) -> Part:
+    file, log = (turns.parent / f"{run}-{index}{suffix}" for suffix in (".json", ".txt"))
+    line = [*command(run, found, given, file), "--turns", str(turns)]
+    environment = dict(os.environ)
+    if on_gpu:  # the parts share the cores
+        environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with log.open("w") as output:
+        process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    return Part(run, file, log, process)
+
+
+def _wait(started: Sequence[Part], turns: Path, total: float) -> None:
+    """Waits for all; ends those that compile for too long, and at the end of the time all."""
+    begin = time.monotonic()
+    running, slow = list(started), list(started)
+    while running:
+        time.sleep(0.2)
+        seconds = time.monotonic() - begin
+        ready = prepared(turns)
+        for part in running:
+            if part.process.poll() is not None:
+                print(f"{seconds:4.0f} s: {part.file.stem} is through", flush=True)
+        running = [part for part in running if part.process.returncode is None]
+        compiling, slow = slow, [part for part in running if part.process.pid not in ready]
+        for part in compiling:
+            if part not in slow:
+                print(f"{seconds:4.0f} s: {part.file.stem} has compiled, {len(slow)} have not", flush=True)
+        late = running if seconds > total else slow if seconds > PREPARING * total else []
+        for part in late:
+            print(f"{seconds:4.0f} s: no time left for {part.file.stem}", flush=True)
+            part.process.kill()
+            part.process.wait()
+        running = [part for part in running if part not in late]
+
+
+def merge(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The parts of a run as one; the rates are the first's."""
+    whole = found[0]
+    tables = {table["title"]: table for table in whole["tables"]}
+    for data in found[1:]:
+        for table in data["tables"]:
+            if table["title"] not in tables:
+                tables[table["title"]] = table
+                continue
+            for key in ("cases", "not_measured", "losses"):
+                tables[table["title"]][key] += table[key]
+        whole["passed"] = whole["passed"] and data["passed"]
+    return whole | {"tables": list(tables.values())}
+
+
+def _keep(run: str, own: Sequence[Part], given: argparse.Namespace) -> bool:
+    """Writes a run's file; whether all of it was measured with every result right."""
+    found = []
+    right = True
+    for part in own:
+        code = part.process.returncode
+        right = right and code == 0
+        if code != 0:
+            print(f"{run}: {part.file.stem}, exit code {code}\n{part.log.read_text()[-800:]}", flush=True)
         try:
-            done = subprocess.run(line, stdout=output, stderr=subprocess.STDOUT, timeout=most)
-            code, ended = done.returncode, f"exit code {done.returncode}"
-        except subprocess.TimeoutExpired:
-            code, ended = 1, f"ended after {most:.0f} s"
-    if not file.is_file():
-        print(f"{run}: nothing measured, {ended}\n{log.read_text()[-2000:]}", flush=True)
+            found.append(json.loads(part.file.read_text()))
+        except (OSError, ValueError):  # ended before it had measured anything, or while it was writing
+            right = False
+    if not found:
+        print(f"{run}: nothing measured", flush=True)
         return False
-    try:
-        data = json.loads(file.read_text())
-    except ValueError:  # ended while it was writing
-        print(f"{run}: its file is broken, {ended}", flush=True)
-        return False
+    data = merge(found)
     device = re.sub(r"[^a-z0-9]+", "-", data["environment"]["device"].lower()).strip("-")
     kept = given.out / f"{device}-{run}.json"
     kept.write_text(compact(data))
     count = sum(len(table["cases"]) for table in data["tables"])
     losses = sum(len(table["losses"]) for table in data["tables"])
-    seconds = time.monotonic() - begin
-    print(f"{run}: {count} cases, {losses} losses, {seconds:.0f} s, {ended}: {kept}", flush=True)
-    return code == 0
+    print(f"{run}: {count} cases, {losses} losses, {len(own)} parts: {kept}", flush=True)
+    return right
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,20 +235,28 @@ def main(arguments: list[str] | None = None) -> int:
     given = parse_arguments(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     on_gpu = given.device.startswith("cuda") or (given.device == "auto" and torch.cuda.is_available())
-    runs = given.runs or list(RUNS if on_gpu else CPU_RUNS)
-    stop = time.monotonic() + given.total
-    right = True
+    given.seconds = given.seconds or ("0.2" if on_gpu else "1")
+    begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        if on_gpu and not given.no_warm_up and "compile" in given.against:
-            _fill_caches(runs, given, Path(folder), min(given.limit, given.total / 2))
-        for run in runs:
-            left = stop - time.monotonic()
-            if left < LEAST_SECONDS:
-                print(f"{run}: no time left", flush=True)
-                right = False
-            else:
-                right &= _measure(run, given, on_gpu, Path(folder), min(given.limit, left))
-    return 0 if right else 1
+        turns = Path(folder) / "turns"
+        started: list[Part] = []
+        for run in given.runs or (RUNS if on_gpu else CPU_RUNS):
+            found = cases(run, suite=given.suite, goals=on_gpu)
+            if not on_gpu:
+                found = [case for case in found if _operations(*case) <= MOST_ON_CPU]
+            for index, part in enumerate(parts(run, found) if on_gpu else [found]):
+                started.append(_start(run, index, part, given, turns, on_gpu=on_gpu))
+        print(f"{len(started)} parts of {len({part.run for part in started})} runs", flush=True)
+        try:
+            _wait(started, turns, given.total)
+        finally:
+            for part in started:
+                part.process.kill()
+                part.process.wait()
+        own = {run: [part for part in started if part.run == run] for run in (p.run for p in started)}
+        right = [_keep(run, parts_of_it, given) for run, parts_of_it in own.items()]
+    print(f"all: {time.monotonic() - begin:.0f} s", flush=True)
+    return 0 if all(right) else 1
 
 
 if __name__ == "__main__":

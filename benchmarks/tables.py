@@ -1,4 +1,4 @@
-"""The README's performance tables, made of the results that are kept here: `make performance-tables`.
+"""The README's performance tables and GOALS.md, made of the results kept here: `make performance-tables`.
 
     python benchmarks/tables.py
 
@@ -17,8 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import goals
+
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
+GOALS = FOLDER / "GOALS.md"
 BEGIN, END = "<!-- performance: begin (make performance-tables) -->\n", "<!-- performance: end -->\n"
 OURS = "styleforge"
 
@@ -39,8 +42,19 @@ SHOWN = (
     ("attention", "4x256x512/8"),
     ("attention", "1x2048x4096/32"),
 )
+SHOWN_TRAINING = (
+    ("transformer-net", "8x256x256"),
+    ("conv", "1x128->128@128x128k3s1"),
+    ("conv", "1x64->128@128x128k3s2"),
+    ("instance-norm", "4x64x256x256"),
+    ("ffn", "1x256x128->512"),
+    ("ffn", "8x1024x512->2048"),
+    ("attention", "4x256x512/8"),
+    ("attention", "8x1024x1024/16"),
+)
 MOST_LOSSES = 8
-PRECISIONS = ("float16", "bfloat16", "TF32", "float32")
+AUTOCAST = "float16 autocast"
+PRECISIONS = ("float16", "bfloat16", "TF32", "float32", AUTOCAST, "bfloat16 autocast")
 
 Entry = dict[str, Any]
 
@@ -66,6 +80,8 @@ class Run:
     def precision(self) -> str:
         """One of ``PRECISIONS``."""
         settings = self.data["settings"]
+        if settings.get("autocast"):
+            return f"{settings['dtype']} autocast"
         tf32 = settings["dtype"] == "float32" and settings["precision"] == "tf32" and self.on_gpu
         return "TF32" if tf32 else str(settings["dtype"])
 
@@ -123,7 +139,27 @@ def main() -> None:
     before, _, rest = readme.partition(BEGIN)
     runs = load()
     README.write_text(before + BEGIN + render(runs) + END + rest.partition(END)[2])
-    print(f"wrote the tables in {README}, of {len(runs)} runs")
+    GOALS.write_text(render_goals(runs))
+    print(f"wrote the tables in {README} and {GOALS}, of {len(runs)} runs")
+
+
+def render_goals(runs: Sequence[Run]) -> str:
+    """GOALS.md: of each GPU what was asked and what is reached."""
+    parts = [
+        "# Goals and what is reached",
+        "Made by `make performance-tables` of the results kept here: styleforge, eager PyTorch and "
+        "`torch.compile`, each in its better memory format (the other in brackets). *Reached* is styleforge's"
+        " time (or memory) as a part of the better of the two, or of the one that is named, in the same run; "
+        "**bold** where it is more than was asked.",
+    ]
+    for device in dict.fromkeys(run.environment["device"] for run in runs if run.on_gpu):
+        own = [run for run in runs if run.environment["device"] == device]
+        entries = {}
+        for run in own:
+            name_of_run = run.precision.lower().replace(" ", "-") + ("-backward" if run.training else "")
+            entries.update({(name_of_run, e["operator"], e["case"]): e for e in run.entries()})
+        parts += [_heading(own), goals.render(entries, name)]
+    return "\n\n".join(parts).rstrip() + "\n"
 
 
 def _order(run: Run) -> tuple[Any, ...]:
@@ -146,11 +182,12 @@ def _device(runs: Sequence[Run]) -> list[str]:
         if not training:  # after a step the last path would be that of a backward
             columns.append("path")
         heads = [f"{main.precision}, {step}", OURS, *columns]
-        parts.append(_table(heads, [main], partial(_full, columns)))
+        shown = SHOWN_TRAINING if training else SHOWN
+        parts.append(_table(heads, shown, [main], partial(_full, columns)))
         if own[1:]:
             several = True
             heads = [f"the same, {step}", *(run.precision for run in own[1:])]
-            parts.append(_table(heads, own[1:], lambda entries: [_short(entry) for entry in entries]))
+            parts.append(_table(heads, shown, own[1:], lambda entries: [_short(entry) for entry in entries]))
     if several:
         parts.append("In brackets: times the time of eager, of `torch.compile`.")
     parts.append(_losses(runs))
@@ -175,9 +212,14 @@ def _heading(runs: Sequence[Run]) -> str:
     )
 
 
-def _table(heads: list[str], runs: Sequence[Run], cells: Callable[[list[Entry | None]], list[str]]) -> str:
+def _table(
+    heads: list[str],
+    shown: Sequence[tuple[str, str]],
+    runs: Sequence[Run],
+    cells: Callable[[list[Entry | None]], list[str]],
+) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for operator, shape in SHOWN:
+    for operator, shape in shown:
         entries = [run.entry(operator, shape) for run in runs]
         if any(entry is not None for entry in entries):
             lines.append(f"| {name(operator, shape)} | " + " | ".join(cells(entries)) + " |")

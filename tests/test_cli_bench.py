@@ -6,8 +6,10 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import re
 import statistics
+import threading
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,7 +23,17 @@ from typer.testing import CliRunner, Result
 
 import styleforge
 from _onnx import needs_onnx
-from styleforge.bench import cases, contenders, correctness, floors, operators, plots, precision, timing
+from styleforge.bench import (
+    cases,
+    contenders,
+    correctness,
+    floors,
+    operators,
+    plots,
+    precision,
+    timing,
+    turns,
+)
 from styleforge.bench.stats import summarize
 from styleforge.cli import app
 
@@ -382,6 +394,68 @@ def test_page_of_an_earlier_run(tmp_path: Path) -> None:
     assert "is not what --json writes" in _bench("--from", tmp_path / "no.json", code=2).stderr
 
 
+# --- several at once ------------------------------------------------------------------------------
+
+
+def test_turns(tmp_path: Path) -> None:
+    """While another measures, this one prepares and waits; while another prepares, it does not measure."""
+    file = tmp_path / "turns"
+    other, another = turns.Turns(file), turns.Turns(file)
+    free = threading.Event()
+
+    def work() -> None:
+        other.alone()
+        free.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert not free.wait(0.3)
+    another.done()
+    assert free.wait(10)
+    thread.join()
+    assert turns.prepared(file) == {os.getpid()} and not turns.prepared(tmp_path / "none")
+    late: list[turns.Turns] = []
+    thread = threading.Thread(target=lambda: late.append(turns.Turns(file)))
+    thread.start()
+    thread.join(0.3)
+    assert not late
+    other.done()
+    thread.join(10)
+    assert late
+
+
+def test_cases_that_are_prepared_first(tmp_path: Path) -> None:
+    """The same figures come of it, also where cases have the same code."""
+    texts = ("--case", "conv 1x4->8@9x8k3s2", "--case", "conv 1x4->8@9x9k3s1", "--case", "ffn 1x8x16->32")
+    data, _ = _json(tmp_path, *texts, "--turns", tmp_path / "turns")
+    found = [case for table in data["tables"] for case in table["cases"]]
+    assert len(found) == 3 and data["passed"]
+    for case in found:
+        assert set(case["contenders"]) == {"styleforge", "eager", "compile"} and case["floor_us"] > 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_autocast(tmp_path: Path, backward: bool) -> None:
+    arguments = ["conv", "--case", "1x4->8@9x8k3s2", "--against", "eager"]
+    arguments += ["--dtype", "bfloat16", "--autocast", *["--backward"] * backward]
+    data, _ = _json(tmp_path, *arguments)
+    assert data["settings"]["autocast"] and ", autocast" in data["tables"][0]["title"]
+    (case,) = data["tables"][0]["cases"]
+    for contender in case["contenders"].values():  # bfloat16 was used, not float32
+        assert 1e-4 < contender["check"]["error"] < 3e-1
+
+
+def test_exact_attention_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = cases.parse("attention", "standard", "2x24x16/2")
+    plain, ours = (module.eval() for module in case.modules())
+    problem = contenders.Problem(case, plain, ours, [case.input(torch.device("cpu"), torch.float32)], None)
+    with torch.no_grad():
+        (whole,) = correctness.exact_results(problem)
+        monkeypatch.setattr(correctness, "_MOST_SCORES", 500)
+        (parts,) = correctness.exact_results(problem)
+    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
+
+
 # --- usage ----------------------------------------------------------------------------------------
 
 
@@ -394,6 +468,7 @@ def test_page_of_an_earlier_run(tmp_path: Path) -> None:
         (("ffn", "--case", "conv 1x4->8@8x8k3s1"), "with one of ffn, got 'conv 1x4->8@8x8k3s1'"),
         (("attention", "--mode", "residual"), "attention has no residual mode"),
         (("ffn", "--dtype", "int8"), "got 'int8'"),
+        (("ffn", "--autocast"), "--autocast needs --dtype float16 or bfloat16"),
         (("ffn", "--json", "/nowhere/at/all.json"), "there is no folder /nowhere/at"),
     ],
 )
@@ -426,3 +501,4 @@ def test_on_the_gpu(tmp_path: Path, operator: str, mode: str, text: str, backwar
     for name, contender in case["contenders"].items():
         assert contender["gpu_clock"] == ("events" if name == "cudagraph" else "graph")
         assert all(contender[clock]["median"] > 0 for clock in ("gpu", "host", "wall"))
+        assert (contender["peak_bytes"] or 0) > 0 or name == "cudagraph"

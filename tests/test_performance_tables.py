@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from styleforge.cli import app
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import goals  # noqa: E402
 import run  # noqa: E402
 import tables  # noqa: E402
+import verify  # noqa: E402
 
 Data = dict[str, Any]
 
@@ -28,6 +31,7 @@ def test_the_tables_in_the_readme_are_those_of_the_kept_results() -> None:
     kept = tables.load()
     assert kept, "benchmarks/ holds no results"
     assert tables.table_in(tables.README.read_text()) == tables.render(kept), "run `make performance-tables`"
+    assert tables.GOALS.read_text() == tables.render_goals(kept), "run `make performance-tables`"
 
 
 def test_kept_results_can_be_shown_again() -> None:
@@ -36,6 +40,23 @@ def test_kept_results_can_be_shown_again() -> None:
         results, _ = report_json.read(data)
         assert results and data["passed"] is True
         assert {"styleforge", "pytorch", "device"} <= set(data["environment"]) and data["date"] >= "2026"
+
+
+def test_what_verify_printed_is_of_all_cases_and_all_passed() -> None:
+    from styleforge.verify import OPERATORS, grid
+
+    count = sum(len(grid(operator, "full")) for operator in OPERATORS)
+    kept = sorted(verify.FOLDER.glob("*.txt"))
+    assert kept
+    for file in kept:
+        text = file.read_text()
+        assert re.match(r"\d{4}-\d\d-\d\d: styleforge verify all --mode full .*: exit code 0\n", text), file
+        assert re.search(rf"^Total tests: +{count}\nPassed: +{count}\nFailed: +0$", text, re.MULTILINE), file
+        assert text.count(" passed") == count and "FAILED" not in text
+    devices = {file.name.rpartition("-")[0] for file in kept}
+    for device in devices:
+        dtypes = {file.stem.rpartition("-")[2] for file in kept if file.name.startswith(device)}
+        assert dtypes in ({*verify.ALONE}, {*verify.ALONE, *verify.TOGETHER})
 
 
 # --- rendering ------------------------------------------------------------------------------------
@@ -207,25 +228,94 @@ def test_a_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [entry["case"] for entry in kept.entries()] == ["1x8x16->32"]  # the other takes a CPU too long
 
 
+def test_parts_of_a_run_are_one_file(measured: Data) -> None:
+    first, second = copy.deepcopy(measured), copy.deepcopy(measured)
+    for data, kept in ((first, 0), (second, 1)):
+        data["tables"] = [data["tables"][kept]]
+    assert run.merge([first, second])["tables"] == measured["tables"]
+    both = run.merge([copy.deepcopy(first), copy.deepcopy(first) | {"passed": False}])
+    assert [case["case"] for case in both["tables"][0]["cases"]] == ["1x8x16->32"] * 2 and not both["passed"]
+
+
+def test_parts_hold_every_case_once() -> None:
+    for name in run.RUNS:
+        found = run.cases(name, suite=name == "float16")
+        made = run.parts(name, found)
+        assert sorted(case for part in made for case in part) == sorted(found) and all(made)
+        assert {*goals.cases_of(name)} <= {*found}
+    assert set(run.ONLY_GOALS) < set(run.RUNS)
+    assert {goal.run for goal in goals.GOALS} <= set(run.RUNS)
+
+
 def test_time_is_limited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--device", "cpu", "--out", str(tmp_path)]
-    assert run.main([*given, "--total", "5"]) == 1
-    assert run.main([*given, "--limit", "0.5"]) == 1 and not list(tmp_path.iterdir())
+    given = ["--device", "cpu", "--out", str(tmp_path), "--total", "0.5"]
+    assert run.main(given) == 1 and not list(tmp_path.iterdir())
     said = capsys.readouterr().out
-    assert "float32: no time left" in said and "float32: nothing measured, ended after 0 s" in said
+    assert "no time left for float32-0" in said and "float32: nothing measured" in said
 
 
 def test_a_run_that_measures_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["float16", "--device", "cuda:77", "--no-warm-up", "--out", str(tmp_path)]
+    given = ["float16", "--device", "cuda:77", "--out", str(tmp_path)]
     assert run.main(given) == 1 and not list(tmp_path.iterdir())
-    assert "float16: nothing measured" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "float16: nothing measured" in said and "cuda" in said
     with pytest.raises(SystemExit):
         run.main(["float8"])
 
 
 def test_every_shown_case_can_be_measured() -> None:
-    from styleforge.bench.cases import SUITES
+    from styleforge.bench.cases import parse
 
-    for operator, shape in tables.SHOWN:
-        assert shape in {text for part in SUITES[operator, "standard"] for text in part}
+    asked = [(goal.operator, goal.shape) for goal in goals.GOALS]
+    for operator, shape in (*tables.SHOWN, *tables.SHOWN_TRAINING, *asked):
+        assert parse(operator, "standard", shape).name == shape
     assert torch.float16 in {getattr(torch, o[1]) for o in run.RUNS.values() if o[0] == "--dtype"}
+
+
+# --- goals ----------------------------------------------------------------------------------------
+
+
+def _entry(floor_is: str = "memory", **times: float) -> Data:
+    """A case of attention: each contender's GPU time, twice that on the host, and 1 MB a microsecond."""
+
+    def contender(time: float) -> Data:
+        share = {"percent_of_floor": 80.0}
+        clocks = {"gpu": {"median": time}, "host": {"median": 2 * time}}
+        return {**clocks, "throughput": share, "peak_bytes": int(time * 2**20)}
+
+    contenders = {name: contender(time) for name, time in times.items()}
+    return {"input_shape": [1, 1024, 256], "floor_is": floor_is, "contenders": contenders}
+
+
+@pytest.mark.parametrize(
+    ("figure", "others", "asked", "reached", "met"),
+    [
+        ("gpu", ("eager", "compile"), 0.5, 0.5, True),
+        ("gpu", ("eager",), 0.2, 0.25, False),
+        ("host", ("compile",), 0.5, 0.5, True),
+        ("peak", ("eager",), 1.0, 0.25, True),
+        ("copy", (), 92.0, 80.0, False),
+        ("held", (), 0.4, 0.6, False),  # 2 MB of the call and 1 MB of the input, of 5 MB
+    ],
+)
+def test_a_goal(figure: str, others: tuple[str, ...], asked: float, reached: float, met: bool) -> None:
+    goal = goals.Goal("", "float32", "attention", "1x1024x256/4", figure, asked, others)
+    found = goals.reached(goal, _entry(styleforge=2, eager=8, compile=4))
+    assert found == pytest.approx(reached) and goals.met(goal, found) is met
+
+
+def test_goals_that_were_not_measured() -> None:
+    goal = goals.Goal("", "float32", "attention", "1x1024x256/4", "gpu", 0.5)
+    assert goals.reached(goal, _entry(eager=8)) is None and goals.reached(goal, _entry(styleforge=2)) is None
+    rate = goals.Goal("", "float32", "attention", "1x1024x256/4", "copy", 92.0, ())
+    assert goals.reached(rate, _entry("arithmetic", styleforge=1)) is None
+
+
+def test_the_goals_page(tmp_path: Path, measured: Data) -> None:
+    text = tables.render_goals(_folder(tmp_path, _shown(measured)))
+    name = "conv 3x3 + norm + ReLU 1x128x128x128, float16"
+    assert f"| {name} | 20 | 40 | 25 | **0.80** | 0.55 |" in text
+    assert "| FFN 8x1024x512->2048, float16 | 40 | 80 | 50 | **0.80** | 0.78 |" in text
+    assert "| FFN 8x1024x512->2048, bfloat16 | - | - | - | not measured | 0.78 |" in text
+    asked = sum(goal.asked is not None for goal in goals.GOALS)
+    assert f"0 of {asked} goals are reached." in text

@@ -40,6 +40,7 @@ class Problem:
         inputs: equal in shape, different in memory (rotating over them keeps the L2 cache cold).
         grad: gradient of the output, or None for inference.
         precision: "ieee" or "tf32", what float32 products and convolutions may do on the GPU.
+        autocast: dtype that ``torch.autocast`` runs the layers in, or None for that of the parameters.
     """
 
     case: Case
@@ -49,6 +50,7 @@ class Problem:
     grad: Tensor | None
     precision: str = "ieee"
     memory_format: str = "contiguous"
+    autocast: torch.dtype | None = None
 
     def in_format(self, name: str) -> Problem:
         """A copy in a memory format; modules of other than pictures have only the contiguous one."""
@@ -58,7 +60,7 @@ class Problem:
             module.to(memory_format=memory_format)  # type: ignore[call-overload]  # in place
         inputs = [x.detach().contiguous(memory_format=memory_format) for x in self.inputs]
         grad = None if self.grad is None else self.grad.contiguous(memory_format=memory_format)
-        return Problem(self.case, plain, ours, inputs, grad, self.precision, name)
+        return Problem(self.case, plain, ours, inputs, grad, self.precision, name, self.autocast)
 
 
 @dataclass
@@ -97,10 +99,17 @@ def module_calls(
     module: Callable[[Tensor], Tensor], parameters: list[Tensor], problem: Problem
 ) -> list[Callable[[], Any]]:
     """Calls of a module: inference, or a training step where the problem has a gradient."""
+    if problem.autocast is not None:
+        module = partial(_autocast, problem.autocast, module)
     if problem.grad is None:
         return [partial(module, x) for x in problem.inputs]
     leaves = [x.detach().requires_grad_() for x in problem.inputs]
     return [partial(step, module, parameters, leaf, problem.grad) for leaf in leaves]
+
+
+def _autocast(dtype: torch.dtype, module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, dtype):
+        return module(x)
 
 
 def build(name: str, problem: Problem) -> Contender:
@@ -130,8 +139,15 @@ def _eager(problem: Problem) -> Contender:
     return Contender("eager", problem.memory_format, calls)
 
 
+def keep_all_compiled() -> None:
+    """Lets torch.compile hold what it made of many modules with the same code, as many cases have."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = config.accumulated_recompile_limit = 4096
+
+
 def _compile(problem: Problem) -> Contender:
-    compiled = torch.compile(problem.plain, fullgraph=True)
+    # Sizes that an earlier case has changed would count as dynamic, and give slower code.
+    compiled = torch.compile(problem.plain, fullgraph=True, dynamic=False)
     calls = module_calls(compiled, list(problem.plain.parameters()), problem)
     return Contender("compile", problem.memory_format, calls)
 
@@ -141,7 +157,9 @@ def _cudagraph(problem: Problem) -> Contender:
     if problem.inputs[0].device.type != "cuda":
         raise Unavailable("needs a CUDA device")
     static = problem.inputs[0].clone()
-    one = Problem(problem.case, problem.plain, problem.ours, [static], problem.grad)
+    one = Problem(
+        problem.case, problem.plain, problem.ours, [static], problem.grad, autocast=problem.autocast
+    )
     (call,) = module_calls(problem.plain, list(problem.plain.parameters()), one)
     graph, result = capture(call)
 

@@ -1,4 +1,8 @@
-"""Measures one case: prepare, check every contender against float64, then time those that are right."""
+"""Measures one case: prepare, check every contender against float64, then time those that are right.
+
+``prepare`` is the first two, which take the host long (torch.compile) and disturb others' times; several
+cases can be prepared before the first of them is timed.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +32,10 @@ class Settings:
     """How to measure: see `styleforge bench --help`.
 
     Attributes:
+        dtype: of parameters and inputs; with ``autocast``, which leaves those float32, of the layers.
         seconds: for one clock of one contender; iterations beyond are left out.
         formats: memory formats of pictures; each contender counts in its better one.
+        autocast: mixed precision by ``torch.autocast``.
     """
 
     device: torch.device
@@ -41,6 +47,7 @@ class Settings:
     seconds: float
     against: tuple[str, ...]
     formats: tuple[str, ...] = ("contiguous", "channels_last")
+    autocast: bool = False
 
 
 @dataclass
@@ -52,6 +59,9 @@ class Timing:
         host: host time of a call, GPU idle at the start of each burst.
         wall: of a call and the wait for its result.
         formats: median by memory format, of all that were measured.
+        hosts: the same of the host times.
+        peak_bytes: most memory of PyTorch's allocator that a call holds beyond what was held before it
+            (parameters and input), its result included.
     """
 
     memory_format: str
@@ -62,6 +72,8 @@ class Timing:
     host: Statistics | None = None
     path: str | None = None
     formats: dict[str, float] = field(default_factory=dict)
+    hosts: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int | None = None
 
     def main(self) -> Statistics:
         """GPU time where there is one, else wall-clock time."""
@@ -77,8 +89,8 @@ class CaseResult:
     case: Case
     bytes: float
     operations: float
-    floor: float
-    floor_is: str
+    floor: float = 0.0
+    floor_is: str = ""
     timings: dict[str, Timing] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -132,6 +144,14 @@ class CaseResult:
         }
 
 
+@dataclass
+class Prepared:
+    """A case with the contenders whose results are right."""
+
+    result: CaseResult
+    ready: list[tuple[Contender, Timing]]
+
+
 def measure(
     case: Case, settings: Settings, rates: floors.Rates, tell: Callable[[str], None] = lambda _: None
 ) -> CaseResult:
@@ -145,37 +165,59 @@ def measure(
     """
     if "compile" in settings.against:
         torch._dynamo.reset()
+    return time_prepared(prepare(case, settings, tell), settings, rates, tell)
+
+
+def prepare(case: Case, settings: Settings, tell: Callable[[str], None] = lambda _: None) -> Prepared:
+    """Builds the contenders of a case and holds their results against float64; see ``measure``."""
     with torch.set_grad_enabled(settings.backward):
-        problem = _prepare(case, settings)
+        problem = _problem(case, settings)
         passes = 3 if settings.backward else 1
         parameters = sum(p.numel() for p in problem.plain.parameters())
         elements = case.output_elements + problem.inputs[0].numel() + parameters
-        size = problem.inputs[0].element_size()
+        size = settings.dtype.itemsize
         # A step also reads the gradient and writes one for all that was read.
         bytes = size * elements * (2 if settings.backward else 1)
         operations = case.operations * passes
-        result = CaseResult(case, bytes, operations, *floors.floor(bytes, operations, rates))
-        result.buffers = len(problem.inputs)
+        result = CaseResult(case, bytes, operations, buffers=len(problem.inputs))
         ready = _checked(problem, settings, result, tell)
-        if OURS in {contender.name for contender, _ in ready}:
+    if settings.device.type == "cuda":
+        torch.cuda.empty_cache()  # float64 took many times what is held
+    return Prepared(result, ready if OURS in {contender.name for contender, _ in ready} else [])
+
+
+def time_prepared(
+    prepared: Prepared,
+    settings: Settings,
+    rates: floors.Rates,
+    tell: Callable[[str], None] = lambda _: None,
+) -> CaseResult:
+    """Times a prepared case and drops its contenders; see ``measure``."""
+    result = prepared.result
+    result.floor, result.floor_is = floors.floor(result.bytes, result.operations, rates)
+    ready, prepared.ready = prepared.ready, []
+    if ready:
+        with torch.set_grad_enabled(settings.backward):
             _time(ready, settings, result, tell)
     return result
 
 
-def _prepare(case: Case, settings: Settings) -> Problem:
+def _problem(case: Case, settings: Settings) -> Problem:
     torch.manual_seed(0)
-    plain, ours = (m.to(settings.device, settings.dtype).eval() for m in case.modules())
-    first = case.input(settings.device, settings.dtype)
+    dtype = torch.float32 if settings.autocast else settings.dtype
+    plain, ours = (m.to(settings.device, dtype).eval() for m in case.modules())
+    first = case.input(settings.device, dtype)
     count = 1
     if settings.device.type == "cuda":
         cache = torch.cuda.get_device_properties(settings.device).L2_cache_size
         count = max(1, min(_MOST_BUFFERS, -(-2 * cache // first.nbytes)))
-    inputs = [first, *(case.input(settings.device, settings.dtype) for _ in range(count - 1))]
-    grad = None
+    inputs = [first, *(case.input(settings.device, dtype) for _ in range(count - 1))]
+    autocast = settings.dtype if settings.autocast else None
+    problem = Problem(case, plain, ours, inputs, None, settings.precision, autocast=autocast)
     if settings.backward:
         with torch.no_grad():
-            grad = torch.randn_like(plain(first))
-    return Problem(case, plain, ours, inputs, grad, settings.precision)
+            problem.grad = torch.randn_like(build("eager", problem).calls[0]())
+    return problem
 
 
 def _checked(
@@ -254,11 +296,15 @@ def _time(
         for (_, timing), own in zip(ready, samples, strict=True):
             timing.wall = summarize(own)
     formats: dict[str, dict[str, float]] = {}
+    hosts: dict[str, dict[str, float]] = {}
     for contender, timing in ready:
         if timing.wall is None:
             continue
         formats.setdefault(contender.name, {})[timing.memory_format] = timing.main().median
         timing.formats = formats[contender.name]
+        timing.hosts = hosts.setdefault(contender.name, {})
+        if timing.host is not None:
+            timing.hosts[timing.memory_format] = timing.host.median
         best = result.timings.get(contender.name)
         if best is None or timing.main().median < best.main().median:
             result.timings[contender.name] = timing
@@ -283,6 +329,7 @@ def _time_on_gpu(contender: Contender, timing: Timing, settings: Settings) -> No
             calls = calls[: max(2, count)]
         samples = graph_times(calls, settings.iterations, count, settings.warmup, settings.seconds)
         timing.gpu, timing.gpu_clock = summarize(samples), "graph"
+        timing.peak_bytes = _peak(calls[0])
     elif not contender.synchronous:
         timing.gpu, timing.gpu_clock = summarize(_event_times(calls, settings)), "events"
     if not contender.synchronous:
@@ -290,6 +337,16 @@ def _time_on_gpu(contender: Contender, timing: Timing, settings: Settings) -> No
         burst = max(2, min(20, int(_GRAPH_MICROSECONDS / max(estimate, 1))))
         timing.host = summarize(host_times(calls[0], 15 if burst == 20 else 3, burst))
     timing.wall = summarize(wall_times([finished], settings.iterations, settings.warmup, settings.seconds)[0])
+
+
+def _peak(call: Callable[[], Any]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _event_times(calls: Sequence[Callable[[], Any]], settings: Settings) -> list[float]:

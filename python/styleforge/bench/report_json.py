@@ -73,6 +73,7 @@ def report(
             "dtype": str(settings.dtype)[6:],
             "precision": settings.precision,
             "backward": settings.backward,
+            "autocast": settings.autocast,
             "warmup": settings.warmup,
             "iterations": settings.iterations,
             "seconds": settings.seconds,
@@ -123,6 +124,8 @@ def _case(entry: Mapping[str, Any]) -> CaseResult:
             gpu_clock=timing["gpu_clock"],
             path=timing["path"],
             formats=dict(timing.get("formats", {})),
+            hosts=dict(timing.get("hosts", {})),
+            peak_bytes=timing.get("peak_bytes"),
             **clocks,
         )
     return result

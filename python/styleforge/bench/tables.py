@@ -36,7 +36,7 @@ def absent(results: Sequence[CaseResult]) -> list[str]:
 
 def headings(on_gpu: bool) -> list[str]:
     """Of the columns of ``rows``."""
-    clocks = ["GPU us, median", "host us", "wall us"] if on_gpu else ["wall us, median"]
+    clocks = ["GPU us, median", "host us", "wall us", "peak MB"] if on_gpu else ["wall us, median"]
     middle = ["mean +- std", "min .. max", "items/s", "GB/s", "TFLOP/s", "% of floor", "styleforge is"]
     return ["case", "who", *clocks, *middle]
 
@@ -49,11 +49,13 @@ def rows(result: CaseResult, on_gpu: bool) -> list[list[str]]:
         main, rates = timing.main(), result.throughput(name)
         who = name if timing.memory_format == "contiguous" else f"{name} ({timing.memory_format})"
         clocks = [timing.gpu, timing.host, timing.wall] if on_gpu else [timing.wall]
+        peak = "-" if timing.peak_bytes is None else _figure(timing.peak_bytes / 2**20)
         found.append(
             [
                 "" if found else result.case.name,
                 who,
                 *(_figure(clock.median) if clock else "-" for clock in clocks),
+                *([peak] if on_gpu else []),
                 f"{_figure(main.mean)} +- {_figure(main.std)}",
                 f"{_figure(main.minimum)} .. {_figure(main.maximum)}",
                 f"{_figure(rates[f'{result.case.unit}_per_s'])} {result.case.unit}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from styleforge.bench.cases import Case
     from styleforge.bench.floors import Rates
     from styleforge.bench.measure import CaseResult, Settings
+    from styleforge.bench.turns import Turns
 
 
 class Operator(str, Enum):
@@ -107,6 +109,12 @@ def bench(
         bool,
         typer.Option("--backward", help="A training step: forward, and gradients of input and parameters."),
     ] = False,
+    autocast: Annotated[
+        bool,
+        typer.Option(
+            "--autocast", help="Mixed precision: parameters in float32, layers by torch.autocast in --dtype."
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seconds: Annotated[
         float | None,
@@ -122,6 +130,15 @@ def bench(
     html_file: Annotated[
         Path | None,
         typer.Option("--html", metavar="FILE", help="Write one page with tables and plots (matplotlib)."),
+    ] = None,
+    turns_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--turns",
+            metavar="FILE",
+            help="For several at once that name the same file: all compile and check at the same time, then "
+            "each measures alone.",
+        ),
     ] = None,
     earlier: Annotated[
         Path | None,
@@ -140,12 +157,15 @@ def bench(
     differs from run to run.
     """
     chosen = list(dict.fromkeys(operators or [Operator.all]))
-    for file in (json_file, html_file):
+    for file in (json_file, html_file, turns_file):
         if file is not None and not file.absolute().parent.is_dir():
             raise UsageError(f"there is no folder {file.absolute().parent} to write {file.name} to")
     if earlier is not None:
         _show(earlier, html_file)
         return
+    from styleforge.bench.turns import Turns
+
+    turns = Turns(turns_file)  # before the imports: none may come to its turn while another still starts
     import torch
 
     from styleforge.bench.cases import OPERATORS
@@ -166,7 +186,10 @@ def bench(
         iterations=iterations,
         seconds=most if seconds is None else seconds,
         against=_against(against),
+        autocast=autocast,
     )
+    if autocast and settings.dtype == torch.float32:
+        raise UsageError("--autocast needs --dtype float16 or bfloat16")
     names = list(OPERATORS) if Operator.all in chosen else [operator.value for operator in chosen]
     console = stderr_console()
     work = {name: _cases(name, mode.value, suite, cases, names) for name in names}
@@ -184,7 +207,8 @@ def bench(
     def save(tables: dict[str, list[CaseResult]], rates: Rates) -> None:
         _write(tables, settings, rates, options, json_file, html_file)
 
-    tables = _run(work, settings, console, save)
+    tables = _run(work, settings, console, turns, save)
+    turns.done()
     _say_written(json_file, html_file)
     failed = [result for results in tables.values() for result in results if result.failures]
     if failed:
@@ -233,11 +257,13 @@ def _run(
     work: dict[str, list[Case]],
     settings: Settings,
     console: Console,
+    turns: Turns,
     save: Callable[[dict[str, list[CaseResult]], Rates], None],
 ) -> dict[str, list[CaseResult]]:
     """Measures; prints and saves each operator's tables when it is done, so an interrupt loses little."""
+    from styleforge.bench.contenders import keep_all_compiled
     from styleforge.bench.floors import measure_rates
-    from styleforge.bench.measure import measure
+    from styleforge.bench.measure import Prepared, measure, prepare, time_prepared
     from styleforge.bench.precision import precision_flags
     from styleforge.bench.tables import print_results
     from styleforge.cli._console import progress_bar
@@ -249,17 +275,27 @@ def _run(
         kind += f" ({settings.precision})"
     with precision_flags(settings.precision), progress_bar(console, "case") as progress:
         task = progress.add_task("copy and product rates", total=sum(map(len, work.values())))
+
+        def tell_of(case: Case) -> Callable[[str], None]:
+            return lambda what: progress.update(task, description=f"{case.operator} {case.name}: {what}")
+
+        prepared: dict[Case, Prepared] = {}
+        if turns.with_others:
+            keep_all_compiled()
+            for case in itertools.chain.from_iterable(work.values()):
+                prepared[case] = prepare(case, settings, tell_of(case))
+            turns.alone()
         rates = measure_rates(settings.device, settings.dtype)
         for name, found in work.items():
             results: list[CaseResult] = []
             for case in found:
-
-                def tell(what: str, text: str = f"{name} {case.name}") -> None:
-                    progress.update(task, description=f"{text}: {what}")
-
-                results.append(measure(case, settings, rates, tell))
+                if case in prepared:
+                    results.append(time_prepared(prepared.pop(case), settings, rates, tell_of(case)))
+                else:
+                    results.append(measure(case, settings, rates, tell_of(case)))
                 progress.advance(task)
             step = "forward and backward" if settings.backward else "inference"
+            step += ", autocast" if settings.autocast else ""
             title = f"{name}, {found[0].mode}: {step}, {kind}, {settings.device}"
             tables[title] = results
             print_results(output, title, results, settings.device.type == "cuda")
