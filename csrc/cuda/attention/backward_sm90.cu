@@ -23,13 +23,12 @@ using T = BackwardTile;
 template <bool kKeys>
 struct BackwardConsumer {
   const TiledAttentionBackwardParams& b;
-  const TiledAttentionSchedule& s;
   const BackwardPlace& at;
   BackwardBarriers& barriers;
   const uint32_t ring, own;
   const int group, lane;
   const float factor;  // scores are powers of two of this
-  int turns_left;
+  Turns turns;
 
   Fragments x[2];
   float scores[kTileKeys / 2], weights[kTileKeys / 2];
@@ -38,17 +37,6 @@ struct BackwardConsumer {
   float logsumexp[2], delta[2];
   bool hidden[2], any_hidden;
 
-  __device__ __forceinline__ void take_turn() {
-    if (s.turns) named_barrier(1 + group, kAttentionConsumers);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    --turns_left;
-    if (s.turns && (group == 0 || turns_left > 0)) named_arrive(2 - group, kAttentionConsumers);
-  }
-  __device__ __forceinline__ void release(uint64_t* barrier) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
-  }
   __device__ __forceinline__ int row_of(int r) const { return at.row + threadIdx.x / 32 * 16 + lane / 4 + 8 * r; }
 
   __device__ __forceinline__ void store_own(const BackwardMatrix& m, uint32_t to, float sign) {
@@ -103,7 +91,7 @@ struct BackwardConsumer {
     const uint64_t b_hi = wgmma_descriptor(ring + T::kTransposed + which * 2 * T::kPart);
     const uint64_t b_lo = b_hi + (T::kPart >> 4);
     constexpr int kStep = T::kHead * kChunkBytes >> 4;
-    take_turn();
+    turns.take();
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 8; ++k) Mma::run(d, lo[k], b_hi + k / 4 * kStep + k % 4 * 2, k > 0);
@@ -112,9 +100,9 @@ struct BackwardConsumer {
 #pragma unroll
     for (int k = 0; k < 8; ++k) Mma::run(d, hi[k], b_hi + k / 4 * kStep + k % 4 * 2, true);
     wgmma_commit();
-    pass_turn();
+    turns.pass();
     wgmma_wait<0>();
-    if (last) release(&barriers.empty_transposed);
+    if (last) mbarrier_arrive(&barriers.empty_transposed);
 #pragma unroll
     for (int i = 0; i < T::kHead / 2; ++i) sum[i] += d[i];
   }
@@ -157,7 +145,7 @@ struct BackwardConsumer {
     load_own(0, x[0]);
     load_own(1, x[1]);
     mbarrier_wait(&barriers.full, parity);
-    take_turn();
+    turns.take();
     wgmma_fence();
     multiply_small(scores, x[0], 0, 0);
     multiply_small(scores, x[1], 0, 1);
@@ -178,9 +166,9 @@ struct BackwardConsumer {
     multiply_large(weights, x[0], 1, 0);
     multiply_large(weights, x[1], 1, 1);
     wgmma_commit();
-    pass_turn();
+    turns.pass();
     wgmma_wait<0>();
-    release(&barriers.empty);
+    mbarrier_arrive(&barriers.empty);
     differentiate(step);
     mbarrier_wait(&barriers.full_transposed, parity);
     if constexpr (kKeys) {
@@ -231,8 +219,7 @@ struct BackwardConsumer {
 #pragma unroll
     for (int i = 0; i < T::kHead / 2; ++i) total[i] = second_total[i] = 0;
     named_barrier(3 + group, 128);
-    turns_left = (kKeys ? 3 : 2) * at.steps;
-    if (s.turns && group == 1) named_arrive(1, kAttentionConsumers);  // the first turn is the first warpgroup's
+    turns.start((kKeys ? 3 : 2) * at.steps);
 #pragma unroll 1
     for (int step = 0; step < at.steps; ++step) tile(step);
     release_successor();
@@ -254,10 +241,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   const uint32_t ring = own + 2 * T::kOwn;
   __shared__ BackwardBarriers barriers;
   if (threadIdx.x == 0) {
-    mbarrier_init(&barriers.full, 4);
-    mbarrier_init(&barriers.full_transposed, 4);
-    mbarrier_init(&barriers.empty, kAttentionConsumers / 32);
-    mbarrier_init(&barriers.empty_transposed, kAttentionConsumers / 32);
+    mbarrier_init(&barriers.full, kProducersArrive);
+    mbarrier_init(&barriers.full_transposed, kProducersArrive);
+    mbarrier_init(&barriers.empty, kConsumersArrive);
+    mbarrier_init(&barriers.empty_transposed, kConsumersArrive);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -293,8 +280,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(208));
     constexpr float kLog2E = 1.44269504088896341f;
     const float factor = fmaxf(fabsf(p.scale) * kLog2E, 1.17549435e-38f);
-    BackwardConsumer<kKeys> consumer{b,      s, at, barriers, ring, own, group, static_cast<int>(threadIdx.x % 32),
-                                     factor, 0};
+    BackwardConsumer<kKeys> consumer{
+        b, at, barriers, ring, own, group, static_cast<int>(threadIdx.x % 32), factor, {s, group, 0}};
     consumer.run(kKeys ? k : q, kKeys ? v : g);
   }
 #endif

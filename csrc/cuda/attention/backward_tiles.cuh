@@ -101,11 +101,6 @@ __device__ __forceinline__ void produce_backward(const TiledAttentionBackwardPar
       }
     }
   };
-  const auto publish = [&](uint64_t* barrier) {
-    fence_async_shared();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
-  };
 
   load(0, 0, x[0]);
   load(0, 1, x[1]);
