@@ -2,7 +2,7 @@
 
 Run ``compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py`` on a GPU machine (then
 racecheck, initcheck and synccheck), with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` so that the tools see every
-allocation.
+allocation. Names of groups (``tiled_attention``) leave out the others.
 """
 
 from __future__ import annotations
@@ -180,6 +180,8 @@ def _tiled_attention(paths: set[str]) -> None:
         (197, 120, 1),
         (70, 36, 4),
         (300, 132, 3),
+        (75, 256, 1),
+        (133, 150, 1),
     ):
         sizes = ((2, length, embed), (3 * embed, embed), (3 * embed,), (embed, embed), (embed,))
         tensors = [torch.randn(s, device="cuda") for s in sizes]
@@ -200,8 +202,27 @@ def _tiled_attention(paths: set[str]) -> None:
     os.environ["STYLEFORGE_PATH"] = ""
 
 
+GROUPS = {
+    "feed_forward_networks": _feed_forward_networks,
+    "attention": _attention,
+    "matrix_products": torch.inference_mode()(_matrix_products),
+    "half_matrix_products": torch.inference_mode()(_half_matrix_products),
+    "tiled_attention": torch.inference_mode()(_tiled_attention),
+}
+
+
 def main() -> None:
     paths: set[str] = set()
+    named = [name for name in sys.argv[1:] if not name.startswith("--")]
+    for name in named:
+        GROUPS[name](paths)
+    if not named:
+        _all(paths)
+    torch.cuda.synchronize()
+    print("\n".join(sorted(paths)))
+
+
+def _all(paths: set[str]) -> None:
     device = torch.device("cuda")
     for forced, shape in CASES:
         os.environ["STYLEFORGE_PATH"] = forced
@@ -247,8 +268,6 @@ def main() -> None:
             paths.add(styleforge.last_path())
             fused_conv_instance_norm_relu(x[:, :3].half(), w[:, :3].half(), padding=1)
             paths.add(styleforge.last_path())
-    torch.cuda.synchronize()
-    print("\n".join(sorted(paths)))
 
 
 if __name__ == "__main__":

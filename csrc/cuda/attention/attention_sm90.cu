@@ -99,7 +99,7 @@ cudaError_t launch_tiled_attention(const TiledAttentionParams& p, const TiledAtt
     case 128:
       return launch_head<128>(p, s, facts, stream);
     default:
-      return cudaErrorInvalidValue;
+      return launch_wide_attention(p, s, stream);
   }
 }
 

@@ -18,11 +18,13 @@ cudaError_t schedule_tiled_attention(const TiledAttentionParams& p, TiledAttenti
   const Overrides overrides(kTuneVariable);
   const bool forced = overrides.forced("sm90");
   if (facts.major != 9 || !facts.has_cluster() || (overrides.forced() && !forced)) return cudaSuccess;
-  if (p.head_dim < 1 || p.head_dim > kTiledAttentionMaxHead || p.length < 1) return cudaSuccess;
+  if (p.head_dim < 1 || p.head_dim > kWideAttentionMaxHead || p.length < 1) return cudaSuccess;
+  const bool wide = p.head_dim > kTiledAttentionMaxHead;
   if (p.head_dim < 8 && !forced) return cudaSuccess;  // ATen's is more accurate on so few products
+  if (wide && !forced) return cudaSuccess;
   s = {};
-  s.head = p.head_dim <= 32 ? 32 : p.head_dim <= 64 ? 64 : 128;
-  s.tiles = static_cast<int>(ceil_div(p.length, kTiledAttentionRows));
+  s.head = wide ? kWideAttentionMaxHead : p.head_dim <= 32 ? 32 : p.head_dim <= 64 ? 64 : kTiledAttentionMaxHead;
+  s.tiles = static_cast<int>(ceil_div(p.length, wide ? kWideAttentionRows : kTiledAttentionRows));
   const int64_t blocks = int64_t{s.tiles} * p.batch * p.heads;
   if (blocks < 1 || blocks > INT32_MAX) return cudaSuccess;
   s.blocks = static_cast<int>(blocks);
