@@ -7,8 +7,6 @@
 // the keys come by, one where 128 keys stay and the queries do. Both are made like attention_sm90.cu: a warpgroup of
 // producers, two of consumers that take turns at the tensor cores, 3xTF32. What stays is split again for each tile,
 // since its fragments do not fit the registers; p and ds go from the registers of one product to those of the next.
-#include <algorithm>
-
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "backward_tiles.cuh"
@@ -204,15 +202,13 @@ struct BackwardConsumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = row_of(r);
-      const bool there = row < p.length;
       if (kKeys) {
-        hidden[r] = !there || (p.key_padding_mask != nullptr &&
-                               p.key_padding_mask[at.batch * p.mask_stride[0] + row * p.mask_stride[1]]);
+        hidden[r] = row >= p.length || (p.key_padding_mask != nullptr &&
+                                        p.key_padding_mask[at.batch * p.mask_stride[0] + row * p.mask_stride[1]]);
       } else {
-        constexpr float kLog2E = 1.44269504088896341f;
-        const int64_t i = (static_cast<int64_t>(at.batch) * p.heads + at.head) * p.length + row;
-        logsumexp[r] = there ? p.logsumexp[i] * kLog2E : __int_as_float(0x7f800000);
-        delta[r] = there ? b.delta[i] : 0.0f;
+        const int64_t i = (static_cast<int64_t>(at.batch) * p.heads + at.head) * attention_rows(p.length) + row;
+        logsumexp[r] = b.rows.rows_logsumexp[i];
+        delta[r] = b.rows.rows_delta[i];
       }
     }
     any_hidden = kKeys && __any_sync(0xffffffff, hidden[0] || hidden[1]);
@@ -287,41 +283,13 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 #endif
 }
 
-// A warp has a row of one head.
-constexpr int kDeltaThreads = 256;
-__global__ void __launch_bounds__(kDeltaThreads)
-    attention_delta_kernel(const __grid_constant__ TiledAttentionBackwardParams b) {
-  wait_for_predecessor();
-  release_successor();
-  const TiledAttentionParams& p = b.forward;
-  const int64_t rows = static_cast<int64_t>(p.batch) * p.length * p.heads;
-  const int lane = threadIdx.x % 32;
-  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kDeltaThreads + threadIdx.x) / 32; i < rows;
-       i += static_cast<int64_t>(gridDim.x) * (kDeltaThreads / 32)) {
-    float sum = 0;
-    for (int c = lane; c < p.head_dim; c += 32) {
-      sum = fmaf(b.grad_output[i * p.head_dim + c], p.output[i * p.head_dim + c], sum);
-    }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
-    const int64_t token = i / p.heads, head = i % p.heads;
-    const int64_t batch = token / p.length;
-    if (lane == 0) b.delta[(batch * p.heads + head) * p.length + token % p.length] = sum;
-  }
-}
-
 }  // namespace
 
 cudaError_t launch_tiled_attention_backward(const TiledAttentionBackwardParams& b, const TiledAttentionSchedule& s,
                                             cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  const int64_t rows = static_cast<int64_t>(b.forward.batch) * b.forward.length * b.forward.heads;
-  const int64_t blocks = std::min<int64_t>(ceil_div(rows, kDeltaThreads / 32), int64_t{facts.multiprocessors} * 16);
-  if (const auto error = launch(attention_delta_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kDeltaThreads), 0, 1,
-                                facts, stream, b)) {
-    return error;
-  }
+  if (const auto error = launch_attention_rows(b.rows, DType::kFloat32, facts, stream)) return error;
   const dim3 grid(static_cast<unsigned>(s.blocks));
   if (const auto error = launch(attention_backward_kernel<false>, grid, dim3(kAttentionThreads), BackwardTile::kShared,
                                 1, facts, stream, b, s)) {

@@ -1,6 +1,7 @@
 // What the schedule and the kernels behind launch.h share.
 #pragma once
 
+#include "../common/launch.h"
 #include "launch.h"
 
 namespace styleforge::cuda {
@@ -12,6 +13,9 @@ constexpr int kWideAttentionMaxHead = 256;
 constexpr int kTiledAttentionBackwardHead = 64;
 
 cudaError_t launch_wide_attention(const TiledAttentionParams& params, const TiledAttentionSchedule& schedule,
+                                  cudaStream_t stream);
+
+cudaError_t launch_attention_rows(const AttentionRows& rows, DType dtype, const DeviceFacts& facts,
                                   cudaStream_t stream);
 
 }  // namespace styleforge::cuda

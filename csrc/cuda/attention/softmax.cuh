@@ -110,14 +110,15 @@ __device__ __forceinline__ void split_weights(const float (&s)[kCount], uint32_t
   }
 }
 
-// -infinity where the row's bit of a key is not set; `bits` are shifted so that bit 0 is this lane's first column.
+// `hidden` where the row's bit of a key is not set; `bits` are shifted so that bit 0 is this lane's first column.
 template <int kCount>
-__device__ __forceinline__ void hide_keys(float (&s)[kCount], const uint64_t (&bits)[2]) {
+__device__ __forceinline__ void hide_keys(float (&s)[kCount], const uint64_t (&bits)[2],
+                                          float hidden = -__builtin_huge_valf()) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const uint64_t row = bits[i / 2 % 2];
     const uint32_t word = static_cast<uint32_t>(i < 16 ? row : row >> 32);
-    if ((word >> (i / 4 % 4 * 8 + i % 2) & 1) == 0) s[i] = __int_as_float(0xff800000);
+    if ((word >> (i / 4 % 4 * 8 + i % 2) & 1) == 0) s[i] = hidden;
   }
 }
 
