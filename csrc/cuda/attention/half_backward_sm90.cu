@@ -2,9 +2,9 @@
 // backward_sm90.cu, without atomics, so that they have the same bits on every run. (ATen's kernels that have too run on
 // the tensor cores of sm_80, with one block a head: six times cuDNN's time, whose order of sums is not fixed.)
 //
-// What stays is in registers as fragments, 64 rows a warpgroup. What comes by is brought by the copy engine, four tiles
-// ahead, and is read as it lies by both of its products: wgmma takes 16-bit tiles of either order. Seven products where
-// one kernel with atomics has five; one warpgroup's softmax runs beside the other's products.
+// What stays, 64 rows a warpgroup, is read as fragments for each tile. What comes by is brought by the copy engine,
+// four tiles ahead, and is read as it lies by both of its products: wgmma takes 16-bit tiles of either order. Seven
+// products where one kernel with atomics has five; one warpgroup's softmax runs beside the other's products.
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/tensor_map.h"
@@ -203,7 +203,6 @@ struct HalfConsumer {
 #pragma unroll
     for (int i = 0; i < 32; ++i) total[i] = second_total[i] = 0;
     mbarrier_wait(&barriers.own, 0);
-    load_own();
     bool key_hidden[2] = {false, false};
     if constexpr (!kKeys) look(at.first * kTileKeys, key_hidden);
 
@@ -212,6 +211,8 @@ struct HalfConsumer {
       const int stage = step % kStages;
       const uint32_t tile = ring + stage * kStage, from = columns + stage * kColumns;
       const int begin = (at.first + step) * kTileKeys;
+      // Again for each tile: kept, ptxas 13.0 gave some of their registers to ds as well.
+      load_own();
       mbarrier_wait(&barriers.full[stage], step / kStages % 2);
       float scores[32], weights[32];  // of this tile alone: what is left of the last is no input
       wgmma_fence();

@@ -8,8 +8,7 @@ namespace styleforge::cuda {
 
 constexpr int kTiledAttentionRows = 128;  // queries a block
 constexpr int kTiledAttentionMaxHead = 128;
-constexpr int kWideAttentionRows = 64;  // the same for heads beyond that
-constexpr int kWideAttentionMaxHead = 256;
+constexpr int kWideAttentionMaxHead = 256;  // of the kernel for heads beyond that
 constexpr int kTiledAttentionBackwardHead = 64;
 
 cudaError_t launch_wide_attention(const TiledAttentionParams& params, const TiledAttentionSchedule& schedule,

@@ -27,16 +27,17 @@ cudaError_t schedule_tiled_attention(const TiledAttentionParams& p, TiledAttenti
   if (p.head_dim < 1 || p.head_dim > kWideAttentionMaxHead || p.length < 1) return cudaSuccess;
   const bool wide = p.head_dim > kTiledAttentionMaxHead;
   if (p.head_dim < 8 && !forced) return cudaSuccess;  // ATen's is more accurate on so few products
-  if (wide && !forced) return cudaSuccess;
   s = {};
   s.head = wide ? kWideAttentionMaxHead : p.head_dim <= 32 ? 32 : p.head_dim <= 64 ? 64 : kTiledAttentionMaxHead;
-  s.tiles = static_cast<int>(ceil_div(p.length, wide ? kWideAttentionRows : kTiledAttentionRows));
+  s.tiles = static_cast<int>(ceil_div(p.length, kTiledAttentionRows));
   const int64_t blocks = int64_t{s.tiles} * p.batch * p.heads;
   if (blocks < 1 || blocks > INT32_MAX) return cudaSuccess;
   s.blocks = static_cast<int>(blocks);
   s.vectors = p.head_dim % 4 == 0 && p.row_stride % 4 == 0 && p.batch_stride % 4 == 0 && aligned16(p.q) &&
               aligned16(p.k) && aligned16(p.v) && aligned16(p.output);
   s.turns = overrides.tuned("turns", 2) == 2;
+  // A block of ATen's takes 64 queries and about as long: it wins while every one of them has a multiprocessor.
+  if (wide && !forced && (!s.vectors || 2 * blocks <= facts.multiprocessors)) return cudaSuccess;
   supported = true;
   return cudaSuccess;
 }

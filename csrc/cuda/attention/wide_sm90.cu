@@ -1,13 +1,13 @@
-// The attention of launch.h for heads of 129 to 256 on wgmma (sm_90a): attention_sm90.cu with another division of work.
-// A warpgroup's registers do not hold 64 rows of 256 columns, nor shared memory two tiles beside the queries. So a
-// block has 64 queries, its two consumer warpgroups have half of the head's columns each, and keys come 32 at a time:
+// The attention of launch.h for heads of 129 to 256 on wgmma (sm_90a): attention_sm90.cu, cut more finely. A
+// warpgroup's sums of 64 queries take 128 registers, and 128 queries more than half of the shared memory, so keys come
+// 32 at a time, and these in slices of 128 columns through a ring of three:
 //
-//   scores:   of the warpgroup's columns; what is missing is the other warpgroup's, by way of shared memory
-//   softmax:  of all keys, in both warpgroups, to the same bits
-//   values:   of the warpgroup's columns
+//   keys, columns 0 to 127 | keys, columns 128 to 255 | values, columns 0 to 127 | values, columns 128 to 255
 //
-// The next tile's scores are multiplied while the softmax of this one is computed: its keys are there, since the last
-// product with keys was over before the last product with values, and keys are made before values.
+// What limits it are registers: queries are split again for each tile, sixteen columns while the sixteen before are
+// multiplied, and the weights' product goes to the sums by 64 columns. On an H200 heads of 256 reach 93 TFLOP/s. (64
+// queries a block, half of the columns a warpgroup: 47. The producers then have twice the work for each product, and
+// were what all waited for: without them it was as fast as this.)
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "tiles.cuh"
@@ -17,136 +17,133 @@ namespace {
 
 constexpr int kHead = kWideAttentionMaxHead;
 constexpr int kKeys = 32;
-constexpr int kChunks = kHead / 32;                            // of rows of 128 bytes
-constexpr int kPart = kKeys * kHead * 4;                       // hi or lo of a tile of keys or values
-constexpr int kQueryChunk = kWideAttentionRows * kChunkBytes;  // 32 columns of all rows
-constexpr int kExchange = 2 * kWideAttentionRows * kKeys * 4;  // both warpgroups' scores of a tile
-constexpr size_t kShared = 1024 + kChunks * kQueryChunk + 4 * kPart + 2 * kExchange;
-constexpr int kUnits = 4;  // of 16 numbers a producer, of keys or of values
+constexpr int kColumns = 128;                // of a slice
+constexpr int kPart = kKeys * kColumns * 4;  // hi or lo of one
+constexpr int kSlots = 3;                    // of the ring
+constexpr int kSlot = 2 * kPart;
+constexpr int kQueryChunk = kTiledAttentionRows * kChunkBytes;  // 32 columns of all rows
+constexpr int kQueries = kHead / 32 * kQueryChunk;
+constexpr size_t kShared = 1024 + kQueries + kSlots * kSlot;
+constexpr int kUnits = 4;  // of 16 numbers a producer, of a tile's keys or values; two make a slice
 static_assert(kKeys * kHead == kUnits * 16 * 128);
 
 #ifdef STYLEFORGE_HAS_WGMMA
 
-constexpr int kHalf = kHead / 2;                // columns of a warpgroup
 constexpr int kVectors = kHead / 4;             // of 16 bytes, in a row
 constexpr int kKeyChunk = kKeys * kChunkBytes;  // 32 columns of all keys
 
-// As produce.cuh has it, for tiles of 32 keys.
+struct WideBarriers {
+  uint64_t full[kSlots], empty[kSlots];
+  uint64_t seen[2];  // of every other tile: bits of the keys that take part
+};
+
+// As produce.cuh has it, in slices.
 template <bool kWhole>
 __device__ __forceinline__ void produce_wide(const TiledAttentionParams& p, const AttentionPlace& at,
-                                             AttentionBarriers& barriers, uint32_t ring) {
+                                             WideBarriers& barriers, uint32_t ring) {
   const int t = threadIdx.x - kAttentionConsumers, warp = t / 32, lane = t % 32;
-  const int k_row = t / kVectors, k_vector = t % kVectors;  // two rows at a time
   const int chunk = lane % 8;
+  // Keys: a warp has a row of a slice, four are taken at a time.
   const int v_row = chunk / 2 * 8 + chunk % 2, v_column = warp * 16 + lane / 8 * 4;  // and 64 columns further on
-  const int k_to = k_vector / 8 * kKeyChunk + k_row * kChunkBytes + ((k_vector % 8 ^ k_row) << 4);
+  const int k_to = lane / 8 * kKeyChunk + warp * kChunkBytes + ((lane % 8 ^ warp) << 4);
   const int v_to = v_column * kChunkBytes + ((chunk ^ (v_column & 7)) << 4);
-  const float* k = p.k + at.first + k_row * p.row_stride + k_vector * 4;
+  const float* k = p.k + at.first + warp * p.row_stride + lane * 4;
   const float* v = p.v + at.first + v_row * p.row_stride + v_column;
-  const auto* mask = reinterpret_cast<const unsigned char*>(p.key_padding_mask);
-  if (mask != nullptr) mask += at.batch * p.mask_stride[0];
   float x[2][16];
   uint32_t hidden = 0;
+  Turnover<kSlots> slot;
 
-  const auto load_keys = [&](int step, int unit, float (&to)[16]) {
-    if (step >= at.steps) return;
+  const auto load = [&](int step, int unit, float (&to)[16]) {
     const int key = step * kKeys;
-    const int valid = p.head_dim - k_vector * 4, left = p.length - key - k_row;
+    if (unit < kUnits) {
+      const int valid = p.head_dim - lane * 4 - unit / 2 * kColumns, left = p.length - key - warp - unit % 2 * 16;
+      const float* from = k + unit / 2 * kColumns + unit % 2 * 16 * p.row_stride;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      load_row<kWhole>(to + 4 * i, k, 2 * (4 * unit + i) < left ? valid : 0);
-      k += 2 * p.row_stride;
-    }
-    if (unit == 0 && warp == 0) {
-      hidden = key + lane >= p.length;
-      if (mask != nullptr && key + lane < p.length) hidden = mask[(key + lane) * p.mask_stride[1]];
-    }
-  };
-  const auto load_values = [&](int step, int unit, float (&to)[16]) {
-    if (step < 0) return;
-    const int valid = p.head_dim - v_column - 64 * unit, left = p.length - step * kKeys - v_row;
+      for (int i = 0; i < 4; ++i) {
+        load_row<kWhole>(to + 4 * i, from + 4 * i * p.row_stride, 4 * i < left ? valid : 0);
+      }
+      if (unit == kUnits - 1) k += kKeys * p.row_stride;
+      if (unit == 0 && warp == 0) {
+        hidden = key + lane >= p.length;
+        if (p.key_padding_mask != nullptr && key + lane < p.length) {
+          hidden = p.key_padding_mask[at.batch * p.mask_stride[0] + (key + lane) * p.mask_stride[1]];
+        }
+      }
+    } else {
+      const int u = unit - kUnits;
+      const int valid = p.head_dim - v_column - 64 * u, left = p.length - key - v_row;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      load_row<kWhole>(to + 4 * i, v + 64 * unit + 2 * i * p.row_stride, 2 * i < left ? valid : 0);
+      for (int i = 0; i < 4; ++i) {
+        load_row<kWhole>(to + 4 * i, v + 64 * u + 2 * i * p.row_stride, 2 * i < left ? valid : 0);
+      }
+      if (u == kUnits - 1) v += kKeys * p.row_stride;
     }
-    if (unit == kUnits - 1) v += kKeys * p.row_stride;
-  };
-  const auto store_keys = [&](int step, int unit, const float (&now)[16]) {
-    if (step >= at.steps) return;
-    if (unit == 0) {
-      mbarrier_wait(&barriers.empty_k[0], step % 2 ^ 1);
-      const uint32_t seen = __ballot_sync(0xffffffff, hidden == 0);
-      if (t == 0) barriers.seen[0] = seen;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int n = 4 * unit + i;
-      const float four[4] = {now[4 * i], now[4 * i + 1], now[4 * i + 2], now[4 * i + 3]};
-      store_split(ring + (k_to ^ (n % 4 * 32)) + n * 2 * kChunkBytes, kPart, four);
-    }
-    if (unit == kUnits - 1) publish(&barriers.full_k[0]);
-  };
-  const auto store_values = [&](int step, int unit, const float (&now)[16]) {
-    if (step < 0) return;
-    if (unit == 0) mbarrier_wait(&barriers.empty_v[0], step % 2 ^ 1);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float four[4] = {now[i], now[4 + i], now[8 + i], now[12 + i]};
-      store_split(ring + 2 * kPart + (v_to ^ (i << 4)) + i * kChunkBytes + 64 * unit * kChunkBytes, kPart, four);
-    }
-    if (unit == kUnits - 1) publish(&barriers.full_v[0]);
   };
 
-  // Keys are a tile ahead of values: room for them is there first.
-  load_keys(0, 0, x[0]);
-  load_keys(0, 1, x[1]);
+  load(0, 0, x[0]);
+  load(0, 1, x[1]);
 #pragma unroll 1
-  for (int step = -1; step < at.steps; ++step) {
+  for (int step = 0; step < at.steps; ++step) {
 #pragma unroll
     for (int unit = 0; unit < 2 * kUnits; ++unit) {
       float (&now)[16] = x[unit % 2];
-      if (unit < kUnits) {
-        store_keys(step + 1, unit, now);
-      } else {
-        store_values(step, unit - kUnits, now);
+      const uint32_t base = ring + slot.stage * kSlot;
+      if (unit % 2 == 0) mbarrier_wait(&barriers.empty[slot.stage], slot.parity ^ 1);
+      if (unit == 0) {
+        const uint32_t seen = __ballot_sync(0xffffffff, hidden == 0);
+        if (t == 0) barriers.seen[step % 2] = seen;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (unit < kUnits) {
+          const float four[4] = {now[4 * i], now[4 * i + 1], now[4 * i + 2], now[4 * i + 3]};
+          // Every other four rows are in the other half of eight.
+          store_split(base + (k_to ^ (i % 2 * 64)) + (4 * i + unit % 2 * 16) * kChunkBytes, kPart, four);
+        } else {
+          const float four[4] = {now[i], now[4 + i], now[8 + i], now[12 + i]};
+          store_split(base + (v_to ^ (i << 4)) + (i + unit % 2 * 64) * kChunkBytes, kPart, four);
+        }
+      }
+      if (unit % 2 == 1) {
+        publish(&barriers.full[slot.stage]);
+        slot.next();
       }
       __syncwarp();  // as in produce.cuh
-      const int next = (unit + 2) % (2 * kUnits);
-      if (next >= kUnits) {
-        load_values(step, next - kUnits, now);
-      } else {
-        load_keys(step + 1 + (unit + 2) / (2 * kUnits), next, now);
+      if (unit + 2 < 2 * kUnits) {
+        load(step, unit + 2, now);
+      } else if (step + 1 < at.steps) {
+        load(step + 1, unit + 2 - 2 * kUnits, now);
       }
     }
   }
 }
 
+// Sixteen columns of a warp's 16 rows, as they are split for 3xTF32.
+struct HalfFragments {
+  uint32_t hi[2][4], rest[2][4];
+};
+
 template <bool kWhole>
 struct WideConsumer {
   const TiledAttentionParams& p;
   const AttentionPlace& at;
-  AttentionBarriers& barriers;
-  const uint32_t ring, queries, exchange;
+  WideBarriers& barriers;
+  const uint32_t ring, queries;  // of this lane's row, for ldmatrix
   const int group, lane;
   const float factor;  // scores are powers of two of this
 
-  Fragments q[2];
-  float small[kKeys / 2], large[kKeys / 2], scores[kKeys / 2];
-  float d[kHalf / 2], total[kHalf / 2];
-  uint32_t p_hi[kKeys / 8][4], p_lo[kKeys / 8][4];
+  float total[kHead / 64][32];
   RunningSoftmax softmax;
-  uint32_t seen, next_seen;
+  Turnover<kSlots> slot;
 
-  __device__ __forceinline__ int row_of(int r) const { return at.row + threadIdx.x % 128 / 32 * 16 + lane / 4 + 8 * r; }
+  __device__ __forceinline__ int row_of(int r) const { return at.row + threadIdx.x / 32 * 16 + lane / 4 + 8 * r; }
 
-  __device__ __forceinline__ void load_queries(int chunk, Fragments& f) {
-    const uint32_t row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-    const uint32_t from =
-        queries + (group * 4 + chunk) * kQueryChunk + row * kChunkBytes + (((row & 7) ^ (lane / 16)) << 4);
+  __device__ __forceinline__ void load_queries(int half, HalfFragments& f) {
+    const uint32_t from = queries + half / 2 * kQueryChunk;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) load_matrix(f.hi[k], from ^ (k << 5));
+    for (int k = 0; k < 2; ++k) load_matrix(f.hi[k], from ^ ((half % 2 * 2 + k) << 5));
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 2; ++k) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         split(__uint_as_float(f.hi[k][i]), f.hi[k][i], f.rest[k][i]);
@@ -155,90 +152,41 @@ struct WideConsumer {
     }
   }
 
-  __device__ __forceinline__ void multiply_keys(int chunk) {
+  // `small` + `large` are the tile's scores.
+  __device__ __forceinline__ void multiply_keys(float (&small)[kKeys / 2], float (&large)[kKeys / 2]) {
     using Mma = Wgmma<MmaKind::kTF32, kKeys>;
-    const Fragments& f = q[chunk % 2];
-    const uint64_t hi = wgmma_descriptor(ring + group * 4 * kKeyChunk) + chunk * (kKeyChunk >> 4);
-    const uint64_t lo = hi + (kPart >> 4);
-    wgmma_fence();
+    HalfFragments f[2];
+    load_queries(0, f[0]);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) Mma::run(small, f.rest[k], hi + 2 * k, chunk > 0 || k > 0);
+    for (int slice = 0; slice < 2; ++slice) {
+      mbarrier_wait(&barriers.full[slot.stage], slot.parity);
+      const uint64_t hi = wgmma_descriptor(ring + slot.stage * kSlot), lo = hi + (kPart >> 4);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) Mma::run(small, f.hi[k], lo + 2 * k, true);
+      for (int h = 0; h < 8; ++h) {
+        const int half = 8 * slice + h;
+        const HalfFragments& now = f[half % 2];
+        const int at_columns = h / 2 * (kKeyChunk >> 4) + h % 2 * 4;
+        wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) Mma::run(large, f.hi[k], hi + 2 * k, chunk > 0 || k > 0);
-    wgmma_commit();
-  }
-  __device__ __forceinline__ void multiply_values() {
-    using Mma = Wgmma<MmaKind::kTF32, kHalf>;
-    const uint64_t hi = wgmma_descriptor(ring + 2 * kPart + group * kHalf * kChunkBytes);
-    const uint64_t lo = hi + (kPart >> 4);
-    wgmma_fence();
+        for (int k = 0; k < 2; ++k) Mma::run(small, now.rest[k], hi + at_columns + 2 * k, half > 0 || k > 0);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) Mma::run(d, p_lo[k], hi + 2 * k, k > 0);
+        for (int k = 0; k < 2; ++k) Mma::run(small, now.hi[k], lo + at_columns + 2 * k, true);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) Mma::run(d, p_hi[k], lo + 2 * k, true);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) Mma::run(d, p_hi[k], hi + 2 * k, true);
-    wgmma_commit();
-  }
-
-  // The first of the four chunks of a tile's scores is on its way after this, and after finish_keys all are
-  // there.
-  __device__ __forceinline__ void start_keys(int step) {
-    load_queries(0, q[0]);
-    mbarrier_wait(&barriers.full_k[0], step % 2);
-    next_seen = static_cast<uint32_t>(barriers.seen[0]);
-    multiply_keys(0);
-  }
-  __device__ __forceinline__ void finish_keys() {
-    load_queries(1, q[1]);
-    multiply_keys(1);
-    wgmma_wait<1>();
-    load_queries(2, q[0]);
-    multiply_keys(2);
-    wgmma_wait<1>();
-    load_queries(3, q[1]);
-    multiply_keys(3);
-    wgmma_wait<0>();
-    mbarrier_arrive(&barriers.empty_k[0]);
-  }
-
-  // A thread's partner in the other warpgroup has the same rows and keys. Two buffers: who writes one has met the
-  // reader of it in between.
-  __device__ __forceinline__ uint32_t exchange_of(int step, int of) const {
-    return exchange + step % 2 * kExchange + of * (kExchange / 2) + threadIdx.x % 128 * 16;
-  }
-  __device__ __forceinline__ void offer(int step) {
-#pragma unroll
-    for (int i = 0; i < kKeys / 2; i += 4) {
-      uint32_t four[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        large[i + j] += small[i + j];
-        four[j] = __float_as_uint(large[i + j]);
+        for (int k = 0; k < 2; ++k) Mma::run(large, now.hi[k], hi + at_columns + 2 * k, half > 0 || k > 0);
+        wgmma_commit();
+        if (half > 0) wgmma_wait<1>();  // the other set's last use
+        if (half < 15) load_queries(half + 1, f[(half + 1) % 2]);
       }
-      store_shared(exchange_of(step, group) + i / 4 * 128 * 16, four);
+      wgmma_wait<0>();
+      mbarrier_arrive(&barriers.empty[slot.stage]);
+      slot.next();
     }
-  }
-  __device__ __forceinline__ void take(int step) {
-    named_barrier(1, kAttentionConsumers);
-#pragma unroll
-    for (int i = 0; i < kKeys / 2; i += 4) {
-      float4 v;
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                   : "r"(exchange_of(step, group ^ 1) + i / 4 * 128 * 16)
-                   : "memory");
-      scores[i] = large[i] + v.x, scores[i + 1] = large[i + 1] + v.y;
-      scores[i + 2] = large[i + 2] + v.z, scores[i + 3] = large[i + 3] + v.w;
-    }
-    seen = next_seen;
   }
 
-  __device__ __forceinline__ void weigh(int step) {
+  __device__ __forceinline__ void weigh(int step, float (&scores)[kKeys / 2]) {
     const int key = step * kKeys;
-    if (seen != ~0u || (p.is_causal && key + kKeys - 1 > at.row)) {
+    const auto seen = static_cast<uint32_t>(barriers.seen[step % 2]);
+    if (seen != ~0u || (p.is_causal && key + kKeys - 1 > at.row + 64 * group)) {
       uint64_t bits[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -249,22 +197,33 @@ struct WideConsumer {
     softmax.update(scores, factor);
   }
 
-  template <bool kMore>
-  __device__ __forceinline__ void tile(int step) {
-    if constexpr (kMore) start_keys(step + 1);
-    weigh(step);
-    if constexpr (kMore) {
-      finish_keys();
-      offer(step + 1);
-    }
-    split_weights(scores, p_hi, p_lo);
-    mbarrier_wait(&barriers.full_v[0], step % 2);
-    multiply_values();
-    if constexpr (kMore) take(step + 1);
-    wgmma_wait<0>();
-    mbarrier_arrive(&barriers.empty_v[0]);
+  __device__ __forceinline__ void multiply_values(const uint32_t (&p_hi)[4][4], const uint32_t (&p_lo)[4][4]) {
+    using Mma = Wgmma<MmaKind::kTF32, 64>;
 #pragma unroll
-    for (int i = 0; i < kHalf / 2; ++i) total[i] = fmaf(total[i], softmax.rescale[i / 2 % 2], d[i]);
+    for (int slice = 0; slice < 2; ++slice) {
+      mbarrier_wait(&barriers.full[slot.stage], slot.parity);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint64_t hi = wgmma_descriptor(ring + slot.stage * kSlot + h * 64 * kChunkBytes), lo = hi + (kPart >> 4);
+        float d[32];
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Mma::run(d, p_lo[k], hi + 2 * k, k > 0);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Mma::run(d, p_hi[k], lo + 2 * k, true);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Mma::run(d, p_hi[k], hi + 2 * k, true);
+        wgmma_commit();
+        wgmma_wait<0>();
+        if (h == 1) {
+          mbarrier_arrive(&barriers.empty[slot.stage]);
+          slot.next();
+        }
+        float (&sum)[32] = total[2 * slice + h];
+#pragma unroll
+        for (int i = 0; i < 32; ++i) sum[i] = fmaf(sum[i], softmax.rescale[i / 2 % 2], d[i]);
+      }
+    }
   }
 
   __device__ __forceinline__ void write() {
@@ -274,16 +233,16 @@ struct WideConsumer {
       const float share = sum == 0 ? 0 : 1 / sum;
       const int row = row_of(r);
       if (row >= p.length) continue;
-      if (p.logsumexp != nullptr && group == 0 && lane % 4 == 0) {
+      if (p.logsumexp != nullptr && lane % 4 == 0) {
         constexpr float kLn2 = 0.693147180559945309f;
         p.logsumexp[(static_cast<int64_t>(at.batch) * p.heads + at.head) * p.length + row] =
             sum == 0 ? __int_as_float(0x7f800000) : (softmax.peak[r] + log2f(sum)) * kLn2;
       }
       float* to = p.output + ((static_cast<int64_t>(at.batch) * p.length + row) * p.heads + at.head) * p.head_dim;
 #pragma unroll
-      for (int i = 0; i < kHalf / 8; ++i) {
-        const int column = group * kHalf + 8 * i + 2 * (lane % 4);
-        const float a = total[4 * i + 2 * r] * share, b = total[4 * i + 2 * r + 1] * share;
+      for (int i = 0; i < kHead / 8; ++i) {
+        const int column = 8 * i + 2 * (lane % 4);
+        const float a = total[i / 8][i % 8 * 4 + 2 * r] * share, b = total[i / 8][i % 8 * 4 + 2 * r + 1] * share;
         if constexpr (kWhole) {
           if (column < p.head_dim) *reinterpret_cast<float2*>(to + column) = make_float2(a, b);
         } else {
@@ -294,30 +253,43 @@ struct WideConsumer {
     }
   }
 
-  __device__ __forceinline__ void run() {
+  // Queries as they are, in the swizzle of the fragments; a negative scale is theirs.
+  __device__ __forceinline__ void store_queries(uint32_t to) {
     const int t = threadIdx.x % 128;
     const float sign = p.scale < 0 ? -1.0f : 1.0f;
 #pragma unroll 4
-    for (int i = 0; i < kWideAttentionRows * kVectors / 2 / 128; ++i) {
-      const int row = (t + 128 * i) / (kVectors / 2), vector = group * (kVectors / 2) + (t + 128 * i) % (kVectors / 2);
+    for (int i = 0; i < 64 * kVectors / 128; ++i) {
+      const int row = 64 * group + (t + 128 * i) / kVectors, vector = (t + 128 * i) % kVectors;
       float x[4];
       load_row<kWhole>(x, p.q + at.first + (at.row + row) * p.row_stride + vector * 4,
                        at.row + row < p.length ? p.head_dim - vector * 4 : 0);
       const uint32_t bits[4] = {__float_as_uint(x[0] * sign), __float_as_uint(x[1] * sign),
                                 __float_as_uint(x[2] * sign), __float_as_uint(x[3] * sign)};
-      store_shared(queries + vector / 8 * kQueryChunk + row * kChunkBytes + ((vector % 8 ^ (row & 7)) << 4), bits);
+      store_shared(to + vector / 8 * kQueryChunk + row * kChunkBytes + ((vector % 8 ^ (row & 7)) << 4), bits);
     }
-    named_barrier(2 + group, 128);
+    named_barrier(1 + group, 128);
+  }
+
+  __device__ __forceinline__ void run() {
     softmax.reset();
 #pragma unroll
-    for (int i = 0; i < kHalf / 2; ++i) total[i] = 0;
-    start_keys(0);
-    finish_keys();
-    offer(0);
-    take(0);
+    for (int c = 0; c < kHead / 64; ++c) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) total[c][i] = 0;
+    }
 #pragma unroll 1
-    for (int step = 0; step + 1 < at.steps; ++step) tile<true>(step);
-    tile<false>(at.steps - 1);
+    for (int step = 0; step < at.steps; ++step) {
+      uint32_t p_hi[kKeys / 8][4], p_lo[kKeys / 8][4];
+      {
+        float small[kKeys / 2], scores[kKeys / 2];
+        multiply_keys(small, scores);
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) scores[i] += small[i];
+        weigh(step, scores);
+        split_weights(scores, p_hi, p_lo);
+      }
+      multiply_values(p_hi, p_lo);
+    }
     release_successor();
     write();
   }
@@ -332,13 +304,13 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 #ifdef STYLEFORGE_HAS_WGMMA
   extern __shared__ unsigned char dynamic[];
   const uint32_t queries = (shared_address(dynamic) + 1023) & ~1023u;  // as the swizzle wants it
-  const uint32_t ring = queries + kChunks * kQueryChunk;
-  __shared__ AttentionBarriers barriers;
+  const uint32_t ring = queries + kQueries;
+  __shared__ WideBarriers barriers;
   if (threadIdx.x == 0) {
-    mbarrier_init(&barriers.full_k[0], kProducersArrive);
-    mbarrier_init(&barriers.full_v[0], kProducersArrive);
-    mbarrier_init(&barriers.empty_k[0], kConsumersArrive);
-    mbarrier_init(&barriers.empty_v[0], kConsumersArrive);
+    for (int i = 0; i < kSlots; ++i) {
+      mbarrier_init(&barriers.full[i], kProducersArrive);
+      mbarrier_init(&barriers.empty[i], kConsumersArrive);
+    }
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -352,20 +324,23 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   at.batch = which / p.heads;
   at.head = which - at.batch * p.heads;
   at.first = at.batch * p.batch_stride + static_cast<int64_t>(at.head) * p.head_dim;
-  at.row = tile * kWideAttentionRows;
-  const int keys = p.is_causal ? min(p.length, at.row + kWideAttentionRows) : p.length;
+  at.row = tile * kTiledAttentionRows;
+  const int keys = p.is_causal ? min(p.length, at.row + kTiledAttentionRows) : p.length;
   at.steps = (keys + kKeys - 1) / kKeys;
 
   const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (group == kAttentionGroups) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(88));
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(72));
     produce_wide<kWhole>(p, at, barriers, ring);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(208));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(216));
     constexpr float kLog2E = 1.44269504088896341f;
     const float factor = fmaxf(fabsf(p.scale) * kLog2E, 1.17549435e-38f);
+    const int lane = threadIdx.x % 32;
+    const uint32_t row = threadIdx.x / 32 * 16 + lane % 16;
     WideConsumer<kWhole> consumer{
-        p, at, barriers, ring, queries, ring + 4 * kPart, group, static_cast<int>(threadIdx.x % 32), factor};
+        p, at, barriers, ring, queries + row * kChunkBytes + (((row & 7) ^ (lane / 16)) << 4), group, lane, factor};
+    consumer.store_queries(queries);
     consumer.run();
   }
 #endif
