@@ -200,7 +200,7 @@ def _tiled_attention(paths: set[str]) -> None:
                 backward(*given, heads, None, is_causal, mask, "ieee", *needed)
                 paths.add(styleforge.last_path())
     for dtype, (length, heads, head_dim) in itertools.product(
-        (torch.float16, torch.bfloat16), ((200, 2, 64), (70, 3, 40))
+        (torch.float16, torch.bfloat16), ((200, 2, 64), (70, 3, 40), (140, 1, 128))
     ):
         embed = heads * head_dim
         qkv = torch.randn(2, length, 3 * embed, device="cuda", dtype=dtype)

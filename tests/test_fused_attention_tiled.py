@@ -233,7 +233,7 @@ OWN_BACKWARD = {
 FLOORS = {torch.float32: 2e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 GRADIENT_CASES = [
     *((torch.float32, head_dim) for head_dim in (4, 20, 32, 48, 64)),
-    *((dtype, head_dim) for dtype in (torch.float16, torch.bfloat16) for head_dim in (8, 40, 64)),
+    *((dtype, head_dim) for dtype in (torch.float16, torch.bfloat16) for head_dim in (8, 40, 64, 72, 128)),
 ]
 
 
@@ -348,13 +348,14 @@ def test_gradients_have_the_same_bits_on_every_run(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", OWN_BACKWARD, ids=str)
 def test_gradients_by_default(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads up to 64 whose rows the kernels can read; behind either design of the forward."""
+    """Heads up to 64, in 16 bits 128, whose rows the kernels can read; behind either design of the forward."""
     monkeypatch.setenv("STYLEFORGE_PATH", "")
     for length, heads, head_dim, own in (
         (1030, 2, 64, True),
         (70, 4, 32, True),
         (70, 2, 13, False),
-        (70, 2, 80, False),
+        (70, 2, 80, dtype != torch.float32),
+        (70, 2, 136, False),
     ):
         embed = heads * head_dim
         x = random_tensor(2, length, embed, dtype=dtype, device="cuda").requires_grad_()

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads) attention_rows_kernel(const __grid_c
   wait_for_predecessor();
   release_successor();
   constexpr int kWidth = kFullWidth<T>;
-  constexpr int kVectors = kTiledAttentionBackwardHead / kWidth / kLanes;  // of a lane
+  constexpr int kVectors = kHalfAttentionBackwardHead / kWidth / kLanes;  // of a lane, at most
   const int padded = attention_rows(r.length);
   // Heads of a token lie side by side.
   const uint32_t i = blockIdx.x * (kThreads / kLanes) + threadIdx.x / kLanes;

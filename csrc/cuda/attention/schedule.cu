@@ -58,12 +58,12 @@ cudaError_t schedule_half_attention_backward(const HalfAttentionBackwardParams& 
   if (const auto error = device_facts(facts)) return error;
   const Overrides overrides(kTuneVariable);
   if (facts.major != 9 || !facts.has_cluster() || (overrides.forced() && !overrides.forced("sm90"))) return cudaSuccess;
-  if (p.head_dim < 8 || p.head_dim % 8 != 0 || p.head_dim > kTiledAttentionBackwardHead || p.length < 1) {
+  if (p.head_dim < 8 || p.head_dim % 8 != 0 || p.head_dim > kHalfAttentionBackwardHead || p.length < 1) {
     return cudaSuccess;  // the copy engine moves 16 bytes
   }
   if (!fits(p.rows) || !aligned16(p.qkv) || !aligned16(p.grad_qkv)) return cudaSuccess;
   s = {};
-  s.head = kTiledAttentionBackwardHead;
+  s.head = p.head_dim <= 64 ? 64 : kHalfAttentionBackwardHead;
   s.tiles = static_cast<int>(ceil_div(p.length, kTiledAttentionRows));
   const int64_t blocks = int64_t{s.tiles} * p.batch * p.heads;
   if (blocks < 1 || blocks > INT32_MAX) return cudaSuccess;
