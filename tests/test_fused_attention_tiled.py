@@ -348,7 +348,7 @@ def test_gradients_have_the_same_bits_on_every_run(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", OWN_BACKWARD, ids=str)
 def test_gradients_by_default(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Heads up to 64, in 16 bits 128, whose rows the kernels can read; behind either design of the forward."""
+    """Heads up to 64, in 16 bits 128, whose rows the kernels can read; behind either forward."""
     monkeypatch.setenv("STYLEFORGE_PATH", "")
     for length, heads, head_dim, own in (
         (1030, 2, 64, True),
