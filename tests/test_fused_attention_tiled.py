@@ -32,6 +32,7 @@ from _reference import (
 FORWARD = torch.ops.styleforge._fused_attention_forward
 BACKWARD = torch.ops.styleforge._fused_attention_backward
 OP = torch.ops.styleforge.fused_attention
+VERSION_2 = torch.ops.styleforge.fused_attention_v2
 OWN = "attention:v2:cuda:sm90:3xtf32"
 PRODUCTS = "+products:sm90:3xtf32"
 
@@ -220,6 +221,16 @@ def test_what_they_do_not_take_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("STYLEFORGE_PATH", "efficient")
     OP(x, *parameters, 2)
     assert styleforge.last_path() == "attention:v2:cuda:efficient"
+
+
+def test_wide_heads_by_default_where_they_fill_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than half of the multiprocessors, in rows that are read in vectors; else it is ATen's kernel."""
+    monkeypatch.setenv("STYLEFORGE_PATH", "")
+    blocks = torch.cuda.get_device_properties(0).multi_processor_count // 2
+    for batch, head_dim, own in ((blocks, 160, False), (blocks + 1, 160, True), (blocks + 1, 161, False)):
+        x = random_tensor(batch, 128, head_dim, device="cuda")
+        VERSION_2(x, *attention_parameters(head_dim, x.dtype, "cuda"), 1)
+        assert styleforge.last_path().startswith(OWN if own else "attention:v2:cuda:efficient")
 
 
 # --- gradients ------------------------------------------------------------------------------------
