@@ -277,8 +277,11 @@ struct WideConsumer {
 #pragma unroll
       for (int i = 0; i < 32; ++i) total[c][i] = 0;
     }
+    const int last = min(p.length, at.row + 64 * (group + 1));  // the first row behind this warpgroup's
+    const int needed = p.is_causal ? min(at.steps, (last + kKeys - 1) / kKeys) : at.steps;
+    const int steps = last > at.row + 64 * group ? needed : 0;
 #pragma unroll 1
-    for (int step = 0; step < at.steps; ++step) {
+    for (int step = 0; step < steps; ++step) {
       uint32_t p_hi[kKeys / 8][4], p_lo[kKeys / 8][4];
       {
         float small[kKeys / 2], scores[kKeys / 2];
@@ -289,6 +292,13 @@ struct WideConsumer {
         split_weights(scores, p_hi, p_lo);
       }
       multiply_values(p_hi, p_lo);
+    }
+    // Tiles that the other warpgroup needs and this one does not.
+#pragma unroll 1
+    for (int i = 4 * steps; i < 4 * at.steps; ++i) {
+      mbarrier_wait(&barriers.full[slot.stage], slot.parity);
+      mbarrier_arrive(&barriers.empty[slot.stage]);
+      slot.next();
     }
     release_successor();
     write();
