@@ -26,8 +26,9 @@ const char* operator_name(AttentionVersion version) {
   }
 }
 
-#define STYLEFORGE_ATTENTION_PATHS(prefix) \
-  {prefix "none", prefix "flash", prefix "cudnn", prefix "efficient", prefix "math", prefix "sm90:3xtf32", prefix "sm90:16bit"}
+#define STYLEFORGE_ATTENTION_PATHS(prefix)                                      \
+  {prefix "none", prefix "flash",       prefix "cudnn",     prefix "efficient", \
+   prefix "math", prefix "sm90:3xtf32", prefix "sm90:16bit"}
 
 void record(bool cuda, AttentionVersion version, AttentionKernel kernel, const char* products = "") {
   static constexpr const char* kPaths[2][2][7] = {

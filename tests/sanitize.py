@@ -2,7 +2,7 @@
 
 Run ``compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py`` on a GPU machine (then
 racecheck, initcheck and synccheck), with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` so that the tools see every
-allocation. Names of groups (``tiled_attention``) leave out the others.
+allocation.
 """
 
 from __future__ import annotations
@@ -117,20 +117,40 @@ def _attention(paths: set[str]) -> None:
                     paths.add(styleforge.last_path())
                     y.backward(torch.randn_like(y))
                     paths.add(styleforge.last_path())
-    os.environ["STYLEFORGE_PATH"] = "dependent"
-    for dtype, precision in (
-        (torch.float32, "ieee"),
-        (torch.float32, "tf32"),
-        (torch.float16, "ieee"),
-        (torch.bfloat16, "ieee"),
+    for forced, dtype, precision in (
+        ("together", torch.float32, "ieee"),
+        ("together", torch.float32, "tf32"),
+        ("dependent", torch.float32, "ieee"),
+        ("dependent", torch.float32, "tf32"),
+        ("dependent", torch.float16, "ieee"),
+        ("dependent", torch.bfloat16, "ieee"),
     ):
+        os.environ["STYLEFORGE_PATH"] = forced
         for length, embed, heads in ((37, 32, 4), (150, 128, 2), (40, 104, 1)):
+            if forced == "together" and embed // heads > 64:  # which it leaves to others
+                continue
             sizes = ((2, length, embed), (3 * embed, embed), (3 * embed,), (embed, embed), (embed,))
             tensors = [torch.randn(s, device="cuda", dtype=dtype) for s in sizes]
             for mask in (None, torch.rand(2, length, device="cuda") < 0.5):
                 rest = (heads, None, mask is None, mask, precision)
                 torch.ops.styleforge._fused_attention_forward(*tensors, *rest, 1)
                 paths.add(styleforge.last_path())
+    os.environ["STYLEFORGE_PATH"] = "whole"
+    for dtype in (torch.float16, torch.bfloat16):
+        for length, embed, heads, rows in (
+            (150, 128, 4, 16),
+            (40, 128, 4, 32),
+            (300, 128, 4, 32),
+            (150, 256, 4, 16),
+            (40, 256, 8, 32),
+        ):
+            os.environ["STYLEFORGE_SMALL_ATTENTION_TUNE"] = f"block={rows}"
+            sizes = ((2, length, embed), (3 * embed, embed), (3 * embed,), (embed, embed), (embed,))
+            tensors = [torch.randn(s, device="cuda", dtype=dtype) for s in sizes]
+            for mask in (None, torch.rand(2, length, device="cuda") < 0.5):
+                torch.ops.styleforge.fused_attention_v1(*tensors, heads, None, mask is None, mask)
+                paths.add(styleforge.last_path())
+    os.environ["STYLEFORGE_SMALL_ATTENTION_TUNE"] = ""
     os.environ["STYLEFORGE_PATH"] = ""
 
 
@@ -214,27 +234,8 @@ def _tiled_attention(paths: set[str]) -> None:
     os.environ["STYLEFORGE_PATH"] = ""
 
 
-GROUPS = {
-    "feed_forward_networks": _feed_forward_networks,
-    "attention": _attention,
-    "matrix_products": torch.inference_mode()(_matrix_products),
-    "half_matrix_products": torch.inference_mode()(_half_matrix_products),
-    "tiled_attention": torch.inference_mode()(_tiled_attention),
-}
-
-
 def main() -> None:
     paths: set[str] = set()
-    named = [name for name in sys.argv[1:] if not name.startswith("--")]
-    for name in named:
-        GROUPS[name](paths)
-    if not named:
-        _all(paths)
-    torch.cuda.synchronize()
-    print("\n".join(sorted(paths)))
-
-
-def _all(paths: set[str]) -> None:
     device = torch.device("cuda")
     for forced, shape in CASES:
         os.environ["STYLEFORGE_PATH"] = forced
@@ -280,6 +281,8 @@ def _all(paths: set[str]) -> None:
             paths.add(styleforge.last_path())
             fused_conv_instance_norm_relu(x[:, :3].half(), w[:, :3].half(), padding=1)
             paths.add(styleforge.last_path())
+    torch.cuda.synchronize()
+    print("\n".join(sorted(paths)))
 
 
 if __name__ == "__main__":
