@@ -26,18 +26,19 @@ const char* operator_name(AttentionVersion version) {
   }
 }
 
-#define STYLEFORGE_ATTENTION_PATHS(prefix) \
-  {prefix "none", prefix "flash", prefix "cudnn", prefix "efficient", prefix "math", prefix "sm90:3xtf32"}
+#define STYLEFORGE_ATTENTION_PATHS(prefix)                                      \
+  {prefix "none", prefix "flash",       prefix "cudnn",     prefix "efficient", \
+   prefix "math", prefix "sm90:3xtf32", prefix "sm90:16bit"}
 
 void record(bool cuda, AttentionVersion version, AttentionKernel kernel, const char* products = "") {
-  static constexpr const char* kPaths[2][2][6] = {
+  static constexpr const char* kPaths[2][2][7] = {
       {STYLEFORGE_ATTENTION_PATHS("attention:v1:cpu:"), STYLEFORGE_ATTENTION_PATHS("attention:v2:cpu:")},
       {STYLEFORGE_ATTENTION_PATHS("attention:v1:cuda:"), STYLEFORGE_ATTENTION_PATHS("attention:v2:cuda:")}};
   record_path(kPaths[cuda][version == AttentionVersion::kV2][static_cast<int>(kernel)], products);
 }
 
 void record_backward(bool cuda, AttentionKernel kernel) {
-  static constexpr const char* kPaths[2][6] = {STYLEFORGE_ATTENTION_PATHS("attention_backward:cpu:"),
+  static constexpr const char* kPaths[2][7] = {STYLEFORGE_ATTENTION_PATHS("attention_backward:cpu:"),
                                                STYLEFORGE_ATTENTION_PATHS("attention_backward:cuda:")};
   record_path(kPaths[cuda][static_cast<int>(kernel)]);
 }

@@ -52,7 +52,15 @@ struct Attention {
 };
 
 // What computed it; for last_path().
-enum class AttentionKernel : int { kNone = 0, kFlash = 1, kCudnn = 2, kEfficient = 3, kMath = 4, kTiled = 5 };
+enum class AttentionKernel : int {
+  kNone = 0,
+  kFlash = 1,
+  kCudnn = 2,
+  kEfficient = 3,
+  kMath = 4,
+  kTiled = 5,  // our own, float32
+  kHalf = 6    // our own, 16 bits
+};
 
 struct AttentionResult {
   Tensor output;             // [batch, length, heads, head_dim], dense

@@ -200,6 +200,8 @@ def _tiled_attention(paths: set[str]) -> None:
         (197, 120, 1),
         (70, 36, 4),
         (300, 132, 3),
+        (75, 256, 1),
+        (133, 150, 1),
     ):
         sizes = ((2, length, embed), (3 * embed, embed), (3 * embed,), (embed, embed), (embed,))
         tensors = [torch.randn(s, device="cuda") for s in sizes]
@@ -217,6 +219,18 @@ def _tiled_attention(paths: set[str]) -> None:
                 given = (tensors[0], tensors[0], *kept, tensors[1], tensors[3])
                 backward(*given, heads, None, is_causal, mask, "ieee", *needed)
                 paths.add(styleforge.last_path())
+    for dtype, (length, heads, head_dim) in itertools.product(
+        (torch.float16, torch.bfloat16), ((200, 2, 64), (70, 3, 40), (140, 1, 128))
+    ):
+        embed = heads * head_dim
+        qkv = torch.randn(2, length, 3 * embed, device="cuda", dtype=dtype)
+        q, k = qkv.float().view(2, length, 3, heads, head_dim).permute(2, 0, 3, 1, 4)[:2]
+        logsumexp = (q @ k.transpose(-1, -2) * head_dim**-0.5).logsumexp(-1)
+        x, weight = qkv[..., :embed].contiguous(), torch.randn(4 * embed, embed, device="cuda", dtype=dtype)
+        for is_causal, mask in ((False, torch.rand(2, length, device="cuda") < 0.5), (True, None)):
+            given = (x, x, qkv, x, logsumexp, weight[embed:], weight[:embed])
+            backward(*given, heads, None, is_causal, mask, "ieee", True, False, False, False, False)
+            paths.add(styleforge.last_path())
     os.environ["STYLEFORGE_PATH"] = ""
 
 

@@ -160,12 +160,13 @@ Tensor run_flash_backward(const Attention& attention, const AttentionBackward& b
 
 bool sdpa_takes(AttentionKernel kernel, const Attention& attention, int major) {
   const bool masked = attention.key_padding_mask.has_value();
+  const bool rising = attention.scale > 0;  // else these two scale the -infinity of what is hidden, to NaN or infinity
   switch (kernel) {
     case AttentionKernel::kCudnn:
-      return is_16_bit(attention.qkv) && !masked && (major == 9 || major == 10) && attention.head_dim <= 128 &&
-             attention.head_dim % kHeadAlignment == 0 && attention.length > 1;
+      return is_16_bit(attention.qkv) && !masked && rising && (major == 9 || major == 10) &&
+             attention.head_dim <= 128 && attention.head_dim % kHeadAlignment == 0 && attention.length > 1;
     case AttentionKernel::kFlash:
-      return is_16_bit(attention.qkv) && !masked && major >= 8;
+      return is_16_bit(attention.qkv) && !masked && rising && major >= 8;
     case AttentionKernel::kEfficient:
       return attention.qkv.scalar_type() == ScalarType::BFloat16 ? major >= 8
                                                                  : attention.qkv.scalar_type() != ScalarType::Double;

@@ -62,18 +62,76 @@ std::optional<AttentionResult> tiled_attention(const Attention& attention, bool 
   return result;
 }
 
+namespace {
+
+// With room for what the first launch writes: nothing else of the workspace is used.
+cuda::AttentionRows rows_of(const Attention& attention, const AttentionBackward& backward) {
+  cuda::AttentionRows rows;
+  rows.output = backward.output.const_data_ptr();
+  rows.grad_output = backward.grad_output.const_data_ptr();
+  rows.logsumexp = static_cast<const float*>(backward.logsumexp.const_data_ptr());
+  rows.batch = static_cast<int>(attention.batch);
+  rows.heads = static_cast<int>(attention.heads);
+  rows.length = static_cast<int>(attention.length);
+  rows.head_dim = static_cast<int>(attention.head_dim);
+  return rows;
+}
+
+void give_room(cuda::AttentionRows& rows, const Tensor& like, std::optional<Tensor>& holder) {
+  const size_t count = static_cast<size_t>(rows.batch) * rows.heads * cuda::attention_rows(rows.length);
+  rows.rows_logsumexp = static_cast<float*>(workspace(like, 2 * count * sizeof(float), holder));
+  rows.rows_delta = rows.rows_logsumexp + count;
+}
+
+std::optional<AttentionGradient> half_attention_backward(const Attention& attention,
+                                                         const AttentionBackward& backward) {
+  const Tensor& qkv = attention.qkv;
+  const int64_t n = attention.batch, s = attention.length, h = attention.heads, d = attention.head_dim;
+  if (!narrow(n) || !narrow(s) || !narrow(h)) return {};
+  const CudaScope scope(qkv);
+  cuda::HalfAttentionBackwardParams params;
+  params.rows = rows_of(attention, backward);
+  params.dtype = kernel_dtype(kOp, "input", qkv.scalar_type());
+  params.qkv = qkv.const_data_ptr();
+  if (attention.key_padding_mask) {
+    params.key_padding_mask = static_cast<const bool*>(attention.key_padding_mask->const_data_ptr());
+    params.mask_stride[0] = attention.key_padding_mask->stride(0);
+    params.mask_stride[1] = attention.key_padding_mask->stride(1);
+  }
+  params.batch = params.rows.batch;
+  params.heads = params.rows.heads;
+  params.length = params.rows.length;
+  params.head_dim = params.rows.head_dim;
+  params.scale = static_cast<float>(attention.scale);
+  params.is_causal = attention.is_causal;
+  cuda::TiledAttentionSchedule schedule;
+  bool supported = false;
+  check_cuda(kOp, cuda::schedule_half_attention_backward(params, schedule, supported));
+  if (!supported) return {};
+
+  AttentionGradient result{empty_dense(qkv, {n, s, 3, h, d}, false, qkv.scalar_type()), AttentionKernel::kHalf};
+  std::optional<Tensor> holder;
+  give_room(params.rows, qkv, holder);
+  params.grad_qkv = result.qkv.mutable_data_ptr();
+  check_cuda(kOp, cuda::launch_half_attention_backward(params, schedule, scope.stream()));
+  return result;
+}
+
+}  // namespace
+
 std::optional<AttentionGradient> tiled_attention_backward(const Attention& attention,
                                                           const AttentionBackward& backward) {
+  const Tensor& qkv = attention.qkv;
+  if (qkv.scalar_type() == ScalarType::Half || qkv.scalar_type() == ScalarType::BFloat16) {
+    return half_attention_backward(attention, backward);
+  }
   auto found = params_of(attention);
   if (!found) return {};
-  const Tensor& qkv = attention.qkv;
   const int64_t n = attention.batch, s = attention.length, h = attention.heads, d = attention.head_dim;
   const CudaScope scope(qkv);
   cuda::TiledAttentionBackwardParams params;
   params.forward = *found;
-  // The kernels read these two.
-  params.forward.output = static_cast<float*>(const_cast<void*>(backward.output.const_data_ptr()));
-  params.forward.logsumexp = static_cast<float*>(const_cast<void*>(backward.logsumexp.const_data_ptr()));
+  params.rows = rows_of(attention, backward);
   params.grad_output = static_cast<const float*>(backward.grad_output.const_data_ptr());
   params.grad_row_stride = params.forward.row_stride;
   params.grad_batch_stride = params.forward.batch_stride;
@@ -84,7 +142,7 @@ std::optional<AttentionGradient> tiled_attention_backward(const Attention& atten
 
   AttentionGradient result{empty_dense(qkv, {n, s, 3, h, d}, false, ScalarType::Float), AttentionKernel::kTiled};
   std::optional<Tensor> holder;
-  params.delta = static_cast<float*>(workspace(qkv, static_cast<size_t>(n * h * s) * sizeof(float), holder));
+  give_room(params.rows, qkv, holder);
   params.grad_q = static_cast<float*>(result.qkv.mutable_data_ptr());
   params.grad_k = params.grad_q + h * d;
   params.grad_v = params.grad_k + h * d;

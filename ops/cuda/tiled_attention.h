@@ -1,4 +1,5 @@
-// Attention of float32 heads by kernels of our own (csrc/cuda/attention), to float32 accuracy on tensor cores.
+// Attention of float32 heads by kernels of our own (csrc/cuda/attention), to float32 accuracy on tensor cores; of 16
+// bits the backward.
 #pragma once
 
 #include "../fused_attention.h"

@@ -37,10 +37,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < T::kStages; ++i) {
-      mbarrier_init(&barriers.full_k[i], 4);
-      mbarrier_init(&barriers.full_v[i], 4);
-      mbarrier_init(&barriers.empty_k[i], kAttentionConsumers / 32);
-      mbarrier_init(&barriers.empty_v[i], kAttentionConsumers / 32);
+      mbarrier_init(&barriers.full_k[i], kProducersArrive);
+      mbarrier_init(&barriers.full_v[i], kProducersArrive);
+      mbarrier_init(&barriers.empty_k[i], kConsumersArrive);
+      mbarrier_init(&barriers.empty_v[i], kConsumersArrive);
     }
     mbarrier_init_fence();
   }
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     // Not 0: -infinity stays what it is.
     const float factor = fmaxf(fabsf(p.scale) * kLog2E, 1.17549435e-38f);
     AttentionConsumer<kHead, kWhole> consumer{
-        p, s, at, barriers, ring, queries, group, lane, threadIdx.x / 32 * 16u + lane % 16, factor, 0};
+        p, at, barriers, ring, queries, group, lane, threadIdx.x / 32 * 16u + lane % 16, factor, {s, group, 0}};
     consumer.run();
   }
 #endif
@@ -99,7 +99,7 @@ cudaError_t launch_tiled_attention(const TiledAttentionParams& p, const TiledAtt
     case 128:
       return launch_head<128>(p, s, facts, stream);
     default:
-      return cudaErrorInvalidValue;
+      return launch_wide_attention(p, s, stream);
   }
 }
 

@@ -7,8 +7,6 @@
 // the keys come by, one where 128 keys stay and the queries do. Both are made like attention_sm90.cu: a warpgroup of
 // producers, two of consumers that take turns at the tensor cores, 3xTF32. What stays is split again for each tile,
 // since its fragments do not fit the registers; p and ds go from the registers of one product to those of the next.
-#include <algorithm>
-
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "backward_tiles.cuh"
@@ -23,13 +21,12 @@ using T = BackwardTile;
 template <bool kKeys>
 struct BackwardConsumer {
   const TiledAttentionBackwardParams& b;
-  const TiledAttentionSchedule& s;
   const BackwardPlace& at;
   BackwardBarriers& barriers;
   const uint32_t ring, own;
   const int group, lane;
   const float factor;  // scores are powers of two of this
-  int turns_left;
+  Turns turns;
 
   Fragments x[2];
   float scores[kTileKeys / 2], weights[kTileKeys / 2];
@@ -38,17 +35,6 @@ struct BackwardConsumer {
   float logsumexp[2], delta[2];
   bool hidden[2], any_hidden;
 
-  __device__ __forceinline__ void take_turn() {
-    if (s.turns) named_barrier(1 + group, kAttentionConsumers);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    --turns_left;
-    if (s.turns && (group == 0 || turns_left > 0)) named_arrive(2 - group, kAttentionConsumers);
-  }
-  __device__ __forceinline__ void release(uint64_t* barrier) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
-  }
   __device__ __forceinline__ int row_of(int r) const { return at.row + threadIdx.x / 32 * 16 + lane / 4 + 8 * r; }
 
   __device__ __forceinline__ void store_own(const BackwardMatrix& m, uint32_t to, float sign) {
@@ -103,7 +89,7 @@ struct BackwardConsumer {
     const uint64_t b_hi = wgmma_descriptor(ring + T::kTransposed + which * 2 * T::kPart);
     const uint64_t b_lo = b_hi + (T::kPart >> 4);
     constexpr int kStep = T::kHead * kChunkBytes >> 4;
-    take_turn();
+    turns.take();
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 8; ++k) Mma::run(d, lo[k], b_hi + k / 4 * kStep + k % 4 * 2, k > 0);
@@ -112,9 +98,9 @@ struct BackwardConsumer {
 #pragma unroll
     for (int k = 0; k < 8; ++k) Mma::run(d, hi[k], b_hi + k / 4 * kStep + k % 4 * 2, true);
     wgmma_commit();
-    pass_turn();
+    turns.pass();
     wgmma_wait<0>();
-    if (last) release(&barriers.empty_transposed);
+    if (last) mbarrier_arrive(&barriers.empty_transposed);
 #pragma unroll
     for (int i = 0; i < T::kHead / 2; ++i) sum[i] += d[i];
   }
@@ -157,7 +143,7 @@ struct BackwardConsumer {
     load_own(0, x[0]);
     load_own(1, x[1]);
     mbarrier_wait(&barriers.full, parity);
-    take_turn();
+    turns.take();
     wgmma_fence();
     multiply_small(scores, x[0], 0, 0);
     multiply_small(scores, x[1], 0, 1);
@@ -178,9 +164,9 @@ struct BackwardConsumer {
     multiply_large(weights, x[0], 1, 0);
     multiply_large(weights, x[1], 1, 1);
     wgmma_commit();
-    pass_turn();
+    turns.pass();
     wgmma_wait<0>();
-    release(&barriers.empty);
+    mbarrier_arrive(&barriers.empty);
     differentiate(step);
     mbarrier_wait(&barriers.full_transposed, parity);
     if constexpr (kKeys) {
@@ -216,23 +202,20 @@ struct BackwardConsumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = row_of(r);
-      const bool there = row < p.length;
       if (kKeys) {
-        hidden[r] = !there || (p.key_padding_mask != nullptr &&
-                               p.key_padding_mask[at.batch * p.mask_stride[0] + row * p.mask_stride[1]]);
+        hidden[r] = row >= p.length || (p.key_padding_mask != nullptr &&
+                                        p.key_padding_mask[at.batch * p.mask_stride[0] + row * p.mask_stride[1]]);
       } else {
-        constexpr float kLog2E = 1.44269504088896341f;
-        const int64_t i = (static_cast<int64_t>(at.batch) * p.heads + at.head) * p.length + row;
-        logsumexp[r] = there ? p.logsumexp[i] * kLog2E : __int_as_float(0x7f800000);
-        delta[r] = there ? b.delta[i] : 0.0f;
+        const int64_t i = (static_cast<int64_t>(at.batch) * p.heads + at.head) * attention_rows(p.length) + row;
+        logsumexp[r] = b.rows.rows_logsumexp[i];
+        delta[r] = b.rows.rows_delta[i];
       }
     }
     any_hidden = kKeys && __any_sync(0xffffffff, hidden[0] || hidden[1]);
 #pragma unroll
     for (int i = 0; i < T::kHead / 2; ++i) total[i] = second_total[i] = 0;
     named_barrier(3 + group, 128);
-    turns_left = (kKeys ? 3 : 2) * at.steps;
-    if (s.turns && group == 1) named_arrive(1, kAttentionConsumers);  // the first turn is the first warpgroup's
+    turns.start((kKeys ? 3 : 2) * at.steps);
 #pragma unroll 1
     for (int step = 0; step < at.steps; ++step) tile(step);
     release_successor();
@@ -254,10 +237,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   const uint32_t ring = own + 2 * T::kOwn;
   __shared__ BackwardBarriers barriers;
   if (threadIdx.x == 0) {
-    mbarrier_init(&barriers.full, 4);
-    mbarrier_init(&barriers.full_transposed, 4);
-    mbarrier_init(&barriers.empty, kAttentionConsumers / 32);
-    mbarrier_init(&barriers.empty_transposed, kAttentionConsumers / 32);
+    mbarrier_init(&barriers.full, kProducersArrive);
+    mbarrier_init(&barriers.full_transposed, kProducersArrive);
+    mbarrier_init(&barriers.empty, kConsumersArrive);
+    mbarrier_init(&barriers.empty_transposed, kConsumersArrive);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -293,34 +276,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(208));
     constexpr float kLog2E = 1.44269504088896341f;
     const float factor = fmaxf(fabsf(p.scale) * kLog2E, 1.17549435e-38f);
-    BackwardConsumer<kKeys> consumer{b,      s, at, barriers, ring, own, group, static_cast<int>(threadIdx.x % 32),
-                                     factor, 0};
+    BackwardConsumer<kKeys> consumer{
+        b, at, barriers, ring, own, group, static_cast<int>(threadIdx.x % 32), factor, {s, group, 0}};
     consumer.run(kKeys ? k : q, kKeys ? v : g);
   }
 #endif
-}
-
-// A warp has a row of one head.
-constexpr int kDeltaThreads = 256;
-__global__ void __launch_bounds__(kDeltaThreads)
-    attention_delta_kernel(const __grid_constant__ TiledAttentionBackwardParams b) {
-  wait_for_predecessor();
-  release_successor();
-  const TiledAttentionParams& p = b.forward;
-  const int64_t rows = static_cast<int64_t>(p.batch) * p.length * p.heads;
-  const int lane = threadIdx.x % 32;
-  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kDeltaThreads + threadIdx.x) / 32; i < rows;
-       i += static_cast<int64_t>(gridDim.x) * (kDeltaThreads / 32)) {
-    float sum = 0;
-    for (int c = lane; c < p.head_dim; c += 32) {
-      sum = fmaf(b.grad_output[i * p.head_dim + c], p.output[i * p.head_dim + c], sum);
-    }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
-    const int64_t token = i / p.heads, head = i % p.heads;
-    const int64_t batch = token / p.length;
-    if (lane == 0) b.delta[(batch * p.heads + head) * p.length + token % p.length] = sum;
-  }
 }
 
 }  // namespace
@@ -329,12 +289,7 @@ cudaError_t launch_tiled_attention_backward(const TiledAttentionBackwardParams& 
                                             cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  const int64_t rows = static_cast<int64_t>(b.forward.batch) * b.forward.length * b.forward.heads;
-  const int64_t blocks = std::min<int64_t>(ceil_div(rows, kDeltaThreads / 32), int64_t{facts.multiprocessors} * 16);
-  if (const auto error = launch(attention_delta_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kDeltaThreads), 0, 1,
-                                facts, stream, b)) {
-    return error;
-  }
+  if (const auto error = launch_attention_rows(b.rows, DType::kFloat32, facts, stream)) return error;
   const dim3 grid(static_cast<unsigned>(s.blocks));
   if (const auto error = launch(attention_backward_kernel<false>, grid, dim3(kAttentionThreads), BackwardTile::kShared,
                                 1, facts, stream, b, s)) {

@@ -61,7 +61,7 @@ __device__ __forceinline__ void produce_backward(const TiledAttentionBackwardPar
   const int64_t stride[2] = {first.stride, second.stride};
   const auto* mask = reinterpret_cast<const unsigned char*>(p.key_padding_mask);
   if (mask != nullptr) mask += at.batch * p.mask_stride[0];
-  const int64_t statistics = (static_cast<int64_t>(at.batch) * p.heads + at.head) * p.length;
+  const int64_t statistics = (static_cast<int64_t>(at.batch) * p.heads + at.head) * attention_rows(p.length);
   float x[2][16];
   uint32_t hidden[2] = {0, 0};
   float2 column = make_float2(0, 0);
@@ -87,10 +87,8 @@ __device__ __forceinline__ void produce_backward(const TiledAttentionBackwardPar
     if (unit != 0) return;
     if (kKeys) {
       if (t < kTileKeys) {
-        // What is not there has no weight.
-        const bool there = begin + t < p.length;
-        column.x = there ? p.logsumexp[statistics + begin + t] : __int_as_float(0x7f800000);
-        column.y = there ? b.delta[statistics + begin + t] : 0.0f;
+        column.x = b.rows.rows_logsumexp[statistics + begin + t];
+        column.y = b.rows.rows_delta[statistics + begin + t];
       }
     } else if (warp == 0) {
 #pragma unroll
@@ -100,11 +98,6 @@ __device__ __forceinline__ void produce_backward(const TiledAttentionBackwardPar
         if (mask != nullptr && i < p.length) hidden[h] = mask[i * p.mask_stride[1]];
       }
     }
-  };
-  const auto publish = [&](uint64_t* barrier) {
-    fence_async_shared();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
   };
 
   load(0, 0, x[0]);
@@ -120,8 +113,7 @@ __device__ __forceinline__ void produce_backward(const TiledAttentionBackwardPar
         if (unit == 0) {
           mbarrier_wait(&barriers.empty, parity);
           if (kKeys) {
-            constexpr float kLog2E = 1.44269504088896341f;
-            if (t < kTileKeys) barriers.columns[step % 2][t] = make_float2(column.x * kLog2E, column.y);
+            if (t < kTileKeys) barriers.columns[step % 2][t] = column;
           } else {
             const uint32_t low = __ballot_sync(0xffffffff, hidden[0] == 0);
             const uint32_t high = __ballot_sync(0xffffffff, hidden[1] == 0);

@@ -14,14 +14,13 @@ struct AttentionConsumer {
   static constexpr int kSets = T::kQueriesInRegisters ? T::kChunks : 2;
 
   const TiledAttentionParams& p;
-  const TiledAttentionSchedule& s;
   const AttentionPlace& at;
   AttentionBarriers& barriers;
   const uint32_t ring, queries;
   const int group, lane;
   const uint32_t query_row;  // of this lane, for ldmatrix
   const float factor;        // scores are powers of two of this
-  int turns_left;
+  Turns turns;
 
   Fragments q[kSets];
   float small[kTileKeys / 2], scores[kTileKeys / 2];
@@ -31,18 +30,6 @@ struct AttentionConsumer {
   Turnover<T::kStages> k_at, v_at;
   uint64_t seen;
 
-  // The other warpgroup's turn ends with this one's arrival, and the other way round.
-  __device__ __forceinline__ void take_turn() {
-    if (s.turns) named_barrier(1 + group, kAttentionConsumers);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    --turns_left;
-    if (s.turns && (group == 0 || turns_left > 0)) named_arrive(2 - group, kAttentionConsumers);
-  }
-  __device__ __forceinline__ void release(uint64_t* barrier) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
-  }
   __device__ __forceinline__ void load_queries(int chunk, Fragments& f) {
     const uint32_t from =
         queries + chunk * T::kQueryChunk + query_row * kChunkBytes + (((query_row & 7) ^ (lane / 16)) << 4);
@@ -63,12 +50,12 @@ struct AttentionConsumer {
     seen = barriers.seen[k_at.stage];
   }
   __device__ __forceinline__ void release_keys() {
-    release(&barriers.empty_k[k_at.stage]);
+    mbarrier_arrive(&barriers.empty_k[k_at.stage]);
     k_at.next();
   }
   __device__ __forceinline__ void wait_values() { mbarrier_wait(&barriers.full_v[v_at.stage], v_at.parity); }
   __device__ __forceinline__ void release_values() {
-    release(&barriers.empty_v[v_at.stage]);
+    mbarrier_arrive(&barriers.empty_v[v_at.stage]);
     v_at.next();
   }
 
@@ -140,12 +127,12 @@ struct AttentionConsumer {
       weigh(step);
       wait_values();
       if constexpr (kMore) wait_keys();
-      take_turn();
+      turns.take();
       multiply_values();
       wgmma_wait<0>();
       release_values();
       if constexpr (kMore) multiply_keys();
-      pass_turn();
+      turns.pass();
       add_up();
       if constexpr (kMore) {
         wgmma_wait<0>();
@@ -154,16 +141,16 @@ struct AttentionConsumer {
     } else {
       wait_keys();
       load_queries(0, q[0]);
-      take_turn();
+      turns.take();
       multiply_keys();
-      pass_turn();
+      turns.pass();
       wgmma_wait<0>();
       release_keys();
       weigh(step);
       wait_values();
-      take_turn();
+      turns.take();
       multiply_values();
-      pass_turn();
+      turns.pass();
       wgmma_wait<0>();
       release_values();
       add_up();
@@ -180,8 +167,8 @@ struct AttentionConsumer {
       release_values();
 #pragma unroll
       for (int j = 0; j < (T::kBothProducts ? 1 : 2); ++j) {
-        take_turn();
-        pass_turn();
+        turns.take();
+        turns.pass();
       }
     }
   }
@@ -243,19 +230,18 @@ struct AttentionConsumer {
     const int rows = last - at.row - 64 * group;
     const int needed = p.is_causal ? min(at.steps, (last + kTileKeys - 1) / kTileKeys) : at.steps;
     const int steps = rows > 0 ? needed : 0;
-    turns_left = T::kBothProducts ? at.steps + 1 : 2 * at.steps;
-    if (s.turns && group == 1) named_arrive(1, kAttentionConsumers);  // the first turn is the first warpgroup's
+    turns.start(T::kBothProducts ? at.steps + 1 : 2 * at.steps);
     if (T::kBothProducts) {
       if (steps > 0) {
         wait_keys();
-        take_turn();
+        turns.take();
         multiply_keys();
-        pass_turn();
+        turns.pass();
         wgmma_wait<0>();
         release_keys();
       } else {
-        take_turn();
-        pass_turn();
+        turns.take();
+        turns.pass();
       }
     }
     if (steps > 0) {

@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "../../activation.h"
+
 namespace styleforge::cuda {
 
 struct TiledAttentionParams {
@@ -43,11 +45,22 @@ cudaError_t schedule_tiled_attention(const TiledAttentionParams& params, TiledAt
 cudaError_t launch_tiled_attention(const TiledAttentionParams& params, const TiledAttentionSchedule& schedule,
                                    cudaStream_t stream);
 
+// What the gradient of every query needs, made of what the forward kept by the first launch of a backward.
+constexpr int attention_rows(int length) { return (length + 127) / 128 * 128; }
+struct AttentionRows {
+  const void* output = nullptr;       // [batch, length, heads, head_dim], dense
+  const void* grad_output = nullptr;  // the same
+  const float* logsumexp = nullptr;   // [batch, heads, length], dense
+  float* rows_logsumexp = nullptr;    // [batch, heads, attention_rows(length)]: in powers of two; aligned to 16 bytes
+  float* rows_delta = nullptr;        // the same: grad_output * output
+  int batch = 0, heads = 0, length = 0, head_dim = 0;
+};
+
 // The gradients, from the logsumexp that the forward kept: weights are computed again, and sums have a fixed order.
 struct TiledAttentionBackwardParams {
-  TiledAttentionParams forward;        // its output and logsumexp are read
+  TiledAttentionParams forward;
+  AttentionRows rows;
   const float* grad_output = nullptr;  // [batch, length, heads, head_dim], dense
-  float* delta = nullptr;              // [batch, heads, length]: room for the rows' grad_output * output
   float* grad_q = nullptr;             // as q, k and v: heads dense, tokens grad_row_stride apart
   float* grad_k = nullptr;
   float* grad_v = nullptr;
@@ -57,8 +70,27 @@ struct TiledAttentionBackwardParams {
 cudaError_t schedule_tiled_attention_backward(const TiledAttentionBackwardParams& params,
                                               TiledAttentionSchedule& schedule, bool& supported);
 
-// Three launches: delta, the gradient of q, those of k and v.
+// Three launches: rows, the gradient of q, those of k and v.
 cudaError_t launch_tiled_attention_backward(const TiledAttentionBackwardParams& params,
                                             const TiledAttentionSchedule& schedule, cudaStream_t stream);
+
+// The same of 16 bits.
+struct HalfAttentionBackwardParams {
+  AttentionRows rows;
+  DType dtype = DType::kBFloat16;
+  const void* qkv = nullptr;  // [batch, length, 3, heads, head_dim], dense
+  void* grad_qkv = nullptr;   // the same
+  const bool* key_padding_mask = nullptr;
+  int64_t mask_stride[2] = {0, 1};
+  int batch = 0, heads = 0, length = 0, head_dim = 0;
+  float scale = 1;
+  bool is_causal = false;
+};
+
+cudaError_t schedule_half_attention_backward(const HalfAttentionBackwardParams& params,
+                                             TiledAttentionSchedule& schedule, bool& supported);
+
+cudaError_t launch_half_attention_backward(const HalfAttentionBackwardParams& params,
+                                           const TiledAttentionSchedule& schedule, cudaStream_t stream);
 
 }  // namespace styleforge::cuda

@@ -67,11 +67,6 @@ __device__ __forceinline__ void produce(const TiledAttentionParams& p, const Att
       if (u == T::kUnits - 1) v += 32 * v_step;
     }
   };
-  const auto publish = [&](uint64_t* barrier) {
-    fence_async_shared();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
-  };
 
   load(0, 0, x[0]);
   load(0, 1, x[1]);

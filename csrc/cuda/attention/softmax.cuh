@@ -52,14 +52,12 @@ struct RunningSoftmax {
     }
   }
 
-  // Scores become 2^(factor * score - peak): hi + lo, as fragments of wgmma's A. A takes the columns of eight keys in
-  // the order 0 2 4 6 1 3 5 7, which is how the lanes have them.
-  __device__ __forceinline__ void update(float (&s)[kTileKeys / 2], float factor, uint32_t (&hi)[8][4],
-                                         uint32_t (&lo)[8][4]) {
+  // Takes in the scores of a tile: with these bases, weights are 2^(factor * score - base).
+  template <int kCount>
+  __device__ __forceinline__ void raise_peak(const float (&s)[kCount], float factor, float (&base)[2]) {
     float top[2] = {s[0], s[2]};
 #pragma unroll
-    for (int i = 0; i < kTileKeys / 2; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
-    float base[2];
+    for (int i = 0; i < kCount; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       // Rounded before they are compared: equal peaks then give a factor of 1 to the bit.
@@ -69,6 +67,27 @@ struct RunningSoftmax {
       peak[r] = next;
       sum[r] *= rescale[r];
     }
+  }
+
+  // Scores become weights.
+  template <int kCount>
+  __device__ __forceinline__ void update(float (&s)[kCount], float factor) {
+    float base[2];
+    raise_peak(s, factor, base);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int r = i / 2 % 2;
+      s[i] = exp2_fast(fmaf(s[i], factor, -base[r]));
+      sum[r] += s[i];
+    }
+  }
+
+  // The same, as hi + lo, fragments of wgmma's A. A takes the columns of eight keys in the order 0 2 4 6 1 3 5 7, which
+  // is how the lanes have them.
+  __device__ __forceinline__ void update(const float (&s)[kTileKeys / 2], float factor, uint32_t (&hi)[8][4],
+                                         uint32_t (&lo)[8][4]) {
+    float base[2];
+    raise_peak(s, factor, base);
 #pragma unroll
     for (int i = 0; i < kTileKeys / 2; ++i) {
       const int r = i / 2 % 2;
@@ -79,24 +98,27 @@ struct RunningSoftmax {
   }
 };
 
-// The same of what lies as scores do.
-__device__ __forceinline__ void split_weights(const float (&s)[kTileKeys / 2], uint32_t (&hi)[8][4],
-                                              uint32_t (&lo)[8][4]) {
+// hi + lo of what lies as scores do, as fragments.
+template <int kCount>
+__device__ __forceinline__ void split_weights(const float (&s)[kCount], uint32_t (&hi)[kCount / 4][4],
+                                              uint32_t (&lo)[kCount / 4][4]) {
 #pragma unroll
-  for (int i = 0; i < kTileKeys / 2; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     const int slot = i / 2 % 2 + i % 2 * 2;
     split(s[i], hi[i / 4][slot], lo[i / 4][slot]);
     asm volatile("" : "+r"(hi[i / 4][slot]), "+r"(lo[i / 4][slot]));  // here, not between the products
   }
 }
 
-// -infinity where the row's bit of a key is not set; `bits` are shifted so that bit 0 is this lane's first column.
-__device__ __forceinline__ void hide_keys(float (&s)[kTileKeys / 2], const uint64_t (&bits)[2]) {
+// `hidden` where the row's bit of a key is not set; `bits` are shifted so that bit 0 is this lane's first column.
+template <int kCount>
+__device__ __forceinline__ void hide_keys(float (&s)[kCount], const uint64_t (&bits)[2],
+                                          float hidden = -__builtin_huge_valf()) {
 #pragma unroll
-  for (int i = 0; i < kTileKeys / 2; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     const uint64_t row = bits[i / 2 % 2];
-    const uint32_t word = static_cast<uint32_t>(i < kTileKeys / 4 ? row : row >> 32);
-    if ((word >> (i / 4 % 4 * 8 + i % 2) & 1) == 0) s[i] = __int_as_float(0xff800000);
+    const uint32_t word = static_cast<uint32_t>(i < 16 ? row : row >> 32);
+    if ((word >> (i / 4 % 4 * 8 + i % 2) & 1) == 0) s[i] = hidden;
   }
 }
 

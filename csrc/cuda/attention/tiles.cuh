@@ -55,6 +55,35 @@ __device__ __forceinline__ void load_row(float* to, const float* from, int valid
   }
 }
 
+// Of their barriers: every lane arrives for itself. One for its warp, behind __syncwarp, would be as right, but it is
+// an order that compute-sanitizer does not follow.
+constexpr int kProducersArrive = 128, kConsumersArrive = kAttentionConsumers;
+
+// What a producer stored is there for the tensor cores of whoever waits for the barrier.
+__device__ __forceinline__ void publish(uint64_t* barrier) {
+  fence_async_shared();
+  mbarrier_arrive(barrier);
+}
+
+// The consumers take turns at the tensor cores: the one's turn ends with its arrival at the other's named barrier.
+struct Turns {
+  const TiledAttentionSchedule& s;
+  const int group;
+  int left;
+
+  __device__ __forceinline__ void start(int count) {
+    left = count;
+    if (s.turns && group == 1) named_arrive(1, kAttentionConsumers);  // the first turn is the first warpgroup's
+  }
+  __device__ __forceinline__ void take() {
+    if (s.turns) named_barrier(1 + group, kAttentionConsumers);
+  }
+  __device__ __forceinline__ void pass() {
+    --left;
+    if (s.turns && (group == 0 || left > 0)) named_arrive(2 - group, kAttentionConsumers);
+  }
+};
+
 struct AttentionBarriers {
   uint64_t full_k[2], empty_k[2], full_v[2], empty_v[2];
   uint64_t seen[2];  // bits of a stage's keys that take part
