@@ -69,7 +69,8 @@ constexpr unsigned kPause = 40;  // nanoseconds between two looks at parts that 
 template <int kWidth>
 struct ChannelRing {
   uint64_t full[kStreamStages], empty[kStreamStages];
-  // Of a merger's unit: its affine map is there; all have taken it.
+  // Of a merger's unit: its affine map is there; all have taken it. Every thread arrives for itself (once a unit): an
+  // arrival of one lane for its warp, behind __syncwarp, is as right, but racecheck does not follow it.
   uint64_t ready[kMergers], taken[kMergers];
   ThreadMoments<kWidth> threads;
   float affine[kMergers][3][kChannelStreamChannels];  // mean, scale, shift
@@ -264,8 +265,7 @@ struct ChannelStream {
       } else {
         for (int c = lane; c < present; c += 2 * kWarp) collect(m, c, present, param, of_unit);
       }
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(&ring.ready[m]);
+      mbarrier_arrive(&ring.ready[m]);
       ++turn;
     }
   }
@@ -312,8 +312,7 @@ struct ChannelStream {
               affine.shift[k] = ring.affine[from][2][lane * kWidth + k];
             }
           }
-          __syncwarp();
-          if (t % kWarp == 0) mbarrier_arrive(&ring.taken[from]);
+          mbarrier_arrive(&ring.taken[from]);
           known = true;
           turns ^= 1u << from;
         }
@@ -379,8 +378,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(&ring.empty[s], 2 * kGroupWarps);
     }
     for (int m = 0; m < kMergers; ++m) {
-      mbarrier_init(&ring.ready[m], 1);
-      mbarrier_init(&ring.taken[m], kGroupWarps);
+      mbarrier_init(&ring.ready[m], kWarp);
+      mbarrier_init(&ring.taken[m], kGroup);
     }
     mbarrier_init_fence();
     wait_for_predecessor();
