@@ -27,6 +27,7 @@ struct InstanceNormSchedule {
   InstanceNormPath path = InstanceNormPath::kSplit;
   bool vectorized = false;  // accesses of several elements; else one by one
   int cluster = 1;          // blocks that share a plane or slab
+  int copies_log2 = 0;      // plane in registers: clusters that store one part of the same plane each
   int threads = 256;
   int lanes = 1;      // slab and split in channels_last: vectors of one pixel side by side in a block
   int64_t share = 0;  // plane, slab: vectors or pixels a block holds; split, stream: those of one tile
@@ -38,6 +39,7 @@ struct InstanceNormSchedule {
   int blocks = 0;
   int first = 0;
   int fill = 1;
+  int ahead = 1;  // tiles that a block has on their way at a time
   bool read_once = false;
   bool stream_stores = false;
   // stream in channels_last: tiles of a unit that a block keeps, whether every block merges the statistics of all
