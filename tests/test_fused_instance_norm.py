@@ -314,7 +314,8 @@ PATHS: list[tuple[str, str, tuple[int, ...], str]] = [
     ("plane", "contiguous", (1, 10, 80, 66), "plane:cluster"),
     ("plane", "contiguous", (1, 2, 640, 512), "plane:cluster"),
     ("plane", "contiguous", (1, 3, 641, 511), "plane:cluster"),
-    ("", "contiguous", (1, 3, 512, 512), "split:nchw"),
+    ("", "contiguous", (1, 3, 512, 512), "plane:cluster"),
+    ("split", "contiguous", (1, 3, 512, 512), "split:nchw"),
     ("", "contiguous", (2, 32, 256, 256), "plane:cluster"),
     ("", "contiguous", (1, 10, 80, 66), "plane:cluster"),
     ("", "contiguous", (1, 3, 1024, 1024), "stream"),
@@ -471,9 +472,11 @@ needs_bulk_copies = pytest.mark.skipif(
 @needs_bulk_copies
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize(("grid", "stages"), [(1, 1), (1, 6), (3, 2), (40, 1)])
+@pytest.mark.parametrize(
+    ("grid", "stages", "ahead"), [(1, 1, 1), (1, 6, 6), (1, 6, 2), (3, 2, 1), (40, 1, 1)]
+)
 def test_stream_where_planes_are_larger_than_all_rings(
-    grid: int, stages: int, order: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    grid: int, stages: int, ahead: int, order: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks that cannot hold a plane together take each other's parts, to the bit."""
     _forced(monkeypatch, "stream")
@@ -484,7 +487,9 @@ def test_stream_where_planes_are_larger_than_all_rings(
     expected = FORWARD(x, weight, bias, 1e-5, "silu", 0.01, r)
     reference = instance_norm(x, weight, bias, activation="silu", residual=r)
     assert rms_error(expected[0], reference) < 8 * torch.finfo(dtype).eps
-    monkeypatch.setenv("STYLEFORGE_TUNE", f"bytes=1500,stages={stages},grid={grid},order={order}")
+    monkeypatch.setenv(
+        "STYLEFORGE_TUNE", f"bytes=1500,stages={stages},grid={grid},order={order},ahead={ahead}"
+    )
     for _ in range(3):
         poison(x.numel(), dtype, "cuda")
         results = FORWARD(x, weight, bias, 1e-5, "silu", 0.01, r)
@@ -505,6 +510,8 @@ def test_stream_where_planes_are_larger_than_all_rings(
         "grid=40,stages=1",
         "grid=100,stages=3,held=1",
         "grid=9,stages=6,held=6,cache=7",
+        "ahead=1",
+        "grid=3,stages=5,ahead=2",
         "lanes=1",
         "lanes=3",
         "direct=2",

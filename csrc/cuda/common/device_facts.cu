@@ -75,9 +75,8 @@ cudaError_t allow_shared_memory(const void* kernel, const DeviceFacts& facts) {
 
 cudaError_t allow_large_clusters(const void* kernel, const DeviceFacts& facts) {
   static Allowed allowed;
-  return allowed.once(kernel, facts.device, [&] {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  });
+  return allowed.once(kernel, facts.device,
+                      [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1); });
 }
 
 }  // namespace styleforge::cuda

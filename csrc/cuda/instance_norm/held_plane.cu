@@ -35,11 +35,10 @@ struct alignas(16) HeldPart {
 #ifdef STYLEFORGE_HAS_CLUSTER
 // Into the place of `local` in the shared memory of block `rank`, whose `barrier` counts the bytes.
 __device__ __forceinline__ void send(HeldPart* local, uint64_t* barrier, uint32_t rank, const Moments<float>& v) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %3}, [%4];" ::"r"(
-          map_shared(shared_address(local), rank)),
-      "f"(v.mean), "f"(v.m2), "f"(v.count), "r"(map_shared(shared_address(barrier), rank))
-      : "memory");
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %3}, [%4];" ::"r"(
+                   map_shared(shared_address(local), rank)),
+               "f"(v.mean), "f"(v.m2), "f"(v.count), "r"(map_shared(shared_address(barrier), rank))
+               : "memory");
 }
 #endif
 

@@ -35,11 +35,11 @@ constexpr int64_t kManyTiles = 64;
 constexpr int64_t kManyTilesRing = 208 * 1024;
 constexpr int64_t kStreamStatic = 3 * 1024;  // barriers and statistics, declared statically
 constexpr int64_t kLeastStreamTile = 4 * 1024;
-constexpr int64_t kLeastStreamTensor = 8 << 20;   // bytes, where no cluster holds a plane
-constexpr int64_t kLeastAgainstPlane = 24 << 20;  // where one does
-constexpr int64_t kLargestHeldTensor = 9 << 20;   // bytes, where a plane's blocks have it in registers
+constexpr int64_t kLeastStreamTensor = 8 << 20;                   // bytes, where no cluster holds a plane
+constexpr int64_t kLeastAgainstPlane = 24 << 20;                  // where one does
+constexpr int64_t kLargestHeldTensor = 9 << 20;                   // bytes, where a plane's blocks have it in registers
 constexpr int64_t kHeldBytes = kHeldVectors * kHeldThreads * 16;  // of a block
-constexpr int64_t kLargestEightfold = 12 << 20;   // clusters of eight against two passes
+constexpr int64_t kLargestEightfold = 12 << 20;                   // clusters of eight against two passes
 constexpr int64_t kMostStreamTiles = 1 << 28;
 // Stream in channels_last: what all rings together hold comfortably, the narrowest slice (vectors: whole lines of the
 // cache), the smallest tensor and unit that it is chosen for, shared memory that is declared statically, and channels

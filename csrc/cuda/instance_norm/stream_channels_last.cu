@@ -59,13 +59,13 @@ constexpr int kGroup = kGroupWarps * kWarp;
 constexpr int kFirstStats = 1 + kMergers;
 constexpr int kFirstApply = kFirstStats + kGroupWarps;
 constexpr int kThreads = (kFirstApply + kGroupWarps) * kWarp;
-constexpr int kTakenBarrier = 2;  // and the next kMergers - 1; kStatsBarrier is 1
 static_assert(kGroup == kChannelStreamThreads && kGroup >= kChannelStreamChannels);
 
 #ifdef STYLEFORGE_HAS_BULK_COPY
 
-constexpr int kPartsHeld = 5;    // parts that a lane of a merger waits for at a time: 160 blocks
-constexpr unsigned kPause = 40;  // nanoseconds between two looks at parts that are not there
+constexpr int kPartsHeld = 5;     // parts that a lane of a merger waits for at a time: 160 blocks
+constexpr int kTakenBarrier = 2;  // and the next kMergers - 1; kStatsBarrier is 1
+constexpr unsigned kPause = 40;   // nanoseconds between two looks at parts that are not there
 
 template <int kWidth>
 struct ChannelRing {
