@@ -42,14 +42,15 @@ constexpr int64_t kHeldBytes = kHeldVectors * kHeldThreads * 16;  // of a block
 constexpr int64_t kLargestEightfold = 12 << 20;                   // clusters of eight against two passes
 constexpr int64_t kMostStreamTiles = 1 << 28;
 // Stream in channels_last: what all rings together hold comfortably, the narrowest slice (vectors: whole lines of the
-// cache), the smallest tensor and unit that it is chosen for, shared memory that is declared statically, and channels
-// whose statistics every block merges for itself.
+// cache), the smallest tensor and unit that it is chosen for, shared memory that is declared statically, channels
+// whose statistics every block merges for itself, and tiles of 16 KB that a block has on their way at a time.
 constexpr int64_t kLargestUnit = 12 << 20;
 constexpr int64_t kLeastLanes = 8;
 constexpr int64_t kLeastChannelStream = 32 << 20;
 constexpr int64_t kLeastUnit = 4 << 20;
 constexpr int64_t kChannelStreamStatic = 35 * 1024;
 constexpr int64_t kFewChannels = 6;
+constexpr int64_t kTilesAhead = 3;
 constexpr int64_t kLine = 8;  // vectors of a cache line: tiles begin where the plane's lines do
 constexpr int kSplitThreads = 256;
 constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
@@ -62,9 +63,9 @@ int round_threads(int64_t wanted, int least, int most) {
 // STYLEFORGE_TUNE="cluster=8,lanes=4,threads=256,shared=120000,lead=500". Of the stream path: bytes (of a tile),
 // stages, grid (blocks), first (tiles of a block by its number, before it draws tickets), order (1: all by number, 2:
 // as first says), cache (1: input leaves the L2 cache first, 2: output, 3: both, 4: neither). In channels_last also
-// lanes (vectors of a slice), held (tiles of a unit that a block keeps), direct (2: every block merges all statistics
-// for itself, 1: not). Of the plane path: registers (2: held in registers, 1: in shared memory), copies
-// (clusters of a plane, 1 or 2, where in registers).
+// lanes (vectors of a slice), held (tiles of a unit that a block keeps), ahead (tiles on their way at a time), direct
+// (2: every block merges all statistics for itself, 1: not). Of the plane path: registers (2: held in registers, 1: in
+// shared memory), copies (clusters of a plane, 1 or 2, where in registers).
 constexpr const char* kTuneVariable = "STYLEFORGE_TUNE";
 
 int largest_cluster(const DeviceFacts& facts, const Overrides& overrides) {
@@ -192,7 +193,8 @@ bool schedule_channel_stream(const InstanceNormParams& p, const DeviceFacts& fac
   const bool fits = ceil_div(tiles, s.blocks) <= s.stages;
   s.held = static_cast<int>(overrides.tuned("held", fits ? s.stages : std::max(1, s.stages - 2)));
   s.held = std::min(s.held, s.stages);
-  s.ahead = static_cast<int>(overrides.tuned("ahead", s.stages));
+  s.handover = static_cast<int>(overrides.tuned("handover", 0));
+  s.ahead = static_cast<int>(overrides.tuned("ahead", kTilesAhead));
   const int64_t channels = std::min(p.channels, lanes * width);
   s.direct = overrides.tuned("direct", channels <= kFewChannels ? 2 : 1) == 2;
   const int64_t total = p.batch * p.channels * p.pixels * element;
@@ -273,7 +275,6 @@ bool schedule_stream(const InstanceNormParams& p, const DeviceFacts& facts, cons
   const int64_t first = overrides.tuned("first", std::max<int64_t>(1, kStreamFirst / stage_bytes));
   s.first = by_number ? 0 : static_cast<int>(std::min(first, certain));
   s.fill = static_cast<int>(std::max<int64_t>(1, certain - s.first));
-  s.ahead = static_cast<int>(overrides.tuned("ahead", s.stages));
   const int64_t cache = overrides.tuned("cache", total > facts.l2_bytes / 2 ? 3 : 4);
   s.read_once = (cache & 1) != 0;
   s.stream_stores = (cache & 2) != 0;

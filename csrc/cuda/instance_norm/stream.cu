@@ -64,7 +64,6 @@ struct StreamCut {
   int stages;  // up to kStreamStages
   int first;   // a block's first tiles are blockIdx.x, + gridDim.x, ..., this many; 0: all are
   int fill;    // tickets that it draws at once after those
-  int ahead;   // tiles that it has on their way at a time
   int stage_bytes;
   bool read_once;      // loads are the first that the L2 cache lets go
   bool stream_stores;  // stores, too
@@ -151,14 +150,10 @@ struct Stream {
     const int blocks = static_cast<int>(gridDim.x);
     int next = static_cast<int>(blockIdx.x);
     int drawn = 0;  // tickets in hand
-    Turn turn, past;
+    Turn turn;
     for (int used = 0;; ++used, turn.next(cut.stages)) {
       const int s = turn.stage;
       const bool again = used >= cut.stages;
-      if (used >= cut.ahead && cut.ahead < cut.stages) {
-        mbarrier_wait(&ring.full[past.stage], past.parity);
-        past.next(cut.stages);
-      }
       if (cut.first > 0 && used >= cut.first && drawn == 0) {
         // Once its statistics are known the stage becomes free whatever other blocks do. Not earlier: a ticket in hand
         // that waits for its own plane would wait for kPatience.
@@ -438,7 +433,6 @@ cudaError_t launch_stream(const InstanceNormParams& params, const InstanceNormSc
                       schedule.stages,
                       schedule.first,
                       schedule.fill,
-                      schedule.ahead,
                       static_cast<int>(schedule.shared_bytes) / schedule.stages,
                       schedule.read_once,
                       schedule.stream_stores,

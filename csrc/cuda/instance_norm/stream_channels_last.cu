@@ -73,7 +73,7 @@ struct ChannelRing {
   // Of a merger's unit: its affine map is there. Every lane arrives for itself: an arrival of one lane for its warp,
   // behind __syncwarp, is as right, but racecheck does not follow it. That all have taken the map is said by a named
   // barrier: 256 arrivals at one word of shared memory, one after the other, cost a tenth of the time.
-  uint64_t ready[kMergers];
+  uint64_t ready[kMergers], taken[kMergers];
   ThreadMoments<kWidth> threads;
   float affine[kMergers][3][kChannelStreamChannels];  // mean, scale, shift
 };
@@ -241,6 +241,7 @@ struct ChannelStream {
     const int blocks = static_cast<int>(gridDim.x);
     Walk at(cut);
     bool given = false;                        // a map
+    uint32_t turn = 0;
     int owner = static_cast<int>(blockIdx.x);  // the first channel of the unit that this block merges
     for (; at.next_unit(); owner = (owner + blocks - cut.channels % blocks) % blocks) {
       if (at.unit % kMergers != m) continue;
@@ -262,8 +263,13 @@ struct ChannelStream {
       }
       if (at.owned == 0) continue;
       __syncwarp();
-      if (given) named_barrier(kTakenBarrier + m, kGroup + kWarp);
-      given = true;
+      if (cut.handover & 2) {
+        mbarrier_wait(&ring.taken[m], (turn & 1) ^ 1);
+        ++turn;
+      } else {
+        if (given) named_barrier(kTakenBarrier + m, kGroup + kWarp);
+        given = true;
+      }
       if (cut.direct) {
         for (int c = 0; c < present; ++c) {
           const float weight = load_param(p.weight, p.param_dtype, param + c, 1.0f);
@@ -279,7 +285,12 @@ struct ChannelStream {
       } else {
         for (int c = lane; c < present; c += 2 * kWarp) collect(m, c, present, param, of_unit);
       }
-      mbarrier_arrive(&ring.ready[m]);
+      if (cut.handover & 1) {
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&ring.ready[m]);
+      } else {
+        mbarrier_arrive(&ring.ready[m]);
+      }
     }
     __syncwarp();
     if (given) named_barrier(kTakenBarrier + m, kGroup + kWarp);  // each arrival has its wait
@@ -328,7 +339,11 @@ struct ChannelStream {
             }
           }
           __syncwarp();
-          named_arrive(kTakenBarrier + from, kGroup + kWarp);
+          if (cut.handover & 2) {
+            if (t % kWarp == 0) mbarrier_arrive(&ring.taken[from]);
+          } else {
+            named_arrive(kTakenBarrier + from, kGroup + kWarp);
+          }
           known = true;
           turns ^= 1u << from;
         }
@@ -394,7 +409,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(&ring.empty[s], 2 * kGroupWarps);
     }
     for (int m = 0; m < kMergers; ++m) {
-      mbarrier_init(&ring.ready[m], kWarp);
+      mbarrier_init(&ring.ready[m], cut.handover & 1 ? 1 : kWarp);
+      mbarrier_init(&ring.taken[m], kGroupWarps);
     }
     mbarrier_init_fence();
     wait_for_predecessor();
@@ -441,6 +457,7 @@ cudaError_t launch_channel_stream(const InstanceNormParams& params, const Instan
   cut.stages = schedule.stages;
   cut.held = schedule.held;
   cut.ahead = schedule.ahead;
+  cut.handover = schedule.handover;
   cut.stage_bytes = static_cast<int>(ceil_div(schedule.share * schedule.lanes * 16, 128)) * 128;
   cut.direct = schedule.direct;
   cut.read_once = schedule.read_once;

@@ -58,7 +58,6 @@ def _variants(channels_last: bool) -> list[tuple[str, str]]:
                 variants.append(("stream", f"bytes={tile * 1024},stages={stages},cache={cache}"))
         variants += [("stream", f"first={first}") for first in (1, 2, 3, 4, 6)]
         variants += [("stream", f"order={order}") for order in (1, 2)]
-        variants += [("stream", f"ahead={ahead}") for ahead in (1, 2, 3, 4)]
     return variants
 
 
