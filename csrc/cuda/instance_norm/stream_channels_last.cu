@@ -174,6 +174,23 @@ struct ChannelStream {
     }
   }
 
+  // One warp: words that other blocks publish, all of them asked for together; at(u) is where word u lies, or null.
+  template <int kWords, typename At>
+  __device__ __forceinline__ void wait_for(uint64_t (&words)[kWords], At&& at) const {
+    while (true) {
+      bool missing = false;
+#pragma unroll
+      for (int u = 0; u < kWords; ++u) {
+        const Part<float>* place = at(u);
+        words[u] = place == nullptr ? uint64_t{1} << 63 : fetch(place);
+      }
+#pragma unroll
+      for (int u = 0; u < kWords; ++u) missing |= !is_there(words[u]);
+      if (!__any_sync(0xffffffffu, missing)) return;
+      __nanosleep(kPause);
+    }
+  }
+
   // One warp: the moments of one channel of a unit, from all blocks.
   __device__ __forceinline__ Moments<float> channel_moments(int unit, int channel) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -181,25 +198,20 @@ struct ChannelStream {
     Moments<float> whole;
     for (int from = 0; from < cut.slots; from += kPartsHeld * kWarp) {
       Moments<float> part[kPartsHeld];
-      bool there[kPartsHeld];
       float count = 0;
 #pragma unroll
       for (int u = 0; u < kPartsHeld; ++u) {
         const int slot = from + u * kWarp + lane;
-        there[u] = slot >= cut.slots;
-        if (!there[u]) part[u].count = pixels_of(cut, slot);
+        if (slot < cut.slots) part[u].count = pixels_of(cut, slot);
         count += part[u].count;
       }
-      while (true) {
-        bool missing = false;
+      uint64_t words[kPartsHeld];
+      wait_for(words, [&](int u) {
+        const int slot = from + u * kWarp + lane;
+        return slot < cut.slots ? first + slot : nullptr;
+      });
 #pragma unroll
-        for (int u = 0; u < kPartsHeld; ++u) {
-          if (!there[u]) there[u] = look(first + from + u * kWarp + lane, part[u]);
-          missing |= !there[u];
-        }
-        if (!__any_sync(0xffffffffu, missing)) break;
-        __nanosleep(kPause);
-      }
+      for (int u = 0; u < kPartsHeld; ++u) unpack(words[u], part[u]);
       whole.add(merge_moments(
           warp_sum(count),
           [&](auto visit) {
@@ -222,17 +234,28 @@ struct ChannelStream {
     }
   }
 
-  // One lane: channels `c` and `c` + 32 (where present), asked for together.
-  __device__ __forceinline__ void collect(int at, int c, int present, int64_t param, const Part<float>* of_unit) const {
-    const int other = min(c + kWarp, present - 1);
-    const float weight = load_param(p.weight, p.param_dtype, param + c, 1.0f);
-    const float bias = load_param(p.bias, p.param_dtype, param + c, 0.0f);
-    const float other_weight = load_param(p.weight, p.param_dtype, param + other, 1.0f);
-    const float other_bias = load_param(p.bias, p.param_dtype, param + other, 0.0f);
-    Moments<float> known, other_known;
-    while (!(look(of_unit + c, known) & look(of_unit + other, other_known))) __nanosleep(kPause);
-    put_affine(at, c, known.mean, known.m2, weight, bias);
-    if (c + kWarp < present) put_affine(at, other, other_known.mean, other_known.m2, other_weight, other_bias);
+  // One warp: the maps of all channels of a unit, asked for together; lane l has channels l, l + 32, ...
+  __device__ __forceinline__ void collect(int at, int present, int64_t param, const Part<float>* of_unit) const {
+    constexpr int kEach = kChannelStreamChannels / kWarp;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    float weight[kEach], bias[kEach];
+#pragma unroll
+    for (int u = 0; u < kEach; ++u) {
+      const int c = min(lane + u * kWarp, present - 1);
+      weight[u] = load_param(p.weight, p.param_dtype, param + c, 1.0f);
+      bias[u] = load_param(p.bias, p.param_dtype, param + c, 0.0f);
+    }
+    uint64_t words[kEach];
+    wait_for(words, [&](int u) {
+      const int c = lane + u * kWarp;
+      return c < present ? of_unit + c : nullptr;
+    });
+#pragma unroll
+    for (int u = 0; u < kEach; ++u) {
+      Moments<float> known;
+      unpack(words[u], known);
+      if (lane + u * kWarp < present) put_affine(at, lane + u * kWarp, known.mean, known.m2, weight[u], bias[u]);
+    }
   }
 
   // Merger warp `m` takes units m, m + kMergers, ... and hands them over in a place of its own.
@@ -240,7 +263,7 @@ struct ChannelStream {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int blocks = static_cast<int>(gridDim.x);
     Walk at(cut);
-    bool given = false;                        // a map
+    bool given = false;  // a map
     uint32_t turn = 0;
     int owner = static_cast<int>(blockIdx.x);  // the first channel of the unit that this block merges
     for (; at.next_unit(); owner = (owner + blocks - cut.channels % blocks) % blocks) {
@@ -283,7 +306,7 @@ struct ChannelStream {
           __syncwarp();
         }
       } else {
-        for (int c = lane; c < present; c += 2 * kWarp) collect(m, c, present, param, of_unit);
+        collect(m, present, param, of_unit);
       }
       if (cut.handover & 1) {
         __syncwarp();
