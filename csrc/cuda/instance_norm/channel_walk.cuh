@@ -24,7 +24,6 @@ struct ChannelCut {
   int stages;
   int held;   // tiles of a unit that a block keeps
   int ahead;  // tiles on their way at a time
-  int handover;
   int stage_bytes;
   bool direct;         // blocks merge all channels for themselves
   bool read_once;      // what is loaded for the last time is the first that the L2 cache lets go

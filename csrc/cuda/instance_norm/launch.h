@@ -39,7 +39,6 @@ struct InstanceNormSchedule {
   int blocks = 0;
   int first = 0;
   int fill = 1;
-  int handover = 0;
   bool read_once = false;
   bool stream_stores = false;
   // stream in channels_last: tiles of a unit that a block keeps, tiles on their way at a time, whether every block

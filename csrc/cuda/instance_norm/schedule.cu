@@ -7,7 +7,8 @@
 // - Blocks of one cluster are packed onto few multiprocessors unless their shared memory keeps them apart (spread()).
 // - Small channels_last tensors are bound by the chain of dependent steps, not by memory: four channels a thread, also
 //   where 16 bytes hold eight; reads of the other blocks' parts all in flight; no division in the merge.
-// - Writing the parts into the other blocks, instead of reading them there, needs a second cluster barrier: slower.
+// - Writing the parts into the other blocks, instead of reading them there, needs a second cluster barrier: slower,
+//   unless the writes bring their arrival along (held_plane.cu).
 // - Two passes: pass 2 loads its tile before it waits for pass 1 (dependent launch), 6.2 -> 5.1 us on 1x3x512x512.
 #include <algorithm>
 #include <bit>
@@ -38,6 +39,7 @@ constexpr int64_t kLeastStreamTile = 4 * 1024;
 constexpr int64_t kLeastStreamTensor = 8 << 20;                   // bytes, where no cluster holds a plane
 constexpr int64_t kLeastAgainstPlane = 24 << 20;                  // where one does
 constexpr int64_t kLargestHeldTensor = 9 << 20;                   // bytes, where a plane's blocks have it in registers
+constexpr int64_t kLargestHeldByClusters = 17 << 20;              // where they are four or more
 constexpr int64_t kHeldBytes = kHeldVectors * kHeldThreads * 16;  // of a block
 constexpr int64_t kLargestEightfold = 12 << 20;                   // clusters of eight against two passes
 constexpr int64_t kMostStreamTiles = 1 << 28;
@@ -116,14 +118,25 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
   while (cluster < most && planes * cluster * 2 <= facts.multiprocessors && bytes >= 4 * kLeastShare * cluster * 2) {
     cluster *= 2;
   }
-  // Clusters of 16 where all of them run at once.
-  if (cluster == 16 && planes > clusters_at_once(cluster, facts) && bytes <= kHeldBytes * 8) cluster = 8;
+  // In registers: blocks of half as much where that needs a larger cluster only, since loads and stores of a block do
+  // not overlap (1x16x512x512 in half 8.8 us in clusters of eight, 7.3 of 16; 1x64x256x256 in float 11.0 of four, 9.5
+  // of eight), but not where two blocks have a plane (1x64x256x256 in half 5.7 of two, 6.8 of four).
+  const auto element_bytes = size_of(p.dtype);
+  const bool registers = shape.vectorized && element_bytes <= 4 &&
+                         planes * bytes <= (cluster >= 4 ? kLargestHeldByClusters : kLargestHeldTensor);
+  if (registers && cluster >= 4) {
+    while (cluster < most && ceil_div(vectors, cluster) * shape.vector_bytes > kHeldBytes / 2) cluster *= 2;
+  }
   cluster = static_cast<int>(overrides.tuned("cluster", cluster));
   s.share = ceil_div(vectors, cluster);
   if (s.share * shape.vector_bytes > facts.max_shared_per_block - kStaticShared) return false;
-  const auto element_bytes = size_of(p.dtype);
-  const bool fits_registers = shape.vectorized && element_bytes <= 4 && s.share * shape.vector_bytes <= kHeldBytes;
-  const bool held = fits_registers && overrides.tuned("registers", planes * bytes <= kLargestHeldTensor ? 2 : 1) == 2;
+  // Full blocks in clusters: where there are several planes, and all at once (2x3x512x512 in float 5.3 us against 5.8
+  // in two passes, 1x8x512x512 9.3 against 7.6, a single one 4.1 against 3.7).
+  const int64_t share_bytes = s.share * shape.vector_bytes;
+  const bool pays =
+      cluster <= 2 || share_bytes <= kHeldBytes / 2 || (planes > 1 && planes <= clusters_at_once(cluster, facts));
+  const bool held = shape.vectorized && element_bytes <= 4 && share_bytes <= kHeldBytes &&
+                    overrides.tuned("registers", registers && pays ? 2 : 1) == 2;
   // Measured (bench/tune.py): 16 blocks to a plane that they have in shared memory lose against two passes, eight do
   // where all planes together are not small.
   const bool loses = !held && (cluster == 16 || (cluster == 8 && planes * bytes > kLargestEightfold));
@@ -193,7 +206,6 @@ bool schedule_channel_stream(const InstanceNormParams& p, const DeviceFacts& fac
   const bool fits = ceil_div(tiles, s.blocks) <= s.stages;
   s.held = static_cast<int>(overrides.tuned("held", fits ? s.stages : std::max(1, s.stages - 2)));
   s.held = std::min(s.held, s.stages);
-  s.handover = static_cast<int>(overrides.tuned("handover", 0));
   s.ahead = static_cast<int>(overrides.tuned("ahead", kTilesAhead));
   const int64_t channels = std::min(p.channels, lanes * width);
   s.direct = overrides.tuned("direct", channels <= kFewChannels ? 2 : 1) == 2;

@@ -28,9 +28,13 @@
 // What is published says by itself that it is there (parts.cuh); its memory is zeroed at the start, while the first
 // tiles are on their way, which costs no launch and hides the barrier behind it.
 //
-// What limits it (H200): a unit's statistics take about ten microseconds from its last tile to its first store while
-// the memory is busy, since what the blocks say to each other stands in line behind their loads; three mergers have
-// three units on their way, and the rings hold little more than that.
+// What limits it (H200): a unit's statistics make four journeys through the L2 cache (parts there, parts read,
+// statistics there, statistics read), and each stands in line behind the block's own loads and stores; about ten
+// microseconds pass from a unit's last tile to its first store, and the rings hold three units or so. Hence few tiles
+// on their way at a time (`ahead`: with all of the ring 52.1 us on 4x64x256x256 in float, with three tiles 48.4; in
+// half 32.7 and 28.2), and all statistics of a unit asked for together (16x128x128x128 in half 64.7, then 57.3). Next:
+// parts merged in clusters first, through the blocks' shared memory, so that every block can read those that are left
+// for itself: two journeys less.
 //
 // Few channels: rows of a tensor with C = 3 are no whole vectors. Then 2, 4 or 8 pixels in a row count as one pixel of
 // as many times more channels ("copies" of the real ones), and the copies are merged with the rows.
@@ -72,8 +76,8 @@ struct ChannelRing {
   uint64_t full[kStreamStages], empty[kStreamStages];
   // Of a merger's unit: its affine map is there. Every lane arrives for itself: an arrival of one lane for its warp,
   // behind __syncwarp, is as right, but racecheck does not follow it. That all have taken the map is said by a named
-  // barrier: 256 arrivals at one word of shared memory, one after the other, cost a tenth of the time.
-  uint64_t ready[kMergers], taken[kMergers];
+  // barrier, where 256 threads would arrive one after the other.
+  uint64_t ready[kMergers];
   ThreadMoments<kWidth> threads;
   float affine[kMergers][3][kChannelStreamChannels];  // mean, scale, shift
 };
@@ -263,8 +267,7 @@ struct ChannelStream {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int blocks = static_cast<int>(gridDim.x);
     Walk at(cut);
-    bool given = false;  // a map
-    uint32_t turn = 0;
+    bool given = false;                        // a map
     int owner = static_cast<int>(blockIdx.x);  // the first channel of the unit that this block merges
     for (; at.next_unit(); owner = (owner + blocks - cut.channels % blocks) % blocks) {
       if (at.unit % kMergers != m) continue;
@@ -286,13 +289,8 @@ struct ChannelStream {
       }
       if (at.owned == 0) continue;
       __syncwarp();
-      if (cut.handover & 2) {
-        mbarrier_wait(&ring.taken[m], (turn & 1) ^ 1);
-        ++turn;
-      } else {
-        if (given) named_barrier(kTakenBarrier + m, kGroup + kWarp);
-        given = true;
-      }
+      if (given) named_barrier(kTakenBarrier + m, kGroup + kWarp);
+      given = true;
       if (cut.direct) {
         for (int c = 0; c < present; ++c) {
           const float weight = load_param(p.weight, p.param_dtype, param + c, 1.0f);
@@ -308,12 +306,7 @@ struct ChannelStream {
       } else {
         collect(m, present, param, of_unit);
       }
-      if (cut.handover & 1) {
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(&ring.ready[m]);
-      } else {
-        mbarrier_arrive(&ring.ready[m]);
-      }
+      mbarrier_arrive(&ring.ready[m]);
     }
     __syncwarp();
     if (given) named_barrier(kTakenBarrier + m, kGroup + kWarp);  // each arrival has its wait
@@ -362,11 +355,7 @@ struct ChannelStream {
             }
           }
           __syncwarp();
-          if (cut.handover & 2) {
-            if (t % kWarp == 0) mbarrier_arrive(&ring.taken[from]);
-          } else {
-            named_arrive(kTakenBarrier + from, kGroup + kWarp);
-          }
+          named_arrive(kTakenBarrier + from, kGroup + kWarp);
           known = true;
           turns ^= 1u << from;
         }
@@ -432,8 +421,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(&ring.empty[s], 2 * kGroupWarps);
     }
     for (int m = 0; m < kMergers; ++m) {
-      mbarrier_init(&ring.ready[m], cut.handover & 1 ? 1 : kWarp);
-      mbarrier_init(&ring.taken[m], kGroupWarps);
+      mbarrier_init(&ring.ready[m], kWarp);
     }
     mbarrier_init_fence();
     wait_for_predecessor();
@@ -480,7 +468,6 @@ cudaError_t launch_channel_stream(const InstanceNormParams& params, const Instan
   cut.stages = schedule.stages;
   cut.held = schedule.held;
   cut.ahead = schedule.ahead;
-  cut.handover = schedule.handover;
   cut.stage_bytes = static_cast<int>(ceil_div(schedule.share * schedule.lanes * 16, 128)) * 128;
   cut.direct = schedule.direct;
   cut.read_once = schedule.read_once;
