@@ -2,14 +2,19 @@
 
 namespace styleforge {
 
-std::string shape_text(const Tensor& tensor) {
+namespace {
+
+std::string list_text(const int64_t* values, int64_t count) {
   std::ostringstream text;
   text << '[';
-  const auto sizes = tensor.sizes();
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  for (int64_t i = 0; i < count; ++i) text << (i ? ", " : "") << values[i];
   text << ']';
   return text.str();
 }
+
+}  // namespace
+
+std::string shape_text(const TensorFacts& tensor) { return list_text(tensor.sizes, tensor.dim); }
 
 std::string dtype_text(ScalarType dtype) {
   switch (dtype) {  // as Python writes them
@@ -75,10 +80,20 @@ DType kernel_dtype(const char* op, const char* argument, ScalarType dtype) {
   }
 }
 
-bool prefers_channels_last(const Tensor& tensor) {
-  if (tensor.dim() != 4) return false;
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
+DType kernel_dtype(const char* op, const char* argument, const TensorFacts& tensor) {
+  // The shim's numbers do not change: a call for each would be most of what a check costs.
+  static const int32_t float32 = aoti_torch_dtype_float32(), float16 = aoti_torch_dtype_float16(),
+                       bfloat16 = aoti_torch_dtype_bfloat16();
+  if (tensor.dtype == float32) return DType::kFloat32;
+  if (tensor.dtype == float16) return DType::kFloat16;
+  if (tensor.dtype == bfloat16) return DType::kBFloat16;
+  return kernel_dtype(op, argument, tensor.scalar_type());
+}
+
+bool prefers_channels_last(const TensorFacts& tensor) {
+  if (tensor.dim != 4) return false;
+  const auto* sizes = tensor.sizes;
+  const auto* strides = tensor.strides;
   int64_t least = 0;
   if (strides[1] == 0) return false;
   for (int d : {1, 3, 2, 0}) {
@@ -105,13 +120,32 @@ std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool chann
   return strides;
 }
 
-bool is_dense(const Tensor& tensor, bool channels_last) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
+std::array<int64_t, 4> dense_strides_of(const TensorFacts& tensor, bool channels_last) {
+  std::array<int64_t, 4> strides = {};
+  int64_t next = 1;
+  for (const int d : channels_last ? std::array<int, 4>{1, 3, 2, 0} : std::array<int, 4>{3, 2, 1, 0}) {
+    strides[static_cast<size_t>(d)] = next;
+    next *= tensor.sizes[d] > 0 ? tensor.sizes[d] : 1;
+  }
+  return strides;
+}
+
+bool is_dense(const TensorFacts& tensor, bool channels_last) {
+  const auto* sizes = tensor.sizes;
+  const auto* strides = tensor.strides;
   int64_t next = 1;
   for (int d : channels_last ? std::array<int, 4>{1, 3, 2, 0} : std::array<int, 4>{3, 2, 1, 0}) {
     if (sizes[d] != 1 && strides[d] != next) return false;
     next *= sizes[d];
+  }
+  return true;
+}
+
+bool is_contiguous(const TensorFacts& tensor) {
+  int64_t next = 1;
+  for (int64_t d = tensor.dim; d-- > 0;) {
+    if (tensor.sizes[d] != 1 && tensor.strides[d] != next) return false;
+    next *= tensor.sizes[d];
   }
   return true;
 }
@@ -141,69 +175,84 @@ Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes, bool c
 
 namespace {
 
-std::string device_text(const Tensor& tensor) {
-  if (tensor.is_cpu()) return "cpu";
-  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
+std::string device_text(const TensorFacts& tensor) {
+  if (tensor.device_type == aoti_torch_device_type_cpu()) return "cpu";
+  if (tensor.device_type == aoti_torch_device_type_cuda()) return "cuda:" + std::to_string(tensor.device_index);
   return "another device";
 }
 
-bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+bool same_sizes(const TensorFacts& tensor, const int64_t* sizes, int64_t dim) {
+  if (tensor.dim != dim) return false;
+  for (int64_t i = 0; i < dim; ++i) {
+    if (tensor.sizes[i] != sizes[i]) return false;
+  }
+  return true;
+}
+
+void check_sizes(const char* op, const char* name, const TensorFacts& tensor, const int64_t* sizes, int64_t dim) {
+  if (same_sizes(tensor, sizes, dim)) return;
+  fail(op, name, " must have shape ", list_text(sizes, dim), ", got ", shape_text(tensor));
+}
+
+void check_norm_param(const char* op, const char* name, const TensorFacts& param, const TensorFacts& input,
+                      int64_t batch, int64_t channels) {
+  static const int32_t float32 = aoti_torch_dtype_float32();
+  check_device(op, name, param, input);
+  if (param.dtype != input.dtype && param.dtype != float32) {
+    fail(op, name, " must be ", dtype_text(input.scalar_type()), " (the dtype of input) or float32, got ",
+         dtype_text(param.scalar_type()));
+  }
+  const bool per_channel = param.dim == 1 && param.sizes[0] == channels;
+  const bool per_sample = param.dim == 2 && param.sizes[0] == batch && param.sizes[1] == channels;
+  if (!per_channel && !per_sample) {
+    fail(op, name, " must have shape [", channels, "] or [", batch, ", ", channels, "], got ", shape_text(param));
+  }
 }
 
 }  // namespace
 
-void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
-  if (!same_device(tensor, input)) {
+void check_device(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input) {
+  if (tensor.device_type != input.device_type || tensor.device_index != input.device_index) {
     fail(op, name, " must be on the device of input, ", device_text(input), ", got ", device_text(tensor));
   }
 }
 
-void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& input,
+void check_like(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
                 const std::vector<int64_t>* sizes) {
   check_device(op, name, tensor, input);
-  if (tensor.scalar_type() != input.scalar_type()) {
+  if (tensor.dtype != input.dtype) {
     fail(op, name, " must have the dtype of input, ", dtype_text(input.scalar_type()), ", got ",
          dtype_text(tensor.scalar_type()));
   }
-  if (sizes == nullptr) return;
-  const auto given = tensor.sizes();
-  bool same = given.size() == sizes->size();
-  for (size_t i = 0; same && i < sizes->size(); ++i) same = given[i] == (*sizes)[i];
-  if (!same) {
-    std::ostringstream expected;
-    for (size_t i = 0; i < sizes->size(); ++i) expected << (i ? ", " : "") << (*sizes)[i];
-    fail(op, name, " must have shape [", expected.str(), "], got ", shape_text(tensor));
+  if (sizes != nullptr) check_sizes(op, name, tensor, sizes->data(), static_cast<int64_t>(sizes->size()));
+}
+
+void check_alike(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input) {
+  check_like(op, name, tensor, input, nullptr);
+  check_sizes(op, name, tensor, input.sizes, input.dim);
+}
+
+void check_norm_params(const char* op, const char* weight_name, const char* bias_name, const TensorFacts& input,
+                       const TensorFacts* weight, const TensorFacts* bias, int64_t batch, int64_t channels) {
+  if (weight != nullptr) check_norm_param(op, weight_name, *weight, input, batch, channels);
+  if (bias != nullptr) check_norm_param(op, bias_name, *bias, input, batch, channels);
+  if (weight == nullptr || bias == nullptr) return;
+  if (weight->dim != bias->dim) {
+    fail(op, weight_name, " and ", bias_name, " must have the same shape, got ", shape_text(*weight), " and ",
+         shape_text(*bias));
+  }
+  if (weight->dtype != bias->dtype) {
+    fail(op, weight_name, " and ", bias_name, " must have the same dtype, got ", dtype_text(weight->scalar_type()),
+         " and ", dtype_text(bias->scalar_type()));
   }
 }
 
 void check_norm_params(const char* op, const char* weight_name, const char* bias_name, const Tensor& input,
                        const OptionalTensor& weight, const OptionalTensor& bias, int64_t batch, int64_t channels) {
-  const auto check = [&](const char* name, const Tensor& param) {
-    check_device(op, name, param, input);
-    const auto dtype = param.scalar_type();
-    if (dtype != input.scalar_type() && dtype != ScalarType::Float) {
-      fail(op, name, " must be ", dtype_text(input.scalar_type()), " (the dtype of input) or float32, got ",
-           dtype_text(dtype));
-    }
-    const bool per_channel = param.dim() == 1 && param.size(0) == channels;
-    const bool per_sample = param.dim() == 2 && param.size(0) == batch && param.size(1) == channels;
-    if (!per_channel && !per_sample) {
-      fail(op, name, " must have shape [", channels, "] or [", batch, ", ", channels, "], got ", shape_text(param));
-    }
-  };
-  if (weight) check(weight_name, *weight);
-  if (bias) check(bias_name, *bias);
-  if (weight && bias) {
-    if (weight->dim() != bias->dim()) {
-      fail(op, weight_name, " and ", bias_name, " must have the same shape, got ", shape_text(*weight), " and ",
-           shape_text(*bias));
-    }
-    if (weight->scalar_type() != bias->scalar_type()) {
-      fail(op, weight_name, " and ", bias_name, " must have the same dtype, got ", dtype_text(weight->scalar_type()),
-           " and ", dtype_text(bias->scalar_type()));
-    }
-  }
+  const TensorFacts of_weight = weight ? TensorFacts(*weight) : TensorFacts();
+  const TensorFacts of_bias = bias ? TensorFacts(*bias) : TensorFacts();
+  check_norm_params(op, weight_name, bias_name, input, weight ? &of_weight : nullptr, bias ? &of_bias : nullptr, batch,
+                    channels);
 }
 
 }  // namespace styleforge

@@ -26,7 +26,7 @@ template <typename... Parts>
 }
 
 // "[2, 64, 32, 32]"
-std::string shape_text(const Tensor& tensor);
+std::string shape_text(const TensorFacts& tensor);
 std::string dtype_text(ScalarType dtype);
 
 Activation parse_activation(const char* op, const std::string& name);
@@ -35,29 +35,38 @@ bool parse_tf32(const char* op, const std::string& precision);
 
 // Floating dtype that the kernels know; throws otherwise.
 DType kernel_dtype(const char* op, const char* argument, ScalarType dtype);
+DType kernel_dtype(const char* op, const char* argument, const TensorFacts& tensor);
 
 // PyTorch's suggest_memory_format for a 4-d tensor (c10/core/MemoryFormat.h, compute strides-like-channels-last):
 // whether the result of an operator on this tensor is channels_last.
-bool prefers_channels_last(const Tensor& tensor);
-// Whether the elements lie densely in exactly that format.
-bool is_dense(const Tensor& tensor, bool channels_last);
+bool prefers_channels_last(const TensorFacts& tensor);
+// Whether the elements lie densely, the last dimension innermost.
+bool is_contiguous(const TensorFacts& tensor);
+// Whether those of a 4-d tensor lie densely in exactly that format.
+bool is_dense(const TensorFacts& tensor, bool channels_last);
 // The same, and also the strides of dimensions of size 1 are what the format says: what a result has to have.
 bool has_dense_strides(const Tensor& tensor, bool channels_last);
 // `tensor` with the strides of exactly that format; copies where it has others.
 Tensor in_format(const Tensor& tensor, bool channels_last);
+// The strides of a dense 4-d tensor of the sizes of `tensor` in that format.
+std::array<int64_t, 4> dense_strides_of(const TensorFacts& tensor, bool channels_last);
 std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool channels_last);
 Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes, bool channels_last, ScalarType dtype);
 
 // What both norm operators accept for weight and bias: [C] or [N, C], of the input's dtype or float32.
 void check_norm_params(const char* op, const char* weight_name, const char* bias_name, const Tensor& input,
                        const OptionalTensor& weight, const OptionalTensor& bias, int64_t batch, int64_t channels);
+void check_norm_params(const char* op, const char* weight_name, const char* bias_name, const TensorFacts& input,
+                       const TensorFacts* weight, const TensorFacts* bias, int64_t batch, int64_t channels);
 
 // A second tensor next to `input`: same device.
-void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& input);
+void check_device(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input);
 
 // A second tensor next to `input`: same device and dtype, and for `sizes` non-null exactly these sizes.
-void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& input,
+void check_like(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
                 const std::vector<int64_t>* sizes);
+// The same, of the sizes of `input`.
+void check_alike(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input);
 
 // Records which path the most recent operator call took, and the path of the stage it ends in where that one has a
 // choice of its own; literals only. Shown by styleforge.last_path().

@@ -40,7 +40,101 @@ void fill_weight(InstanceNormParams& params, const char* op, const OptionalTenso
   params.param_dtype = param ? kernel_dtype(op, "weight", param->scalar_type()) : DType::kFloat32;
 }
 
+const void* data_of(const TensorFacts& tensor) {
+  const void* data = nullptr;
+  check_shim(torch_get_const_data_ptr(tensor.handle, &data), "get_const_data_ptr");
+  return data;
+}
+
+void fill_request(InstanceNormParams& params, const InstanceNormRequest& request) {
+  params.eps = request.eps;
+  params.activation = request.activation;
+  params.negative_slope = request.negative_slope;
+  params.output_channels_last = request.output_channels_last;
+}
+
+// The tensors of a call of fused_instance_norm; weight, bias and residual null where absent.
+struct InstanceNormTensors {
+  const TensorFacts& input;
+  const TensorFacts* weight;
+  const TensorFacts* bias;
+  const TensorFacts* residual;
+};
+
+InstanceNormRequest check_fused_instance_norm(const InstanceNormTensors& tensors, double eps, const Text& activation,
+                                              double negative_slope) {
+  const TensorFacts& input = tensors.input;
+  InstanceNormRequest request;
+  if (input.dim != 4) fail(request.op, "input must have shape [N, C, H, W], got ", shape_text(input));
+  kernel_dtype(request.op, "input", input);
+  request.activation = parse_activation(request.op, activation.value);
+  check_norm_params(request.op, "weight", "bias", input, tensors.weight, tensors.bias, input.sizes[0], input.sizes[1]);
+  if (tensors.residual != nullptr) check_alike(request.op, "residual", *tensors.residual, input);
+  request.eps = eps;
+  request.negative_slope = negative_slope;
+  request.output_channels_last = prefers_channels_last(input);
+  return request;
+}
+
+// Fills everything but the result where all tensors lie as the kernels read them, which is nearly always and costs no
+// allocation; false where one has to be copied first (prepare_instance_norm). After the checks.
+bool fill_dense(const InstanceNormRequest& request, const InstanceNormTensors& tensors, InstanceNormParams& params) {
+  const TensorFacts& input = tensors.input;
+  if (!is_dense(input, request.output_channels_last)) return false;
+  if (tensors.residual != nullptr && !is_dense(*tensors.residual, request.output_channels_last)) return false;
+  for (const TensorFacts* param : {tensors.weight, tensors.bias}) {
+    if (param != nullptr && !is_contiguous(*param)) return false;
+  }
+  fill_request(params, request);
+  params.channels_last = request.output_channels_last;
+  params.batch = input.sizes[0];
+  params.channels = input.sizes[1];
+  params.pixels = input.sizes[2] * input.sizes[3];
+  params.dtype = kernel_dtype(request.op, "input", input);
+  params.input = data_of(input);
+  if (tensors.residual != nullptr) params.residual = data_of(*tensors.residual);
+  if (tensors.weight != nullptr) params.weight = data_of(*tensors.weight);
+  if (tensors.bias != nullptr) params.bias = data_of(*tensors.bias);
+  const TensorFacts* param = tensors.weight != nullptr ? tensors.weight : tensors.bias;
+  if (param != nullptr) {
+    params.param_batch_stride = param->dim == 2 ? params.channels : 0;
+    params.param_dtype = kernel_dtype(request.op, "weight", *param);
+  }
+  return true;
+}
+
+OwnedHandle owned(const OptionalHandle& handle) { return OwnedHandle(handle ? *handle : nullptr); }
+TensorFacts facts_of(const OwnedHandle& handle) { return handle ? TensorFacts(handle.get()) : TensorFacts(); }
+OptionalTensor optional_tensor_of(const OwnedHandle& handle) {
+  return handle ? OptionalTensor(tensor_of(handle.get())) : std::nullopt;
+}
+
 }  // namespace
+
+ReturnedHandle run_fused_instance_norm(const InstanceNormHandles& handles, double eps, const Text& activation,
+                                       double negative_slope, InstanceNormLaunch launch) {
+  const OwnedHandle input(handles.input), weight = owned(handles.weight), bias = owned(handles.bias);
+  const OwnedHandle residual = owned(handles.residual);
+  const TensorFacts of_input = facts_of(input), of_weight = facts_of(weight), of_bias = facts_of(bias);
+  const TensorFacts of_residual = facts_of(residual);
+  const InstanceNormTensors tensors{of_input, weight ? &of_weight : nullptr, bias ? &of_bias : nullptr,
+                                    residual ? &of_residual : nullptr};
+  const auto request = check_fused_instance_norm(tensors, eps, activation, negative_slope);
+  InstanceNormParams params;
+  if (!fill_dense(request, tensors, params)) {
+    const auto call = prepare_instance_norm(request, tensor_of(input.get()), optional_tensor_of(weight),
+                                            optional_tensor_of(bias), optional_tensor_of(residual));
+    if (!call.empty()) launch(call.params, call.output);
+    return returned(call.output);
+  }
+  const auto strides = dense_strides_of(of_input, request.output_channels_last);
+  OwnedHandle output = empty_strided(of_input, 4, of_input.sizes, strides.data(), of_input.dtype);
+  if (params.batch * params.channels * params.pixels > 0) {
+    check_shim(torch_get_mutable_data_ptr(output.get(), &params.output), "get_mutable_data_ptr");
+    launch(params, facts_of(output));
+  }
+  return {output.release()};
+}
 
 InstanceNormCall prepare_instance_norm(const InstanceNormRequest& request, const Tensor& input,
                                        const OptionalTensor& weight, const OptionalTensor& bias,
@@ -51,14 +145,12 @@ InstanceNormCall prepare_instance_norm(const InstanceNormRequest& request, const
   const auto sizes = sizes_of(input);
   fill_shape(params, sizes);
   params.dtype = kernel_dtype(request.op, "input", input.scalar_type());
-  params.eps = request.eps;
-  params.activation = request.activation;
-  params.negative_slope = request.negative_slope;
-  params.channels_last = is_dense(input, true) && !is_dense(input, false);
-  if (!request.mixed_formats || !is_dense(input, params.channels_last)) {
+  fill_request(params, request);
+  const TensorFacts facts(input);
+  params.channels_last = is_dense(facts, true) && !is_dense(facts, false);
+  if (!request.mixed_formats || !is_dense(facts, params.channels_last)) {
     params.channels_last = request.output_channels_last;
   }
-  params.output_channels_last = request.output_channels_last;
   params.input = dense_data(input, params.channels_last, call.held);
   if (residual) params.residual = dense_data(*residual, params.output_channels_last, call.held);
   fill_weight(params, request.op, weight, bias, call.held);
@@ -78,19 +170,13 @@ InstanceNormCall prepare_instance_norm(const InstanceNormRequest& request, const
 InstanceNormCall prepare_fused_instance_norm(const Tensor& input, const OptionalTensor& weight,
                                              const OptionalTensor& bias, double eps, const Text& activation,
                                              double negative_slope, const OptionalTensor& residual, bool stats) {
-  InstanceNormRequest request;
-  if (input.dim() != 4) fail(request.op, "input must have shape [N, C, H, W], got ", shape_text(input));
-  kernel_dtype(request.op, "input", input.scalar_type());
-  request.activation = parse_activation(request.op, activation.value);
-  check_norm_params(request.op, "weight", "bias", input, weight, bias, input.size(0), input.size(1));
-  if (residual) {
-    const auto sizes = sizes_of(input);
-    check_like(request.op, "residual", *residual, input, &sizes);
-  }
-  request.eps = eps;
-  request.negative_slope = negative_slope;
+  const auto facts_of = [](const OptionalTensor& tensor) { return tensor ? TensorFacts(*tensor) : TensorFacts(); };
+  const TensorFacts of_input(input), of_weight = facts_of(weight), of_bias = facts_of(bias);
+  const TensorFacts of_residual = facts_of(residual);
+  auto request = check_fused_instance_norm(
+      {of_input, weight ? &of_weight : nullptr, bias ? &of_bias : nullptr, residual ? &of_residual : nullptr}, eps,
+      activation, negative_slope);
   request.stats = stats;
-  request.output_channels_last = prefers_channels_last(input);
   return prepare_instance_norm(request, input, weight, bias, residual);
 }
 

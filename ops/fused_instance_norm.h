@@ -42,6 +42,16 @@ InstanceNormCall prepare_fused_instance_norm(const Tensor& input, const Optional
                                              const OptionalTensor& bias, double eps, const Text& activation,
                                              double negative_slope, const OptionalTensor& residual, bool stats);
 
+// The public operator, its tensors as handles (see OwnedHandle), which are consumed. `launch` gets the params and the
+// result; not called for an empty one.
+struct InstanceNormHandles {
+  AtenTensorHandle input;
+  const OptionalHandle &weight, &bias, &residual;
+};
+using InstanceNormLaunch = void (*)(const InstanceNormParams& params, const TensorFacts& output);
+ReturnedHandle run_fused_instance_norm(const InstanceNormHandles& handles, double eps, const Text& activation,
+                                       double negative_slope, InstanceNormLaunch launch);
+
 struct InstanceNormBackwardCall {
   InstanceNormBackwardParams params;
   Tensor grad_input, grad_residual;

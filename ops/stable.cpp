@@ -11,6 +11,49 @@ void check_shim(AOTITorchError error, const char* what) {
   }
 }
 
+TensorFacts::TensorFacts(AtenTensorHandle tensor) : handle(tensor) {
+  int64_t* of_sizes = nullptr;
+  int64_t* of_strides = nullptr;
+  check_shim(aoti_torch_get_dim(handle, &dim), "get_dim");
+  check_shim(aoti_torch_get_sizes(handle, &of_sizes), "get_sizes");
+  check_shim(aoti_torch_get_strides(handle, &of_strides), "get_strides");
+  check_shim(aoti_torch_get_dtype(handle, &dtype), "get_dtype");
+  check_shim(aoti_torch_get_device_type(handle, &device_type), "get_device_type");
+  check_shim(aoti_torch_get_device_index(handle, &device_index), "get_device_index");
+  sizes = of_sizes;
+  strides = of_strides;
+}
+
+ScalarType TensorFacts::scalar_type() const {
+  return torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype));
+}
+
+int64_t TensorFacts::numel() const {
+  int64_t count = 1;
+  for (int64_t d = 0; d < dim; ++d) count *= sizes[d];
+  return count;
+}
+
+Tensor tensor_of(AtenTensorHandle handle) {
+  AtenTensorHandle owned = nullptr;
+  check_shim(aoti_torch_new_tensor_handle(handle, &owned), "new_tensor_handle");
+  return Tensor(owned);
+}
+
+ReturnedHandle returned(const Tensor& tensor) {
+  AtenTensorHandle owned = nullptr;
+  check_shim(aoti_torch_new_tensor_handle(tensor.get(), &owned), "new_tensor_handle");
+  return {owned};
+}
+
+OwnedHandle empty_strided(const TensorFacts& like, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                          int32_t dtype) {
+  AtenTensorHandle handle = nullptr;
+  check_shim(aoti_torch_empty_strided(dim, sizes, strides, dtype, like.device_type, like.device_index, &handle),
+             "empty_strided");
+  return OwnedHandle(handle);
+}
+
 Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                      ScalarType dtype) {
   int32_t device_type = 0;

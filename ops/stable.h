@@ -8,6 +8,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -27,6 +28,46 @@ struct Text {
 
 // Throws std::runtime_error when a C-shim call failed; `what` names it.
 void check_shim(AOTITorchError error, const char* what);
+
+// What checks and launches read of a tensor, asked for once: every question is a call through the shim, and an operator
+// has dozens. Borrows the tensor; sizes and strides are its own.
+struct TensorFacts {
+  AtenTensorHandle handle = nullptr;
+  int64_t dim = 0;
+  const int64_t* sizes = nullptr;
+  const int64_t* strides = nullptr;
+  int32_t dtype = 0;  // as the shim numbers it
+  int32_t device_type = 0, device_index = 0;
+
+  TensorFacts() = default;
+  explicit TensorFacts(AtenTensorHandle tensor);
+  TensorFacts(const Tensor& tensor) : TensorFacts(tensor.get()) {}
+
+  ScalarType scalar_type() const;
+  int64_t numel() const;
+};
+
+// A handle of one's own, for operators that take their tensors as handles. Tensor puts a shared_ptr around each: a
+// block of memory and counting. With that and the questions asked once, a norm with all its arguments costs the
+// host 8.4 us in place of 9.6, where torch.relu costs 6.9.
+struct HandleDeleter {
+  void operator()(AtenTensorHandle handle) const { aoti_torch_delete_tensor_object(handle); }
+};
+using OwnedHandle = std::unique_ptr<AtenTensorOpaque, HandleDeleter>;
+using OptionalHandle = std::optional<AtenTensorHandle>;
+// What such an operator returns: the caller owns it.
+struct ReturnedHandle {
+  AtenTensorHandle handle;
+};
+
+// A new owner of the same tensor.
+Tensor tensor_of(AtenTensorHandle handle);
+ReturnedHandle returned(const Tensor& tensor);
+
+// Uninitialised memory of `dim` sizes and strides on the device of `like`, from PyTorch's allocator; dtype as the shim
+// numbers it.
+OwnedHandle empty_strided(const TensorFacts& like, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                          int32_t dtype);
 
 // sizes.size() elements of `dtype` on the device of `like`, uninitialised, from PyTorch's allocator.
 Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,

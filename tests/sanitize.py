@@ -2,7 +2,7 @@
 
 Run ``compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py`` on a GPU machine (then
 racecheck, initcheck and synccheck), with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` so that the tools see every
-allocation.
+allocation. Names of groups (norm, products, attention, conv) restrict it to them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ CASES = [
     ("", (2, 4, 12, 10)),
     ("", (1, 3, 5, 7)),
     ("", (1, 2, 96, 96)),
+    ("", (1, 3, 100, 102)),
+    ("", (1, 5, 128, 128)),
     ("", (1, 8, 64, 64)),
     ("plane", (1, 2, 192, 192)),
     ("split", (2, 5, 40, 33)),
@@ -234,8 +236,8 @@ def _tiled_attention(paths: set[str]) -> None:
     os.environ["STYLEFORGE_PATH"] = ""
 
 
-def main() -> None:
-    paths: set[str] = set()
+def _instance_norms(paths: set[str]) -> None:
+    """Every path, forward and backward."""
     device = torch.device("cuda")
     for forced, shape in CASES:
         os.environ["STYLEFORGE_PATH"] = forced
@@ -252,23 +254,41 @@ def main() -> None:
                 paths.add(styleforge.last_path())
                 y.backward(torch.randn(shape).to(device, dtype))
                 paths.add(styleforge.last_path())
-    with torch.inference_mode():
-        _matrix_products(paths)
-        _half_matrix_products(paths)
-        _tiled_attention(paths)
-    if "--no-conv" not in sys.argv:
-        _feed_forward_networks(paths)
-        _attention(paths)
     # The ticket kernel, which is for tensors larger than the cache: forced on a small one.
     os.environ["STYLEFORGE_PATH"] = "ticket"
     os.environ["STYLEFORGE_TUNE"] = "lead=3,tile=256"
     with torch.inference_mode():
         fused_instance_norm(torch.randn(2, 3, 64, 64, device=device))
         paths.add(styleforge.last_path())
-        os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_TUNE"] = ""
-        if torch.cuda.get_device_capability() == (9, 0):  # else it is cuDNN's, which takes some tools minutes
+    os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_TUNE"] = ""
+
+
+def main() -> None:
+    paths: set[str] = set()
+    device = torch.device("cuda")
+    wanted = [name for name in sys.argv[1:] if not name.startswith("-")]
+
+    def runs(name: str) -> bool:
+        return not wanted or name in wanted
+
+    if runs("norm"):
+        _instance_norms(paths)
+    with torch.inference_mode():
+        if runs("products"):
+            _matrix_products(paths)
+            _half_matrix_products(paths)
+        if runs("attention"):
+            _tiled_attention(paths)
+    if "--no-conv" not in sys.argv:
+        if runs("products"):
+            _feed_forward_networks(paths)
+        if runs("attention"):
+            _attention(paths)
+    with torch.inference_mode():
+        # Elsewhere it is cuDNN's, which takes some tools minutes.
+        if runs("conv") and torch.cuda.get_device_capability() == (9, 0):
             _memory_formats(paths)
-        for channels_last in (False, True):
+        for channels_last in (False, True) if runs("conv") else ():
             x = torch.randn(1, 8, 9, 11, device=device)
             if channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)

@@ -8,22 +8,24 @@
 namespace styleforge {
 namespace {
 
+constexpr const char* kPath = "instance_norm:cpu";
+
 void advise_huge_pages(const Tensor& fresh) {
   cpu::advise_huge_pages(fresh.mutable_data_ptr(), fresh.numel() * static_cast<int64_t>(fresh.element_size()));
 }
 
-void run(const InstanceNormCall& call) {
-  record_path("instance_norm:cpu");
-  if (call.empty()) return;
-  advise_huge_pages(call.output);
-  cpu::instance_norm_forward(call.params, parallel_for);
+void launch(const InstanceNormParams& params, const TensorFacts& output) {
+  cpu::advise_huge_pages(params.output,
+                         output.numel() * static_cast<int64_t>(aoti_torch_dtype_element_size(output.dtype)));
+  cpu::instance_norm_forward(params, parallel_for);
 }
 
-Tensor fused_instance_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-                           const Text& activation, double negative_slope, const OptionalTensor& residual) {
-  auto call = prepare_fused_instance_norm(input, weight, bias, eps, activation, negative_slope, residual, false);
-  run(call);
-  return call.output;
+ReturnedHandle fused_instance_norm(AtenTensorHandle input, const OptionalHandle& weight, const OptionalHandle& bias,
+                                   double eps, const Text& activation, double negative_slope,
+                                   const OptionalHandle& residual) {
+  const auto result = run_fused_instance_norm({input, weight, bias, residual}, eps, activation, negative_slope, launch);
+  record_path(kPath);
+  return result;
 }
 
 std::tuple<Tensor, Tensor, Tensor> fused_instance_norm_forward(const Tensor& input, const OptionalTensor& weight,
@@ -31,7 +33,8 @@ std::tuple<Tensor, Tensor, Tensor> fused_instance_norm_forward(const Tensor& inp
                                                                const Text& activation, double negative_slope,
                                                                const OptionalTensor& residual) {
   auto call = prepare_fused_instance_norm(input, weight, bias, eps, activation, negative_slope, residual, true);
-  run(call);
+  record_path(kPath);
+  if (!call.empty()) launch(call.params, call.output);
   return {call.output, *call.mean, *call.rstd};
 }
 

@@ -6,14 +6,25 @@
 
 namespace styleforge {
 
-void launch_instance_norm_cuda(const char* op, const InstanceNormCall& call, const char* before) {
-  if (call.empty()) return;
-  const CudaScope scope(call.output);
+namespace {
+
+constexpr const char* kOp = "fused_instance_norm";
+
+// `like`: a tensor of the call's device.
+void launch(const char* op, const InstanceNormParams& params, const TensorFacts& like, const char* before) {
+  const CudaScope scope(like.device_index);
   cuda::InstanceNormSchedule schedule;
-  check_cuda(op, cuda::schedule_instance_norm(call.params, schedule));
-  std::optional<Tensor> holder;
-  void* memory = workspace(call.output, schedule.workspace_bytes, holder);
-  check_cuda(op, cuda::launch_instance_norm(call.params, schedule, memory, scope.stream()));
+  check_cuda(op, cuda::schedule_instance_norm(params, schedule));
+  OwnedHandle holder;
+  void* memory = nullptr;
+  if (schedule.workspace_bytes > 0) {
+    static const int32_t bytes = aoti_torch_dtype_uint8();
+    const auto count = static_cast<int64_t>(schedule.workspace_bytes);
+    const int64_t stride = 1;
+    holder = empty_strided(like, 1, &count, &stride, bytes);
+    check_shim(torch_get_mutable_data_ptr(holder.get(), &memory), "get_mutable_data_ptr");
+  }
+  check_cuda(op, cuda::launch_instance_norm(params, schedule, memory, scope.stream()));
   if (before == nullptr) {
     record_path(schedule.name);
   } else {
@@ -21,15 +32,12 @@ void launch_instance_norm_cuda(const char* op, const InstanceNormCall& call, con
   }
 }
 
-namespace {
-
-constexpr const char* kOp = "fused_instance_norm";
-
-Tensor fused_instance_norm(const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-                           const Text& activation, double negative_slope, const OptionalTensor& residual) {
-  auto call = prepare_fused_instance_norm(input, weight, bias, eps, activation, negative_slope, residual, false);
-  launch_instance_norm_cuda(kOp, call);
-  return call.output;
+ReturnedHandle fused_instance_norm(AtenTensorHandle input, const OptionalHandle& weight, const OptionalHandle& bias,
+                                   double eps, const Text& activation, double negative_slope,
+                                   const OptionalHandle& residual) {
+  return run_fused_instance_norm(
+      {input, weight, bias, residual}, eps, activation, negative_slope,
+      [](const InstanceNormParams& params, const TensorFacts& output) { launch(kOp, params, output, nullptr); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> fused_instance_norm_forward(const Tensor& input, const OptionalTensor& weight,
@@ -60,6 +68,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_instance_norm_backward(
 }
 
 }  // namespace
+
+void launch_instance_norm_cuda(const char* op, const InstanceNormCall& call, const char* before) {
+  if (!call.empty()) launch(op, call.params, call.output, before);
+}
+
 }  // namespace styleforge
 
 STABLE_TORCH_LIBRARY_IMPL(styleforge, CUDA, m) {

@@ -4,8 +4,7 @@
 
 namespace styleforge {
 
-CudaScope::CudaScope(const Tensor& tensor) {
-  const int device = tensor.get_device_index();
+CudaScope::CudaScope(int device) {
   int current = 0;
   check_cuda("styleforge", cudaGetDevice(&current));
   if (current != device) {

@@ -12,7 +12,8 @@ namespace styleforge {
 // Makes the tensor's device current for its lifetime and holds PyTorch's current stream of it.
 class CudaScope {
  public:
-  explicit CudaScope(const Tensor& tensor);
+  explicit CudaScope(const Tensor& tensor) : CudaScope(tensor.get_device_index()) {}
+  explicit CudaScope(int device);
   ~CudaScope();
   CudaScope(const CudaScope&) = delete;
   CudaScope& operator=(const CudaScope&) = delete;

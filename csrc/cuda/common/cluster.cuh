@@ -30,6 +30,17 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 #endif
 }
 
+// The number of the cluster in the (one-dimensional) grid.
+__device__ __forceinline__ uint32_t cluster_id() {
+#ifdef STYLEFORGE_HAS_CLUSTER
+  uint32_t v;
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(v));
+  return v;
+#else
+  return blockIdx.x;
+#endif
+}
+
 // All threads of all blocks of the cluster; what was written before arrive is seen after wait.
 __device__ __forceinline__ void cluster_arrive() {
 #ifdef STYLEFORGE_HAS_CLUSTER

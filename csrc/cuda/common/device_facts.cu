@@ -37,25 +37,46 @@ cudaError_t device_facts(DeviceFacts& facts) {
   return cudaSuccess;
 }
 
-cudaError_t allow_shared_memory(const void* kernel, const DeviceFacts& facts) {
-  // A hash table that only grows; a kernel that finds no place in it is asked for again each time.
-  constexpr size_t kPlaces = 512;
-  static std::atomic<const void*> allowed[kMaxDevices][kPlaces];
-  auto* places = allowed[facts.device];
-  const size_t first = reinterpret_cast<uintptr_t>(kernel) / 16 % kPlaces;
-  size_t place = first;
-  for (const void* held; (held = places[place].load(std::memory_order_acquire)) != nullptr;) {
-    if (held == kernel) return cudaSuccess;
-    place = (place + 1) % kPlaces;
-    if (place == first) break;
+// What kernels were allowed, by device: a hash table that only grows; a kernel that finds no place in it is asked for
+// again each time.
+class Allowed {
+ public:
+  // Calls `ask` unless it was called for this kernel before.
+  template <typename Ask>
+  cudaError_t once(const void* kernel, int device, Ask&& ask) {
+    auto* places = kernels_[device];
+    const size_t first = reinterpret_cast<uintptr_t>(kernel) / 16 % kPlaces;
+    size_t place = first;
+    for (const void* held; (held = places[place].load(std::memory_order_acquire)) != nullptr;) {
+      if (held == kernel) return cudaSuccess;
+      place = (place + 1) % kPlaces;
+      if (place == first) break;
+    }
+    if (const cudaError_t error = ask()) return error;
+    const void* empty = nullptr;
+    places[place].compare_exchange_strong(empty, kernel, std::memory_order_release);  // another's place: next time
+    return cudaSuccess;
   }
-  cudaFuncAttributes attributes = {};
-  if (const auto error = cudaFuncGetAttributes(&attributes, kernel)) return error;
-  const int bytes = facts.max_shared_per_block - static_cast<int>(attributes.sharedSizeBytes);
-  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
-  const void* empty = nullptr;
-  places[place].compare_exchange_strong(empty, kernel, std::memory_order_release);  // another's place: next time
-  return cudaSuccess;
+
+ private:
+  static constexpr size_t kPlaces = 512;
+  std::atomic<const void*> kernels_[kMaxDevices][kPlaces] = {};
+};
+
+cudaError_t allow_shared_memory(const void* kernel, const DeviceFacts& facts) {
+  static Allowed allowed;
+  return allowed.once(kernel, facts.device, [&]() -> cudaError_t {
+    cudaFuncAttributes attributes = {};
+    if (const auto error = cudaFuncGetAttributes(&attributes, kernel)) return error;
+    const int bytes = facts.max_shared_per_block - static_cast<int>(attributes.sharedSizeBytes);
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  });
+}
+
+cudaError_t allow_large_clusters(const void* kernel, const DeviceFacts& facts) {
+  static Allowed allowed;
+  return allowed.once(kernel, facts.device,
+                      [&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1); });
 }
 
 }  // namespace styleforge::cuda

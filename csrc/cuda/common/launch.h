@@ -32,6 +32,8 @@ cudaError_t device_facts(DeviceFacts& facts);
 // Lets `kernel` have as much dynamic shared memory as the device has. It is asked for once: to ask costs the host a
 // third of a microsecond. (Always the same amount, so that it does not matter which of two threads comes last.)
 cudaError_t allow_shared_memory(const void* kernel, const DeviceFacts& facts);
+// The same of clusters of 16 blocks, which not every device has.
+cudaError_t allow_large_clusters(const void* kernel, const DeviceFacts& facts);
 
 // How the blocks of a launch stand to each other. Of a cluster: needs sm_90. Cooperative: all blocks are resident at
 // the same time, so that the grid can wait for itself (cudaErrorCooperativeLaunchTooLarge where they can not).
@@ -50,7 +52,7 @@ cudaError_t launch(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, size_t 
     if (error != cudaSuccess) return error;
   }
   if (cluster > 8) {
-    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    const auto error = allow_large_clusters(reinterpret_cast<const void*>(kernel), facts);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};

@@ -22,7 +22,8 @@ struct ChannelCut {
   int slots;     // parts of a unit: blocks that have tiles of it
   int copies_log2;
   int stages;
-  int held;  // tiles of a unit that a block keeps
+  int held;   // tiles of a unit that a block keeps
+  int ahead;  // tiles on their way at a time
   int stage_bytes;
   bool direct;         // blocks merge all channels for themselves
   bool read_once;      // what is loaded for the last time is the first that the L2 cache lets go

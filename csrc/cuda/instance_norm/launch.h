@@ -27,6 +27,7 @@ struct InstanceNormSchedule {
   InstanceNormPath path = InstanceNormPath::kSplit;
   bool vectorized = false;  // accesses of several elements; else one by one
   int cluster = 1;          // blocks that share a plane or slab
+  int copies_log2 = 0;      // plane in registers: clusters that store one part of the same plane each
   int threads = 256;
   int lanes = 1;      // slab and split in channels_last: vectors of one pixel side by side in a block
   int64_t share = 0;  // plane, slab: vectors or pixels a block holds; split, stream: those of one tile
@@ -40,9 +41,10 @@ struct InstanceNormSchedule {
   int fill = 1;
   bool read_once = false;
   bool stream_stores = false;
-  // stream in channels_last: tiles of a unit that a block keeps, whether every block merges the statistics of all
-  // channels, and whether the L2 cache is to hold on to what will be read again
+  // stream in channels_last: tiles of a unit that a block keeps, tiles on their way at a time, whether every block
+  // merges the statistics of all channels, and whether the L2 cache is to hold on to what will be read again
   int held = 1;
+  int ahead = 1;
   bool direct = false;
   bool keep = false;
   size_t shared_bytes = 0;

@@ -36,12 +36,20 @@ __device__ __forceinline__ void publish(Part<float>* at, float mean, float m2) {
   const uint64_t high = __float_as_uint(m2) | 0x80000000u;
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(high << 32 | low) : "memory");
 }
-__device__ __forceinline__ bool look(const Part<float>* at, Moments<float>& part) {
+__device__ __forceinline__ uint64_t fetch(const Part<float>* at) {
   uint64_t both;
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(both) : "l"(at) : "memory");
+  return both;
+}
+__device__ __forceinline__ bool is_there(uint64_t both) { return (both >> 63) != 0; }
+__device__ __forceinline__ void unpack(uint64_t both, Moments<float>& part) {
   part.mean = __uint_as_float(static_cast<uint32_t>(both));
   part.m2 = __uint_as_float(static_cast<uint32_t>(both >> 32) & 0x7fffffffu);
-  return (both >> 63) != 0;
+}
+__device__ __forceinline__ bool look(const Part<float>* at, Moments<float>& part) {
+  const uint64_t both = fetch(at);
+  unpack(both, part);
+  return is_there(both);
 }
 
 // double: the mean first, then M2 with the sign, and looked at the other way round.

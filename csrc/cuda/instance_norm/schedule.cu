@@ -7,7 +7,8 @@
 // - Blocks of one cluster are packed onto few multiprocessors unless their shared memory keeps them apart (spread()).
 // - Small channels_last tensors are bound by the chain of dependent steps, not by memory: four channels a thread, also
 //   where 16 bytes hold eight; reads of the other blocks' parts all in flight; no division in the merge.
-// - Writing the parts into the other blocks, instead of reading them there, needs a second cluster barrier: slower.
+// - Writing the parts into the other blocks, instead of reading them there, needs a second cluster barrier: slower,
+//   unless the writes bring their arrival along (held_plane.cu).
 // - Two passes: pass 2 loads its tile before it waits for pass 1 (dependent launch), 6.2 -> 5.1 us on 1x3x512x512.
 #include <algorithm>
 #include <bit>
@@ -35,20 +36,23 @@ constexpr int64_t kManyTiles = 64;
 constexpr int64_t kManyTilesRing = 208 * 1024;
 constexpr int64_t kStreamStatic = 3 * 1024;  // barriers and statistics, declared statically
 constexpr int64_t kLeastStreamTile = 4 * 1024;
-constexpr int64_t kLeastStreamTensor = 8 << 20;   // bytes, where no cluster holds a plane
-constexpr int64_t kLeastAgainstPlane = 24 << 20;  // where one does
-constexpr int64_t kLargestHeldTensor = 9 << 20;   // bytes, where a plane's blocks have it in registers
-constexpr int64_t kLargestEightfold = 12 << 20;   // clusters of eight against two passes
+constexpr int64_t kLeastStreamTensor = 8 << 20;                   // bytes, where no cluster holds a plane
+constexpr int64_t kLeastAgainstPlane = 24 << 20;                  // where one does
+constexpr int64_t kLargestHeldTensor = 9 << 20;                   // bytes, where a plane's blocks have it in registers
+constexpr int64_t kLargestHeldByClusters = 17 << 20;              // where they are four or more
+constexpr int64_t kHeldBytes = kHeldVectors * kHeldThreads * 16;  // of a block
+constexpr int64_t kLargestEightfold = 12 << 20;                   // clusters of eight against two passes
 constexpr int64_t kMostStreamTiles = 1 << 28;
 // Stream in channels_last: what all rings together hold comfortably, the narrowest slice (vectors: whole lines of the
-// cache), the smallest tensor and unit that it is chosen for, shared memory that is declared statically, and channels
-// whose statistics every block merges for itself.
+// cache), the smallest tensor and unit that it is chosen for, shared memory that is declared statically, channels
+// whose statistics every block merges for itself, and tiles of 16 KB that a block has on their way at a time.
 constexpr int64_t kLargestUnit = 12 << 20;
 constexpr int64_t kLeastLanes = 8;
 constexpr int64_t kLeastChannelStream = 32 << 20;
 constexpr int64_t kLeastUnit = 4 << 20;
 constexpr int64_t kChannelStreamStatic = 35 * 1024;
 constexpr int64_t kFewChannels = 6;
+constexpr int64_t kTilesAhead = 3;
 constexpr int64_t kLine = 8;  // vectors of a cache line: tiles begin where the plane's lines do
 constexpr int kSplitThreads = 256;
 constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
@@ -61,8 +65,9 @@ int round_threads(int64_t wanted, int least, int most) {
 // STYLEFORGE_TUNE="cluster=8,lanes=4,threads=256,shared=120000,lead=500". Of the stream path: bytes (of a tile),
 // stages, grid (blocks), first (tiles of a block by its number, before it draws tickets), order (1: all by number, 2:
 // as first says), cache (1: input leaves the L2 cache first, 2: output, 3: both, 4: neither). In channels_last also
-// lanes (vectors of a slice), held (tiles of a unit that a block keeps), direct (2: every block merges all statistics
-// for itself, 1: not). Of the plane path: registers (2: held in registers, 1: in shared memory).
+// lanes (vectors of a slice), held (tiles of a unit that a block keeps), ahead (tiles on their way at a time), direct
+// (2: every block merges all statistics for itself, 1: not). Of the plane path: registers (2: held in registers, 1: in
+// shared memory), copies (clusters of a plane, 1 or 2, where in registers).
 constexpr const char* kTuneVariable = "STYLEFORGE_TUNE";
 
 int largest_cluster(const DeviceFacts& facts, const Overrides& overrides) {
@@ -87,11 +92,16 @@ Shape shape_of(const InstanceNormParams& p, bool aligned) {
   return {vectorized ? full : 1, vectorized ? full * element : element, vectorized};
 }
 
+// Clusters of which every block has a multiprocessor to itself.
+int64_t clusters_at_once(int cluster, const DeviceFacts& facts) {
+  const int64_t with_cluster = cluster >= 16 ? facts.multiprocessors * 5 / 6 : facts.multiprocessors * 10 / 11;
+  return with_cluster / cluster;
+}
+
 // Blocks of a cluster are packed onto few multiprocessors if they fit. Where all blocks of the grid could have one
 // each, asking for more than half of its shared memory makes them.
 int64_t spread(int64_t blocks, int cluster, const DeviceFacts& facts, const Overrides& overrides) {
-  const int64_t with_cluster = cluster >= 16 ? facts.multiprocessors * 5 / 6 : facts.multiprocessors * 10 / 11;
-  const bool fits = cluster > 1 && blocks <= with_cluster;
+  const bool fits = cluster > 1 && blocks <= clusters_at_once(cluster, facts) * cluster;
   return overrides.tuned("shared", fits ? facts.max_shared_per_block / 2 + 1024 : 0);
 }
 
@@ -108,14 +118,29 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
   while (cluster < most && planes * cluster * 2 <= facts.multiprocessors && bytes >= 4 * kLeastShare * cluster * 2) {
     cluster *= 2;
   }
+  // In registers: blocks of half as much where that needs a larger cluster only, since loads and stores of a block do
+  // not overlap (1x16x512x512 in half 8.8 us in clusters of eight, 7.3 of 16; 1x64x256x256 in float 11.0 of four, 9.5
+  // of eight), but not where two blocks have a plane (1x64x256x256 in half 5.7 of two, 6.8 of four).
+  const auto element_bytes = size_of(p.dtype);
+  const bool registers = shape.vectorized && element_bytes <= 4 &&
+                         planes * bytes <= (cluster >= 4 ? kLargestHeldByClusters : kLargestHeldTensor);
+  if (registers && cluster >= 4) {
+    while (cluster < most && ceil_div(vectors, cluster) * shape.vector_bytes > kHeldBytes / 2) cluster *= 2;
+  }
   cluster = static_cast<int>(overrides.tuned("cluster", cluster));
   s.share = ceil_div(vectors, cluster);
   if (s.share * shape.vector_bytes > facts.max_shared_per_block - kStaticShared) return false;
-  // Measured (bench/tune.py): 16 blocks to a plane lose against two passes, eight do where all planes together are not
-  // small.
-  const bool loses = cluster == 16 || (cluster == 8 && planes * bytes > kLargestEightfold);
+  // Full blocks in clusters: where there are several planes, and all at once (2x3x512x512 in float 5.3 us against 5.8
+  // in two passes, 1x8x512x512 9.3 against 7.6, a single one 4.1 against 3.7).
+  const int64_t share_bytes = s.share * shape.vector_bytes;
+  const bool pays =
+      cluster <= 2 || share_bytes <= kHeldBytes / 2 || (planes > 1 && planes <= clusters_at_once(cluster, facts));
+  const bool held = shape.vectorized && element_bytes <= 4 && share_bytes <= kHeldBytes &&
+                    overrides.tuned("registers", registers && pays ? 2 : 1) == 2;
+  // Measured (bench/tune.py): 16 blocks to a plane that they have in shared memory lose against two passes, eight do
+  // where all planes together are not small.
+  const bool loses = !held && (cluster == 16 || (cluster == 8 && planes * bytes > kLargestEightfold));
   if (loses && !overrides.forced("plane")) return false;
-  const auto element_bytes = size_of(p.dtype);
   s.path = InstanceNormPath::kPlane;
   s.cluster = cluster;
   s.threads = static_cast<int>(overrides.tuned(
@@ -123,14 +148,14 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
   s.shared_bytes =
       static_cast<size_t>(std::max(s.share * shape.vector_bytes, spread(planes * cluster, cluster, facts, overrides)));
   // Measured: a tenth to a quarter less for small tensors (4x64x64x64 in half 3.5 -> 2.8 us, 1x64x256x256 7.3 -> 6.7),
-  // more for others and for clusters in float.
-  const bool small = planes * bytes <= kLargestHeldTensor && (cluster == 1 || element_bytes == 2);
-  if (shape.vectorized && element_bytes <= 4 && s.share <= kHeldVectors * kHeldThreads &&
-      overrides.tuned("registers", small ? 2 : 1) == 2) {
+  // more for others.
+  if (held) {
     s.path = InstanceNormPath::kHeldPlane;
     const int least = round_threads(ceil_div(s.share, kHeldVectors), 64, kHeldThreads);
     s.threads = std::clamp(static_cast<int>(overrides.tuned("threads", least)), least, kHeldThreads);
-    s.shared_bytes = static_cast<size_t>(spread(planes * cluster, cluster, facts, overrides));
+    const int copies = cluster > 1 && 2 * planes <= clusters_at_once(cluster, facts) ? 2 : 1;
+    s.copies_log2 = overrides.tuned("copies", copies) == 2 ? 1 : 0;
+    s.shared_bytes = static_cast<size_t>(spread((planes * cluster) << s.copies_log2, cluster, facts, overrides));
   }
   s.name = cluster > 1 ? "instance_norm:cuda:plane:cluster" : "instance_norm:cuda:plane:block";
   return true;
@@ -181,6 +206,7 @@ bool schedule_channel_stream(const InstanceNormParams& p, const DeviceFacts& fac
   const bool fits = ceil_div(tiles, s.blocks) <= s.stages;
   s.held = static_cast<int>(overrides.tuned("held", fits ? s.stages : std::max(1, s.stages - 2)));
   s.held = std::min(s.held, s.stages);
+  s.ahead = static_cast<int>(overrides.tuned("ahead", kTilesAhead));
   const int64_t channels = std::min(p.channels, lanes * width);
   s.direct = overrides.tuned("direct", channels <= kFewChannels ? 2 : 1) == 2;
   const int64_t total = p.batch * p.channels * p.pixels * element;

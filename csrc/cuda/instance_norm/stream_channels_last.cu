@@ -28,9 +28,13 @@
 // What is published says by itself that it is there (parts.cuh); its memory is zeroed at the start, while the first
 // tiles are on their way, which costs no launch and hides the barrier behind it.
 //
-// What limits it (H200): a unit's statistics take about ten microseconds from its last tile to its first store while
-// the memory is busy, since what the blocks say to each other stands in line behind their loads; three mergers have
-// three units on their way, and the rings hold little more than that.
+// What limits it (H200): a unit's statistics make four journeys through the L2 cache (parts there, parts read,
+// statistics there, statistics read), and each stands in line behind the block's own loads and stores; about ten
+// microseconds pass from a unit's last tile to its first store, and the rings hold three units or so. Hence few tiles
+// on their way at a time (`ahead`: with all of the ring 52.1 us on 4x64x256x256 in float, with three tiles 48.4; in
+// half 32.7 and 28.2), and all statistics of a unit asked for together (16x128x128x128 in half 64.7, then 57.3). Next:
+// parts merged in clusters first, through the blocks' shared memory, so that every block can read those that are left
+// for itself: two journeys less.
 //
 // Few channels: rows of a tensor with C = 3 are no whole vectors. Then 2, 4 or 8 pixels in a row count as one pixel of
 // as many times more channels ("copies" of the real ones), and the copies are merged with the rows.
@@ -63,14 +67,17 @@ static_assert(kGroup == kChannelStreamThreads && kGroup >= kChannelStreamChannel
 
 #ifdef STYLEFORGE_HAS_BULK_COPY
 
-constexpr int kPartsHeld = 5;    // parts that a lane of a merger waits for at a time: 160 blocks
-constexpr unsigned kPause = 40;  // nanoseconds between two looks at parts that are not there
+constexpr int kPartsHeld = 5;     // parts that a lane of a merger waits for at a time: 160 blocks
+constexpr int kTakenBarrier = 2;  // and the next kMergers - 1; kStatsBarrier is 1
+constexpr unsigned kPause = 40;   // nanoseconds between two looks at parts that are not there
 
 template <int kWidth>
 struct ChannelRing {
   uint64_t full[kStreamStages], empty[kStreamStages];
-  // Of a merger's unit: its affine map is there; all have taken it.
-  uint64_t ready[kMergers], taken[kMergers];
+  // Of a merger's unit: its affine map is there. Every lane arrives for itself: an arrival of one lane for its warp,
+  // behind __syncwarp, is as right, but racecheck does not follow it. That all have taken the map is said by a named
+  // barrier, where 256 threads would arrive one after the other.
+  uint64_t ready[kMergers];
   ThreadMoments<kWidth> threads;
   float affine[kMergers][3][kChannelStreamChannels];  // mean, scale, shift
 };
@@ -95,18 +102,28 @@ struct ChannelStream {
     return min(cut.channels, static_cast<int>(p.channels) - at.slice * cut.channels);
   }
 
-  // One thread: loads what fills the ring at first, or what comes after that.
+  // One thread: loads what may be on its way at first, or what comes after that.
   __device__ __forceinline__ void produce(bool first) const {
+    const int initial = min(cut.ahead, cut.stages);
+    int past = 0;  // the stage of the tile that has to be there first
+    uint32_t past_parity = 0;
     const uint64_t once = cache_policy(cut.read_once, false);
     const uint64_t twice = cache_policy(false, cut.keep);
     Walk at(cut);
-    while (!first || at.used < cut.stages) {
+    while (!first || at.used < initial) {
       if (at.unit < 0 || !at.next_tile()) {
         if (!at.next_unit()) return;
         continue;
       }
-      if (!first && at.used <= cut.stages) continue;
+      if (!first && at.used <= initial) continue;
       const int s = at.stage;
+      if (!first && cut.ahead < cut.stages) {
+        mbarrier_wait(&ring.full[past], past_parity);
+        if (++past == cut.stages) {
+          past = 0;
+          past_parity ^= 1;
+        }
+      }
       if (at.used > cut.stages) mbarrier_wait(&ring.empty[s], at.parity ^ 1);
       const uint64_t policy = at.finishes ? once : twice;
       if (cut.slices == 1) {
@@ -161,6 +178,23 @@ struct ChannelStream {
     }
   }
 
+  // One warp: words that other blocks publish, all of them asked for together; at(u) is where word u lies, or null.
+  template <int kWords, typename At>
+  __device__ __forceinline__ void wait_for(uint64_t (&words)[kWords], At&& at) const {
+    while (true) {
+      bool missing = false;
+#pragma unroll
+      for (int u = 0; u < kWords; ++u) {
+        const Part<float>* place = at(u);
+        words[u] = place == nullptr ? uint64_t{1} << 63 : fetch(place);
+      }
+#pragma unroll
+      for (int u = 0; u < kWords; ++u) missing |= !is_there(words[u]);
+      if (!__any_sync(0xffffffffu, missing)) return;
+      __nanosleep(kPause);
+    }
+  }
+
   // One warp: the moments of one channel of a unit, from all blocks.
   __device__ __forceinline__ Moments<float> channel_moments(int unit, int channel) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -168,25 +202,20 @@ struct ChannelStream {
     Moments<float> whole;
     for (int from = 0; from < cut.slots; from += kPartsHeld * kWarp) {
       Moments<float> part[kPartsHeld];
-      bool there[kPartsHeld];
       float count = 0;
 #pragma unroll
       for (int u = 0; u < kPartsHeld; ++u) {
         const int slot = from + u * kWarp + lane;
-        there[u] = slot >= cut.slots;
-        if (!there[u]) part[u].count = pixels_of(cut, slot);
+        if (slot < cut.slots) part[u].count = pixels_of(cut, slot);
         count += part[u].count;
       }
-      while (true) {
-        bool missing = false;
+      uint64_t words[kPartsHeld];
+      wait_for(words, [&](int u) {
+        const int slot = from + u * kWarp + lane;
+        return slot < cut.slots ? first + slot : nullptr;
+      });
 #pragma unroll
-        for (int u = 0; u < kPartsHeld; ++u) {
-          if (!there[u]) there[u] = look(first + from + u * kWarp + lane, part[u]);
-          missing |= !there[u];
-        }
-        if (!__any_sync(0xffffffffu, missing)) break;
-        __nanosleep(kPause);
-      }
+      for (int u = 0; u < kPartsHeld; ++u) unpack(words[u], part[u]);
       whole.add(merge_moments(
           warp_sum(count),
           [&](auto visit) {
@@ -209,17 +238,28 @@ struct ChannelStream {
     }
   }
 
-  // One lane: channels `c` and `c` + 32 (where present), asked for together.
-  __device__ __forceinline__ void collect(int at, int c, int present, int64_t param, const Part<float>* of_unit) const {
-    const int other = min(c + kWarp, present - 1);
-    const float weight = load_param(p.weight, p.param_dtype, param + c, 1.0f);
-    const float bias = load_param(p.bias, p.param_dtype, param + c, 0.0f);
-    const float other_weight = load_param(p.weight, p.param_dtype, param + other, 1.0f);
-    const float other_bias = load_param(p.bias, p.param_dtype, param + other, 0.0f);
-    Moments<float> known, other_known;
-    while (!(look(of_unit + c, known) & look(of_unit + other, other_known))) __nanosleep(kPause);
-    put_affine(at, c, known.mean, known.m2, weight, bias);
-    if (c + kWarp < present) put_affine(at, other, other_known.mean, other_known.m2, other_weight, other_bias);
+  // One warp: the maps of all channels of a unit, asked for together; lane l has channels l, l + 32, ...
+  __device__ __forceinline__ void collect(int at, int present, int64_t param, const Part<float>* of_unit) const {
+    constexpr int kEach = kChannelStreamChannels / kWarp;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    float weight[kEach], bias[kEach];
+#pragma unroll
+    for (int u = 0; u < kEach; ++u) {
+      const int c = min(lane + u * kWarp, present - 1);
+      weight[u] = load_param(p.weight, p.param_dtype, param + c, 1.0f);
+      bias[u] = load_param(p.bias, p.param_dtype, param + c, 0.0f);
+    }
+    uint64_t words[kEach];
+    wait_for(words, [&](int u) {
+      const int c = lane + u * kWarp;
+      return c < present ? of_unit + c : nullptr;
+    });
+#pragma unroll
+    for (int u = 0; u < kEach; ++u) {
+      Moments<float> known;
+      unpack(words[u], known);
+      if (lane + u * kWarp < present) put_affine(at, lane + u * kWarp, known.mean, known.m2, weight[u], bias[u]);
+    }
   }
 
   // Merger warp `m` takes units m, m + kMergers, ... and hands them over in a place of its own.
@@ -227,7 +267,7 @@ struct ChannelStream {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int blocks = static_cast<int>(gridDim.x);
     Walk at(cut);
-    uint32_t turn = 0;                         // units that the block had tiles of
+    bool given = false;                        // a map
     int owner = static_cast<int>(blockIdx.x);  // the first channel of the unit that this block merges
     for (; at.next_unit(); owner = (owner + blocks - cut.channels % blocks) % blocks) {
       if (at.unit % kMergers != m) continue;
@@ -248,7 +288,9 @@ struct ChannelStream {
         }
       }
       if (at.owned == 0) continue;
-      mbarrier_wait(&ring.taken[m], (turn & 1) ^ 1);
+      __syncwarp();
+      if (given) named_barrier(kTakenBarrier + m, kGroup + kWarp);
+      given = true;
       if (cut.direct) {
         for (int c = 0; c < present; ++c) {
           const float weight = load_param(p.weight, p.param_dtype, param + c, 1.0f);
@@ -262,12 +304,12 @@ struct ChannelStream {
           __syncwarp();
         }
       } else {
-        for (int c = lane; c < present; c += 2 * kWarp) collect(m, c, present, param, of_unit);
+        collect(m, present, param, of_unit);
       }
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(&ring.ready[m]);
-      ++turn;
+      mbarrier_arrive(&ring.ready[m]);
     }
+    __syncwarp();
+    if (given) named_barrier(kTakenBarrier + m, kGroup + kWarp);  // each arrival has its wait
   }
 
   // Apply thread `t`.
@@ -313,7 +355,7 @@ struct ChannelStream {
             }
           }
           __syncwarp();
-          if (t % kWarp == 0) mbarrier_arrive(&ring.taken[from]);
+          named_arrive(kTakenBarrier + from, kGroup + kWarp);
           known = true;
           turns ^= 1u << from;
         }
@@ -379,8 +421,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(&ring.empty[s], 2 * kGroupWarps);
     }
     for (int m = 0; m < kMergers; ++m) {
-      mbarrier_init(&ring.ready[m], 1);
-      mbarrier_init(&ring.taken[m], kGroupWarps);
+      mbarrier_init(&ring.ready[m], kWarp);
     }
     mbarrier_init_fence();
     wait_for_predecessor();
@@ -426,6 +467,7 @@ cudaError_t launch_channel_stream(const InstanceNormParams& params, const Instan
   cut.tiles = static_cast<int>(schedule.parts);
   cut.stages = schedule.stages;
   cut.held = schedule.held;
+  cut.ahead = schedule.ahead;
   cut.stage_bytes = static_cast<int>(ceil_div(schedule.share * schedule.lanes * 16, 128)) * 128;
   cut.direct = schedule.direct;
   cut.read_once = schedule.read_once;

@@ -41,12 +41,15 @@ def _variants(channels_last: bool) -> list[tuple[str, str]]:
             if cluster > 1:
                 variants.append(("", f"lanes={lanes},cluster={cluster},threads={threads},shared=118000"))
         variants.append(("split", ""))
+        variants += [("stream", f"ahead={ahead}") for ahead in (2, 3, 4, 6, 8, 12)]
     else:
         for cluster, threads in itertools.product((1, 2, 4, 8, 16), (256, 512, 1024)):
             variants.append(("", f"cluster={cluster},threads={threads}"))
             if cluster > 1:
                 variants.append(("", f"cluster={cluster},threads={threads},shared=118000"))
             variants.append(("plane", f"cluster={cluster},threads={threads}"))
+        for cluster, copies in itertools.product((1, 2, 4, 8, 16), (1, 2)):
+            variants.append(("plane", f"cluster={cluster},copies={copies},registers=2"))
         variants += [("split", f"tile={tile}") for tile in (512, 1024, 2048)]
         variants += [("ticket", f"lead={lead}") for lead in (132, 264, 528, 1056, 2112)]
         variants += [("plane", ""), ("split", ""), ("ticket", ""), ("stream", "")]
