@@ -35,13 +35,41 @@ void schedule_half(const GemmParams& p, GemmSchedule& s, bool& supported, const 
                    const Overrides& overrides) {
   const auto fits = [](int64_t stride, int width) { return stride % 8 == 0 && stride >= width; };  // the copy engine
   if (p.k % 8 != 0 || p.n % 8 != 0 || !fits(p.a_stride, p.k)) return;
-  if (p.b_stride[1] != 1 || !fits(p.b_stride[0], p.k)) return;
+  if (p.b_stride[p.gradient ? 0 : 1] != 1 || !fits(p.b_stride[p.gradient ? 1 : 0], p.gradient ? p.n : p.k)) return;
   if (!aligned16(p.a) || !aligned16(p.b) || !aligned16(p.output) || !aligned16(p.product)) return;
   const auto pairs = [](const void* from, int64_t stride) {
     return reinterpret_cast<uintptr_t>(from) % 4 == 0 && stride % 2 == 0;
   };
   if (!pairs(p.bias, 0) || !pairs(p.residual, p.residual_stride)) return;
   const auto tuned = [&](const char* key, int64_t chosen) { return static_cast<int>(overrides.tuned(key, chosen)); };
+  if (tuned("old", 0) != 1) {
+    s = {};
+    s.half = s.wide = true;
+    s.vectors = aligned16(p.residual) && p.residual_stride % 8 == 0;
+    const int chunks = static_cast<int>(ceil_div(p.k, 64));
+    s.pairs = tuned("pairs", 0) == 1;
+    s.cluster = std::min(2, tuned("cluster", 1));
+    const auto tiles_of = [&](int columns) { return ceil_div(p.m, 128 * s.cluster) * ceil_div(p.n, columns); };
+    const auto time_of = [&](int columns) {
+      return ceil_div(tiles_of(columns), facts.multiprocessors / s.cluster) * columns;
+    };
+    s.columns = !p.gradient && time_of(192) < time_of(256) ? 192 : 256;
+    if (!p.gradient) s.columns = tuned("columns", s.columns);
+    s.halves = std::min(2, tuned("halves", 1));
+    const auto most_stages = [&] {
+      const int stage = (128 + s.columns) * 128;
+      return std::min(kMaxGemmStages, (facts.max_shared_per_block - 2048 - s.halves * s.columns * 128) / stage);
+    };
+    if (chunks <= most_stages()) s.halves = 2;
+    s.stages = std::clamp(tuned("stages", kMaxGemmStages), 2, most_stages());
+    s.band = std::max(1, tuned("band", 16) / s.cluster);
+    const int64_t tiles = tiles_of(s.columns);
+    if (tiles > INT32_MAX / 4) return;
+    s.blocks = static_cast<int>(std::min<int64_t>(tiles, facts.multiprocessors / s.cluster)) * s.cluster;
+    supported = overrides.forced() || half_pays(p, tiles, facts);
+    return;
+  }
+  if (p.gradient) return;
   constexpr int kMostStages = 6;  // in shared memory, beside what is on its way out
   s = {};
   s.half = true;
@@ -114,6 +142,7 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
 }
 
 cudaError_t launch_gemm(const GemmParams& params, const GemmSchedule& schedule, cudaStream_t stream) {
+  if (schedule.wide) return launch_wide_gemm_sm90(params, schedule, stream);
   if (schedule.half) return launch_half_gemm_sm90(params, schedule, stream);
   return schedule.small ? launch_small_gemm_sm90(params, schedule, stream) : launch_gemm_sm90(params, schedule, stream);
 }

@@ -1,0 +1,373 @@
+// The 16-bit matrix product of launch.h on wgmma (sm_90a), for products that fill the device.
+//
+//   block:      128 x 256 (192) of the output at a time, going from tile to tile (persistent); in a cluster of two,
+//               the next 128 rows' tile is the other block's, and each loads half of b for both
+//   loader:     one thread; rows of a and b, 64 numbers of k a stage, by TMA into a ring
+//   consumers:  two warpgroups, 64 rows of a tile each; both operands from shared memory, one group of wgmma in flight.
+//               What they have in the end goes, with the bias and rounded, to shared memory, and on to the next tile
+//   way out:    four warps; a box of 64 x 64 each from there, through the activation, to memory (wide_out.cuh)
+//
+// An activation of 16-bit numbers costs about as many instructions as the tensor cores need cycles for k = 512. So it
+// has warps of its own. Sums can change hands rounded: PyTorch rounds there as well.
+//
+// Shared memory is what limits the main loop: at 64 x 256 a warpgroup, wgmma reads 80 bytes a clock and the copies
+// write 48, of 128. With a tile of 128 x 128 each, which takes turns with the other warpgroup's for the way out, it
+// would be 96 and 64.
+//
+// kGradient: b lies with n side by side in memory, and the way out is that of the activation's gradient.
+#include <algorithm>
+#include <cstdio>
+
+#include "../common/launch.h"
+#include "boxes.cuh"
+#include "kernels.h"
+#include "wgmma_wide.cuh"
+#include "wide_out.cuh"
+
+namespace styleforge::cuda {
+namespace {
+
+constexpr int kRows = 128;
+constexpr int kWayOut = 256;  // its first thread
+template <bool kPairs>
+constexpr int kLinesWarps = kPairs ? 4 : 3;  // of the way out; the one after them loads
+template <bool kPairs>
+constexpr int kThreads = kPairs ? 512 : 384;
+constexpr int kABytes = kRows * kBoxRowBytes;
+constexpr int kMostSlots = 8;
+
+template <int kColumns>
+constexpr int kStageBytes = kABytes + kColumns* kBoxRowBytes;
+
+#ifdef STYLEFORGE_HAS_WGMMA
+
+struct Tile {
+  int row, column;
+};
+
+// Tiles of `height` rows (a cluster's) in bands of rows; within a band, down the rows first.
+__device__ __forceinline__ Tile tile_at(int index, int tiles_m, int tiles_n, int band, int height, int width) {
+  const int first = index / (band * tiles_n) * band;
+  const int rows = min(band, tiles_m - first);
+  const int r = index - first * tiles_n;
+  const int column = r / rows;
+  return {(first + r - column * rows) * height, column * width};
+}
+
+// To the same place in all blocks of the cluster that `blocks` has a bit for, counted by each one's own barrier.
+__device__ __forceinline__ void load_box_for(uint16_t blocks, uint32_t to, const CUtensorMap* map, int column, int row,
+                                             uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
+__device__ __forceinline__ void arrive_in(uint32_t block, uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(map_shared(barrier, block)) : "memory");
+}
+
+// The sums are where the compiler thinks they are only once wgmma has been waited for.
+template <int kCount>
+__device__ __forceinline__ void hold(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#endif  // STYLEFORGE_HAS_WGMMA
+
+template <typename T, int kColumns, bool kGradient, bool kPairs>
+__global__ void __launch_bounds__(kThreads<kPairs>, 1)
+    wide_gemm_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ GemmSchedule s,
+                     const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map) {
+#ifdef STYLEFORGE_HAS_WGMMA
+  constexpr int kStage = kStageBytes<kColumns>;
+  constexpr int kBoxes = kColumns / kBoxColumns;
+  extern __shared__ unsigned char dynamic[];
+  const uint32_t ring = (shared_address(dynamic) + 1023) & ~1023u;  // swizzled tiles start at multiples of 1024 bytes
+  const uint32_t slots = ring + s.stages * kStage;
+  __shared__ uint64_t full[kMaxGemmStages], empty[kMaxGemmStages], filled[kMostSlots], taken[kMostSlots];
+  const uint32_t full_at = shared_address(full), empty_at = shared_address(empty);
+  const uint32_t filled_at = shared_address(filled), taken_at = shared_address(taken);
+
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32;
+  const int rank = s.cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
+  const int tiles_m = (p.m + kRows * s.cluster - 1) / (kRows * s.cluster);
+  const int tiles_n = (p.n + kColumns - 1) / kColumns;
+  const int tiles = tiles_m * tiles_n;
+  const int first_tile = static_cast<int>(blockIdx.x) / s.cluster;
+  const int step = static_cast<int>(gridDim.x) / s.cluster;
+  const int chunks = (p.k + kBoxColumns - 1) / kBoxColumns;
+  const auto tile_of = [&](int t) {
+    Tile tile = tile_at(t, tiles_m, tiles_n, s.band, kRows * s.cluster, kColumns);
+    tile.row += rank * kRows;
+    return tile;
+  };
+
+  if (threadIdx.x == kWayOut) {
+    prefetch_map(&a_map);
+    prefetch_map(&b_map);
+  }
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < s.stages; ++i) {
+      mbarrier_init(&full[i], 1);
+      mbarrier_init(&empty[i], 8 * s.cluster);  // the consumers' warps
+    }
+    for (int i = 0; i < kMostSlots; ++i) {
+      mbarrier_init(&filled[i], 128);
+      mbarrier_init(&taken[i], 32);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (s.cluster > 1) {
+    cluster_arrive();
+    cluster_wait();
+  }
+
+  const auto load_stages = [&] {
+            constexpr int kParts = kGradient ? kBoxes : 2;
+            constexpr int kPartBytes = kColumns * kBoxRowBytes / kParts;
+            const auto load_b = [&](int chunk, int stage, int column) {
+              const uint32_t to = ring + stage * kStage + kABytes, barrier = full_at + 8 * stage;
+              const int k = chunk * kBoxColumns;
+    #pragma unroll
+              for (int i = 0; i < kParts; ++i) {
+                const int x = kGradient ? column + i * kBoxColumns : k;
+                const int y = kGradient ? k : column + i * (kColumns / kParts);
+                if (s.cluster == 1) {
+                  load_box(to + i * kPartBytes, &b_map, x, y, barrier);
+                } else if (i * 2 / kParts == rank) {
+                  load_box_for(3, to + i * kPartBytes, &b_map, x, y, barrier);
+                }
+              }
+            };
+            // What does not depend on the kernel before this one, while that one drains.
+            const int early = p.b_is_ready ? min(chunks, s.stages) : 0;
+            for (int i = 0; i < early; ++i) {
+              mbarrier_arrive_expect(&full[i], kStage);
+              load_b(i, i, tile_of(first_tile).column);
+            }
+            wait_for_predecessor();
+            int stage = 0;
+            uint32_t parity = 1;
+            for (int t = first_tile; t < tiles; t += step) {
+              const Tile tile = tile_of(t);
+              for (int chunk = 0; chunk < chunks; ++chunk) {
+                if (t != first_tile || chunk >= early) {
+                  mbarrier_wait(empty_at + 8 * stage, parity);
+                  mbarrier_arrive_expect(&full[stage], kStage);
+                  load_b(chunk, stage, tile.column);
+                }
+                load_box(ring + stage * kStage, &a_map, chunk * kBoxColumns, tile.row, full_at + 8 * stage);
+                if (++stage == s.stages) {
+                  stage = 0;
+                  parity ^= 1;
+                }
+              }
+            }
+            release_successor();
+  };
+  const auto send_lines = [&](int lines_warp) {
+          wait_for_predecessor();
+          const LinesOut<T> out(p, s.vectors, lane);
+          // Boxes in the order in which they are filled, by turns; what a quarter of one needs of global memory is loaded
+          // while the one before it is on its way.
+          struct Box {
+            int row, column, slot;
+            uint32_t parity;
+          };
+          const auto box_at = [&](int index) {
+            const int turn = index / (2 * kBoxes), half = index / kBoxes % 2, box = index % kBoxes;
+            const Tile tile = tile_of(first_tile + turn * step);
+            return Box{tile.row + half * 64, tile.column + box * kBoxColumns, (s.halves == 2 ? half * kBoxes : 0) + box,
+                       static_cast<uint32_t>(s.halves == 2 ? turn & 1 : half)};
+          };
+          const int count = tiles > first_tile ? ((tiles - first_tile - 1) / step + 1) * 2 * kBoxes : 0;
+          Box next = box_at(lines_warp);
+          uint4 other[kLines] = {};
+          if (p.residual != nullptr && lines_warp < count) out.load(other, next.row, next.column);
+    #pragma unroll 1
+          for (int index = lines_warp; index < count; index += kLinesWarps<kPairs>) {
+            const Box box = next;
+            float sums[8] = {};
+            mbarrier_wait(filled_at + 8 * box.slot, box.parity);
+    #pragma unroll 1
+            for (int quarter = 0; quarter < kQuarters; ++quarter) {
+              uint4 v[kLines], ahead[kLines] = {};
+              out.take(v, slots + box.slot * kBoxBytes, quarter);
+              if (quarter == kQuarters - 1) {
+                mbarrier_arrive(taken_at + 8 * box.slot);
+                next = box_at(index + kLinesWarps<kPairs>);
+              }
+              if (p.residual != nullptr && (quarter < kQuarters - 1 || index + kLinesWarps<kPairs> < count)) {
+                const bool same = quarter < kQuarters - 1;
+                out.load(ahead, same ? box.row + 16 * (quarter + 1) : next.row, next.column);
+              }
+              if constexpr (kGradient) {
+                out.gradient(v, other, sums, box.row + 16 * quarter, box.column);
+              } else {
+                out.forward(v, other, box.row + 16 * quarter, box.column);
+              }
+    #pragma unroll
+              for (int i = 0; i < kLines; ++i) other[i] = ahead[i];
+            }
+            if (kGradient && p.column_sums != nullptr) out.sum_out(sums, box.row, box.column);
+          }
+  };
+
+  // Each warpgroup has its own number of registers.
+  if (warp < kWayOut / 32) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kPairs ? 176 : 184));
+    wait_for_predecessor();
+    constexpr int kInstructions = kPairs ? 2 : 1, kWidth = kColumns / kInstructions;
+    using Mma = WgmmaWide<kMmaKind<T>, kWidth, kGradient>;
+    const int group = warp / 4;
+    const uint32_t group_a = group * 64 * kBoxRowBytes;
+    // This lane's row and 16-byte half of a warp's 16 x 16 piece; the next piece is an exclusive or away.
+    const uint32_t piece = (warp % 4 * 16 + lane % 16) * kBoxRowBytes + (((lane & 7) ^ (lane / 16)) << 4);
+    float d[kInstructions][kWidth / 2];
+    int stage = 0;
+    uint32_t parity = 0;
+
+    const auto multiply = [&](bool accumulate) {
+      mbarrier_wait(full_at + 8 * stage, parity);
+      constexpr int kNext = kGradient ? 128 : 2;  // 16 of k further on in b
+      const uint32_t at = ring + stage * kStage;
+      const uint64_t a = wgmma_descriptor(at + group_a);
+      const uint64_t b = kGradient ? wgmma_transposed_descriptor(at + kABytes) : wgmma_descriptor(at + kABytes);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+#pragma unroll
+        for (int i = 0; i < kInstructions; ++i) {
+          Mma::run(d[i], a + 2 * k, b + i * (kWidth * kBoxRowBytes >> 4) + kNext * k, accumulate || k > 0);
+        }
+      }
+      wgmma_commit();
+      if (++stage == s.stages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    };
+    const auto release = [&](int done) {
+      if (s.cluster == 1) {
+        if (lane == 0) mbarrier_arrive(empty_at + 8 * done);
+      } else if (lane < s.cluster) {
+        arrive_in(lane, empty_at + 8 * done);
+      }
+      __syncwarp();
+    };
+
+    uint32_t turn = 0;
+    for (int t = first_tile; t < tiles; t += step) {
+      const int column = tile_of(t).column + lane % 4 * 2;
+      int done = stage;
+      multiply(false);
+      for (int chunk = 1; chunk < chunks; ++chunk) {
+        const int next = stage;
+        multiply(true);
+        wgmma_wait<1>();
+        release(done);
+        done = next;
+      }
+      uint32_t bias[kBoxes][8];
+#pragma unroll
+      for (int i = 0; i < kBoxes * 8; ++i) {
+        const int at = column + 8 * i;
+        const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.bias) + at);
+        bias[i / 8][i % 8] = p.bias != nullptr && at < p.n ? __ldg(from) : 0;
+      }
+      wgmma_wait<0>();
+      release(done);
+#pragma unroll
+      for (int i = 0; i < kInstructions; ++i) hold(d[i]);
+#pragma unroll
+      for (int box = 0; box < kBoxes; ++box) {
+        uint32_t pairs[16];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float2 b = unpack<T>(bias[box][i]);
+          const float* x = d[box * 64 / kWidth] + (box * 64 % kWidth / 2 + 4 * i);
+          pairs[2 * i] = pack<T>(x[0] + b.x, x[1] + b.y);
+          pairs[2 * i + 1] = pack<T>(x[2] + b.x, x[3] + b.y);
+        }
+        const int slot = (s.halves == 2 ? group * kBoxes : 0) + box;
+        // In a slot that both warpgroups use the upper rows come first.
+        mbarrier_wait(taken_at + 8 * slot, s.halves == 2 ? turn ^ 1 : group ^ 1);
+        const uint32_t to = slots + slot * kBoxBytes + piece;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t four[4] = {pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]};
+          store_matrix(to ^ (i << 5), four);
+        }
+        mbarrier_arrive(filled_at + 8 * slot);
+      }
+      turn ^= 1;
+    }
+  } else if (!kPairs || warp < kWayOut / 32 + 4) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kPairs ? 120 : 136));
+    if (warp - kWayOut / 32 < kLinesWarps<kPairs>) {
+      send_lines(warp - kWayOut / 32);
+    } else {
+      if (lane == 0) load_stages();
+      __syncwarp();
+    }
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(40));
+    if (warp == kWayOut / 32 + 4) {
+      if (lane == 0) load_stages();
+      __syncwarp();
+    }
+  }
+  if (s.cluster > 1) {  // nobody leaves while the other one still loads for it
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+  }
+#endif
+}
+
+template <typename T, int kColumns, bool kGradient, bool kPairs>
+cudaError_t launch_kernel(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
+  CUtensorMap a, b;
+  if (const auto error = box_map(p.dtype, p.a, p.m, p.k, p.a_stride, kRows, a)) {
+    fprintf(stderr, "DBG a map m %d k %d stride %ld %p\n", p.m, p.k, (long)p.a_stride, p.a);
+    return error;
+  }
+  const auto b_error = kGradient ? box_map(p.dtype, p.b, p.k, p.n, p.b_stride[1], kBoxColumns, b)
+                                 : box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kColumns / 2, b);
+  if (b_error != cudaSuccess) {
+    fprintf(stderr, "DBG b map n %d k %d stride %ld %ld %p\n", p.n, p.k, (long)p.b_stride[0], (long)p.b_stride[1], p.b);
+    return b_error;
+  }
+  const size_t shared = 1024 + s.stages * kStageBytes<kColumns> + s.halves * (kColumns / kBoxColumns) * kBoxBytes;
+  const auto le = launch(wide_gemm_kernel<T, kColumns, kGradient, kPairs>, dim3(static_cast<unsigned>(s.blocks)), dim3(kThreads<kPairs>), shared,
+                s.cluster, facts, stream, p, s, a, b);
+  if (le) fprintf(stderr, "DBG launch %d blocks %d shared %d cluster %d cols %d grad %d\n", (int)le, s.blocks, (int)shared, s.cluster, kColumns, (int)kGradient);
+  return le;
+}
+
+template <typename T>
+cudaError_t launch_dtype(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
+  if (s.pairs) {
+    if (p.gradient) return launch_kernel<T, 256, true, true>(p, s, facts, stream);
+    if (s.columns != 192) return launch_kernel<T, 256, false, true>(p, s, facts, stream);
+  }
+  if (p.gradient) return launch_kernel<T, 256, true, false>(p, s, facts, stream);
+  return s.columns == 192 ? launch_kernel<T, 192, false, false>(p, s, facts, stream)
+                          : launch_kernel<T, 256, false, false>(p, s, facts, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_wide_gemm_sm90(const GemmParams& p, const GemmSchedule& s, cudaStream_t stream) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  return p.dtype == DType::kFloat16 ? launch_dtype<__half>(p, s, facts, stream)
+                                    : launch_dtype<__nv_bfloat16>(p, s, facts, stream);
+}
+
+}  // namespace styleforge::cuda
