@@ -356,7 +356,7 @@ cudaError_t launch_half(const WholeFfnParams& p, const Schedule& s, const Device
   return p.out <= 128 ? launch_sizes<T, 256, 128>(p, s, facts, stream) : launch_sizes<T, 256, 256>(p, s, facts, stream);
 }
 
-// STYLEFORGE_GEMM_TUNE="one=1,parts=4" (one: 1 never, 2 always)
+// STYLEFORGE_GEMM_TUNE="one=1,parts=4" (one: 1 never, 2 always; not where "small" asks for others)
 Schedule schedule(const WholeFfnParams& p, const Overrides& overrides, const DeviceFacts& facts) {
   Schedule s;
   const int64_t chunks = ceil_div(p.hidden, kHidden), tiles = ceil_div(p.rows, kRows);
@@ -375,7 +375,7 @@ cudaError_t whole_mma_supported(const WholeFfnParams& p, bool& supported) {
   if (const auto error = device_facts(facts)) return error;
   const Overrides overrides("STYLEFORGE_GEMM_TUNE");
   const auto wish = overrides.tuned("one", 0);
-  if (wish == 1 || (overrides.forced() && !overrides.forced("sm90"))) return cudaSuccess;
+  if (wish == 1 || (wish == 0 && overrides.tuned("small", 0) != 0) || (overrides.forced() && !overrides.forced("sm90"))) return cudaSuccess;
   if (facts.major != 9 || !facts.has_cluster()) return cudaSuccess;
   const bool single = p.dtype == DType::kFloat32;
   if (!single && p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return cudaSuccess;
