@@ -97,8 +97,8 @@ std::optional<FfnResult> run_whole_ffn(const FfnArgs& args, const FfnPlan& plan,
     result.hidden = empty_dense(args.input, plan.hidden_sizes, false, dtype);
     params.product = result.hidden->mutable_data_ptr();
   }
-  check_cuda(kOp, by_mma ? cuda::launch_whole_mma(params, scope.stream())
-                         : cuda::launch_whole_ffn(params, scope.stream()));
+  check_cuda(kOp,
+             by_mma ? cuda::launch_whole_mma(params, scope.stream()) : cuda::launch_whole_ffn(params, scope.stream()));
   record_path(dtype == ScalarType::Float ? "ffn:cuda:sm90:3xtf32:one_launch" : "ffn:cuda:sm90:16bit:one_launch");
   return result;
 }

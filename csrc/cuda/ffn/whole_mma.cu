@@ -46,7 +46,7 @@ struct Schedule {
 };
 
 template <typename T, int kOut>
-constexpr size_t kSharedBytes = kQuarters* kRows* kQuarterPitch * sizeof(float) +
+constexpr size_t kSharedBytes = kQuarters * kRows * kQuarterPitch * sizeof(float) +
                                 kRows * kActivatedPitch<T> * sizeof(T) + kRows * kSumPitch<kOut> * sizeof(float);
 
 #ifdef STYLEFORGE_HAS_CLUSTER
@@ -202,8 +202,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int q = 0; q < kQuarters; ++q) {
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        const float4 one =
-            *reinterpret_cast<const float4*>(quarters + (q * kRows + row) * kQuarterPitch + at + 32 * v);
+        const float4 one = *reinterpret_cast<const float4*>(quarters + (q * kRows + row) * kQuarterPitch + at + 32 * v);
         h[4 * v] += one.x;
         h[4 * v + 1] += one.y;
         h[4 * v + 2] += one.z;
@@ -270,10 +269,9 @@ __global__ void __launch_bounds__(kThreads)
           if constexpr (sizeof(T) == 4) {
             const int out = (warp * kSecondTiles + j) * 8 + lane % 4 * 2 + r % 2;
             if (isnan(part[i][j][r]) && out < p.out) {
-              part[i][j][r] =
-                  multiply_plainly(activated + (16 * i + r / 2 * 8 + row_in_tile) * kActivatedPitch<T>,
-                                   static_cast<const float*>(p.fc2_weight) + out * p.fc2_stride + column,
-                                   min(kHidden, p.hidden - column));
+              part[i][j][r] = multiply_plainly(activated + (16 * i + r / 2 * 8 + row_in_tile) * kActivatedPitch<T>,
+                                               static_cast<const float*>(p.fc2_weight) + out * p.fc2_stride + column,
+                                               min(kHidden, p.hidden - column));
             }
           }
           total[i][j][r] += part[i][j][r];
@@ -351,7 +349,8 @@ cudaError_t launch_sizes(const WholeFfnParams& p, const Schedule& s, const Devic
 template <typename T>
 cudaError_t launch_half(const WholeFfnParams& p, const Schedule& s, const DeviceFacts& facts, cudaStream_t stream) {
   if (p.embed <= 128) {
-    return p.out <= 128 ? launch_sizes<T, 128, 128>(p, s, facts, stream) : launch_sizes<T, 128, 256>(p, s, facts, stream);
+    return p.out <= 128 ? launch_sizes<T, 128, 128>(p, s, facts, stream)
+                        : launch_sizes<T, 128, 256>(p, s, facts, stream);
   }
   return p.out <= 128 ? launch_sizes<T, 256, 128>(p, s, facts, stream) : launch_sizes<T, 256, 256>(p, s, facts, stream);
 }
@@ -375,7 +374,8 @@ cudaError_t whole_mma_supported(const WholeFfnParams& p, bool& supported) {
   if (const auto error = device_facts(facts)) return error;
   const Overrides overrides("STYLEFORGE_GEMM_TUNE");
   const auto wish = overrides.tuned("one", 0);
-  if (wish == 1 || (wish == 0 && overrides.tuned("small", 0) != 0) || (overrides.forced() && !overrides.forced("sm90"))) return cudaSuccess;
+  if (wish == 1 || (wish == 0 && overrides.tuned("small", 0) != 0) || (overrides.forced() && !overrides.forced("sm90")))
+    return cudaSuccess;
   if (facts.major != 9 || !facts.has_cluster()) return cudaSuccess;
   const bool single = p.dtype == DType::kFloat32;
   if (!single && p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return cudaSuccess;

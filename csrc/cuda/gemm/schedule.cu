@@ -65,7 +65,16 @@ void schedule_half(const GemmParams& p, GemmSchedule& s, bool& supported, const 
     s.band = std::max(1, tuned("band", 16) / s.cluster);
     const int64_t tiles = tiles_of(s.columns);
     if (tiles > INT32_MAX / 4) return;
-    s.blocks = static_cast<int>(std::min<int64_t>(tiles, facts.multiprocessors / s.cluster)) * s.cluster;
+    // Where the last round of tiles leaves most blocks without work, more and smaller ones take less time.
+    const int64_t rest = tiles % facts.multiprocessors;
+    const int boxes = s.columns / 64;
+    const int cut = tuned("narrow", 0);
+    if (s.cluster == 1 && cut != 1) {
+      if (rest * boxes <= facts.multiprocessors) s.narrow = static_cast<int>(rest);
+      if (cut > 1) s.narrow = static_cast<int>(std::min<int64_t>(tiles, cut - 1));
+    }
+    const int64_t units = tiles + s.narrow * int64_t{boxes - 1};
+    s.blocks = static_cast<int>(std::min<int64_t>(units, facts.multiprocessors / s.cluster)) * s.cluster;
     supported = overrides.forced() || half_pays(p, tiles, facts);
     return;
   }

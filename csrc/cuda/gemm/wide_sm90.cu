@@ -17,6 +17,7 @@
 // kGradient: b lies with n side by side in memory, and the way out is that of the activation's gradient.
 #include <algorithm>
 #include <cstdio>
+#include <type_traits>
 
 #include "../common/launch.h"
 #include "boxes.cuh"
@@ -37,12 +38,13 @@ constexpr int kABytes = kRows * kBoxRowBytes;
 constexpr int kMostSlots = 8;
 
 template <int kColumns>
-constexpr int kStageBytes = kABytes + kColumns* kBoxRowBytes;
+constexpr int kStageBytes = kABytes + kColumns * kBoxRowBytes;
 
 #ifdef STYLEFORGE_HAS_WGMMA
 
 struct Tile {
   int row, column;
+  bool narrow = false;
 };
 
 // Tiles of `height` rows (a cluster's) in bands of rows; within a band, down the rows first.
@@ -80,7 +82,8 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
 template <typename T, int kColumns, bool kGradient, bool kPairs>
 __global__ void __launch_bounds__(kThreads<kPairs>, 1)
     wide_gemm_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ GemmSchedule s,
-                     const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map) {
+                     const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
+                     const __grid_constant__ CUtensorMap narrow_map) {
 #ifdef STYLEFORGE_HAS_WGMMA
   constexpr int kStage = kStageBytes<kColumns>;
   constexpr int kBoxes = kColumns / kBoxColumns;
@@ -96,19 +99,25 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
   const int rank = s.cluster > 1 ? static_cast<int>(cluster_rank()) : 0;
   const int tiles_m = (p.m + kRows * s.cluster - 1) / (kRows * s.cluster);
   const int tiles_n = (p.n + kColumns - 1) / kColumns;
-  const int tiles = tiles_m * tiles_n;
+  const int wide_tiles = tiles_m * tiles_n - s.narrow;
+  const int tiles = wide_tiles + s.narrow * kBoxes;
   const int first_tile = static_cast<int>(blockIdx.x) / s.cluster;
   const int step = static_cast<int>(gridDim.x) / s.cluster;
   const int chunks = (p.k + kBoxColumns - 1) / kBoxColumns;
   const auto tile_of = [&](int t) {
-    Tile tile = tile_at(t, tiles_m, tiles_n, s.band, kRows * s.cluster, kColumns);
+    const bool narrow = t >= wide_tiles;
+    const int whole = narrow ? wide_tiles + (t - wide_tiles) / kBoxes : t;
+    Tile tile = tile_at(whole, tiles_m, tiles_n, s.band, kRows * s.cluster, kColumns);
     tile.row += rank * kRows;
+    if (narrow) tile.column += (t - wide_tiles) % kBoxes * kBoxColumns;
+    tile.narrow = narrow;
     return tile;
   };
 
   if (threadIdx.x == kWayOut) {
     prefetch_map(&a_map);
     prefetch_map(&b_map);
+    if (s.narrow > 0) prefetch_map(&narrow_map);
   }
   if (threadIdx.x == 0) {
     for (int i = 0; i < s.stages; ++i) {
@@ -128,94 +137,101 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
   }
 
   const auto load_stages = [&] {
-            constexpr int kParts = kGradient ? kBoxes : 2;
-            constexpr int kPartBytes = kColumns * kBoxRowBytes / kParts;
-            const auto load_b = [&](int chunk, int stage, int column) {
-              const uint32_t to = ring + stage * kStage + kABytes, barrier = full_at + 8 * stage;
-              const int k = chunk * kBoxColumns;
-    #pragma unroll
-              for (int i = 0; i < kParts; ++i) {
-                const int x = kGradient ? column + i * kBoxColumns : k;
-                const int y = kGradient ? k : column + i * (kColumns / kParts);
-                if (s.cluster == 1) {
-                  load_box(to + i * kPartBytes, &b_map, x, y, barrier);
-                } else if (i * 2 / kParts == rank) {
-                  load_box_for(3, to + i * kPartBytes, &b_map, x, y, barrier);
-                }
-              }
-            };
-            // What does not depend on the kernel before this one, while that one drains.
-            const int early = p.b_is_ready ? min(chunks, s.stages) : 0;
-            for (int i = 0; i < early; ++i) {
-              mbarrier_arrive_expect(&full[i], kStage);
-              load_b(i, i, tile_of(first_tile).column);
-            }
-            wait_for_predecessor();
-            int stage = 0;
-            uint32_t parity = 1;
-            for (int t = first_tile; t < tiles; t += step) {
-              const Tile tile = tile_of(t);
-              for (int chunk = 0; chunk < chunks; ++chunk) {
-                if (t != first_tile || chunk >= early) {
-                  mbarrier_wait(empty_at + 8 * stage, parity);
-                  mbarrier_arrive_expect(&full[stage], kStage);
-                  load_b(chunk, stage, tile.column);
-                }
-                load_box(ring + stage * kStage, &a_map, chunk * kBoxColumns, tile.row, full_at + 8 * stage);
-                if (++stage == s.stages) {
-                  stage = 0;
-                  parity ^= 1;
-                }
-              }
-            }
-            release_successor();
+    constexpr int kParts = kGradient ? kBoxes : 2;
+    constexpr int kPartBytes = kColumns * kBoxRowBytes / kParts;
+    const auto load_b = [&](int chunk, int stage, const Tile& tile) {
+      const uint32_t to = ring + stage * kStage + kABytes, barrier = full_at + 8 * stage;
+      const int k = chunk * kBoxColumns;
+      mbarrier_arrive_expect(&full[stage], tile.narrow ? kABytes + kBoxBytes : kStage);
+      if (!kGradient && tile.narrow) load_box(to, &narrow_map, k, tile.column, barrier);
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        if (tile.narrow && (!kGradient || i > 0)) continue;
+        const int x = kGradient ? tile.column + i * kBoxColumns : k;
+        const int y = kGradient ? k : tile.column + i * (kColumns / kParts);
+        if (s.cluster == 1) {
+          load_box(to + i * kPartBytes, &b_map, x, y, barrier);
+        } else if (i * 2 / kParts == rank) {
+          load_box_for(3, to + i * kPartBytes, &b_map, x, y, barrier);
+        }
+      }
+    };
+    // What does not depend on the kernel before this one, while that one drains.
+    const int early = p.b_is_ready ? min(chunks, s.stages) : 0;
+    for (int i = 0; i < early; ++i) load_b(i, i, tile_of(first_tile));
+    wait_for_predecessor();
+    int stage = 0;
+    uint32_t parity = 1;
+    for (int t = first_tile; t < tiles; t += step) {
+      const Tile tile = tile_of(t);
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        if (t != first_tile || chunk >= early) {
+          mbarrier_wait(empty_at + 8 * stage, parity);
+          load_b(chunk, stage, tile);
+        }
+        load_box(ring + stage * kStage, &a_map, chunk * kBoxColumns, tile.row, full_at + 8 * stage);
+        if (++stage == s.stages) {
+          stage = 0;
+          parity ^= 1;
+        }
+      }
+    }
+    release_successor();
   };
   const auto send_lines = [&](int lines_warp) {
-          wait_for_predecessor();
-          const LinesOut<T> out(p, s.vectors, lane);
-          // Boxes in the order in which they are filled, by turns; what a quarter of one needs of global memory is loaded
-          // while the one before it is on its way.
-          struct Box {
-            int row, column, slot;
-            uint32_t parity;
-          };
-          const auto box_at = [&](int index) {
-            const int turn = index / (2 * kBoxes), half = index / kBoxes % 2, box = index % kBoxes;
-            const Tile tile = tile_of(first_tile + turn * step);
-            return Box{tile.row + half * 64, tile.column + box * kBoxColumns, (s.halves == 2 ? half * kBoxes : 0) + box,
-                       static_cast<uint32_t>(s.halves == 2 ? turn & 1 : half)};
-          };
-          const int count = tiles > first_tile ? ((tiles - first_tile - 1) / step + 1) * 2 * kBoxes : 0;
-          Box next = box_at(lines_warp);
-          uint4 other[kLines] = {};
-          if (p.residual != nullptr && lines_warp < count) out.load(other, next.row, next.column);
-    #pragma unroll 1
-          for (int index = lines_warp; index < count; index += kLinesWarps<kPairs>) {
-            const Box box = next;
-            float sums[8] = {};
-            mbarrier_wait(filled_at + 8 * box.slot, box.parity);
-    #pragma unroll 1
-            for (int quarter = 0; quarter < kQuarters; ++quarter) {
-              uint4 v[kLines], ahead[kLines] = {};
-              out.take(v, slots + box.slot * kBoxBytes, quarter);
-              if (quarter == kQuarters - 1) {
-                mbarrier_arrive(taken_at + 8 * box.slot);
-                next = box_at(index + kLinesWarps<kPairs>);
-              }
-              if (p.residual != nullptr && (quarter < kQuarters - 1 || index + kLinesWarps<kPairs> < count)) {
-                const bool same = quarter < kQuarters - 1;
-                out.load(ahead, same ? box.row + 16 * (quarter + 1) : next.row, next.column);
-              }
-              if constexpr (kGradient) {
-                out.gradient(v, other, sums, box.row + 16 * quarter, box.column);
-              } else {
-                out.forward(v, other, box.row + 16 * quarter, box.column);
-              }
-    #pragma unroll
-              for (int i = 0; i < kLines; ++i) other[i] = ahead[i];
-            }
-            if (kGradient && p.column_sums != nullptr) out.sum_out(sums, box.row, box.column);
-          }
+    wait_for_predecessor();
+    const LinesOut<T> out(p, s.vectors, lane);
+    // Boxes in the order in which they are filled, by turns; what a quarter of one needs of global memory is loaded
+    // while the one before it is on its way.
+    struct Box {
+      int row, column, slot;
+      uint32_t parity;
+    };
+    const int turns = tiles > first_tile ? (tiles - first_tile - 1) / step + 1 : 0;
+    const int wide_turns = wide_tiles > first_tile ? (wide_tiles - first_tile - 1) / step + 1 : 0;
+    const auto box_at = [&](int index) {
+      int turn = index / (2 * kBoxes), half = index / kBoxes % 2, box = index % kBoxes;
+      if (turn >= wide_turns) {  // a narrow tile is one box wide
+        const int after = index - wide_turns * 2 * kBoxes;
+        turn = wide_turns + after / 2;
+        half = after % 2;
+        box = 0;
+      }
+      const Tile tile = tile_of(first_tile + turn * step);
+      return Box{tile.row + half * 64, tile.column + box * kBoxColumns, (s.halves == 2 ? half * kBoxes : 0) + box,
+                 static_cast<uint32_t>(s.halves == 2 ? turn & 1 : half)};
+    };
+    const int count = wide_turns * 2 * kBoxes + (turns - wide_turns) * 2;
+    Box next = box_at(lines_warp);
+    uint4 other[kLines] = {};
+    if (p.residual != nullptr && lines_warp < count) out.load(other, next.row, next.column);
+#pragma unroll 1
+    for (int index = lines_warp; index < count; index += kLinesWarps<kPairs>) {
+      const Box box = next;
+      float sums[8] = {};
+      mbarrier_wait(filled_at + 8 * box.slot, box.parity);
+#pragma unroll 1
+      for (int quarter = 0; quarter < kQuarters; ++quarter) {
+        uint4 v[kLines], ahead[kLines] = {};
+        out.take(v, slots + box.slot * kBoxBytes, quarter);
+        if (quarter == kQuarters - 1) {
+          mbarrier_arrive(taken_at + 8 * box.slot);
+          next = box_at(index + kLinesWarps<kPairs>);
+        }
+        if (p.residual != nullptr && (quarter < kQuarters - 1 || index + kLinesWarps<kPairs> < count)) {
+          const bool same = quarter < kQuarters - 1;
+          out.load(ahead, same ? box.row + 16 * (quarter + 1) : next.row, next.column);
+        }
+        if constexpr (kGradient) {
+          out.gradient(v, other, sums, box.row + 16 * quarter, box.column);
+        } else {
+          out.forward(v, other, box.row + 16 * quarter, box.column);
+        }
+#pragma unroll
+        for (int i = 0; i < kLines; ++i) other[i] = ahead[i];
+      }
+      if (kGradient && p.column_sums != nullptr) out.sum_out(sums, box.row, box.column);
+    }
   };
 
   // Each warpgroup has its own number of registers.
@@ -232,7 +248,7 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
     int stage = 0;
     uint32_t parity = 0;
 
-    const auto multiply = [&](bool accumulate) {
+    const auto multiply = [&](bool accumulate, auto narrow) {
       mbarrier_wait(full_at + 8 * stage, parity);
       constexpr int kNext = kGradient ? 128 : 2;  // 16 of k further on in b
       const uint32_t at = ring + stage * kStage;
@@ -241,9 +257,14 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
+        if constexpr (narrow.value) {
+          auto& first = reinterpret_cast<float (&)[kBoxColumns / 2]>(d);
+          WgmmaWide<kMmaKind<T>, kBoxColumns, kGradient>::run(first, a + 2 * k, b + kNext * k, accumulate || k > 0);
+        } else {
 #pragma unroll
-        for (int i = 0; i < kInstructions; ++i) {
-          Mma::run(d[i], a + 2 * k, b + i * (kWidth * kBoxRowBytes >> 4) + kNext * k, accumulate || k > 0);
+          for (int i = 0; i < kInstructions; ++i) {
+            Mma::run(d[i], a + 2 * k, b + i * (kWidth * kBoxRowBytes >> 4) + kNext * k, accumulate || k > 0);
+          }
         }
       }
       wgmma_commit();
@@ -263,15 +284,23 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
 
     uint32_t turn = 0;
     for (int t = first_tile; t < tiles; t += step) {
-      const int column = tile_of(t).column + lane % 4 * 2;
+      const Tile tile = tile_of(t);
+      const int column = tile.column + lane % 4 * 2;
       int done = stage;
-      multiply(false);
-      for (int chunk = 1; chunk < chunks; ++chunk) {
-        const int next = stage;
-        multiply(true);
-        wgmma_wait<1>();
-        release(done);
-        done = next;
+      const auto multiply_all = [&](auto narrow) {
+        multiply(false, narrow);
+        for (int chunk = 1; chunk < chunks; ++chunk) {
+          const int next = stage;
+          multiply(true, narrow);
+          wgmma_wait<1>();
+          release(done);
+          done = next;
+        }
+      };
+      if (tile.narrow) {
+        multiply_all(std::true_type{});
+      } else {
+        multiply_all(std::false_type{});
       }
       uint32_t bias[kBoxes][8];
 #pragma unroll
@@ -286,6 +315,7 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
       for (int i = 0; i < kInstructions; ++i) hold(d[i]);
 #pragma unroll
       for (int box = 0; box < kBoxes; ++box) {
+        if (box > 0 && tile.narrow) continue;
         uint32_t pairs[16];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -332,7 +362,7 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
 
 template <typename T, int kColumns, bool kGradient, bool kPairs>
 cudaError_t launch_kernel(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
-  CUtensorMap a, b;
+  CUtensorMap a, b, narrow;
   if (const auto error = box_map(p.dtype, p.a, p.m, p.k, p.a_stride, kRows, a)) {
     fprintf(stderr, "DBG a map m %d k %d stride %ld %p\n", p.m, p.k, (long)p.a_stride, p.a);
     return error;
@@ -343,10 +373,16 @@ cudaError_t launch_kernel(const GemmParams& p, const GemmSchedule& s, const Devi
     fprintf(stderr, "DBG b map n %d k %d stride %ld %ld %p\n", p.n, p.k, (long)p.b_stride[0], (long)p.b_stride[1], p.b);
     return b_error;
   }
+  narrow = b;
+  if (s.narrow > 0 && !kGradient) {
+    if (const auto error = box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kBoxColumns, narrow)) return error;
+  }
   const size_t shared = 1024 + s.stages * kStageBytes<kColumns> + s.halves * (kColumns / kBoxColumns) * kBoxBytes;
-  const auto le = launch(wide_gemm_kernel<T, kColumns, kGradient, kPairs>, dim3(static_cast<unsigned>(s.blocks)), dim3(kThreads<kPairs>), shared,
-                s.cluster, facts, stream, p, s, a, b);
-  if (le) fprintf(stderr, "DBG launch %d blocks %d shared %d cluster %d cols %d grad %d\n", (int)le, s.blocks, (int)shared, s.cluster, kColumns, (int)kGradient);
+  const auto le = launch(wide_gemm_kernel<T, kColumns, kGradient, kPairs>, dim3(static_cast<unsigned>(s.blocks)),
+                         dim3(kThreads<kPairs>), shared, s.cluster, facts, stream, p, s, a, b, narrow);
+  if (le)
+    fprintf(stderr, "DBG launch %d blocks %d shared %d cluster %d cols %d grad %d\n", (int)le, s.blocks, (int)shared,
+            s.cluster, kColumns, (int)kGradient);
   return le;
 }
 
