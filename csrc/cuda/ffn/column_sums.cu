@@ -1,7 +1,6 @@
 // Sums over the rows of a matrix, which gradients of biases are, in a fixed order: first of 128 rows each, then of
 // those sums. The products that write such a matrix may give the first ones (gemm/half_out.cuh).
 #include <algorithm>
-#include <cstdio>
 
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
@@ -86,7 +85,6 @@ __global__ void __launch_bounds__(kFinishColumns* kFinishParts)
 template <typename T>
 cudaError_t finish(const ColumnSumsParams& p, int count, const DeviceFacts& facts, cudaStream_t stream) {
   const auto grid = dim3(static_cast<unsigned>(ceil_div(p.columns, kFinishColumns)));
-  if (p.columns < 1) fprintf(stderr, "DBG columns %d\n", p.columns);
   return launch(finish_parts_kernel<T>, grid, dim3(kFinishColumns * kFinishParts), 0, 1, facts, stream, p.parts,
                 static_cast<T*>(p.output), count, p.columns);
 }
@@ -100,7 +98,6 @@ cudaError_t sums(const ColumnSumsParams& p, cudaStream_t stream) {
       dim3(static_cast<unsigned>(ceil_div(p.columns, kColumns)), static_cast<unsigned>(ceil_div(p.rows, kPartRows)));
   if (const auto error = launch(row_parts_kernel<T>, grid, dim3(kThreads), 0, 1, facts, stream, p.matrix, p.parts,
                                 p.stride, p.rows, p.columns)) {
-    fprintf(stderr, "DBG row parts grid %u %u\n", grid.x, grid.y);
     return error;
   }
   return finish<T>(p, static_cast<int>(grid.y), facts, stream);

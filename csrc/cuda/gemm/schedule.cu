@@ -46,7 +46,6 @@ void schedule_half(const GemmParams& p, GemmSchedule& s, bool& supported, const 
     s = {};
     s.half = s.wide = true;
     s.vectors = aligned16(p.residual) && p.residual_stride % 8 == 0;
-    const int chunks = static_cast<int>(ceil_div(p.k, 64));
     s.pairs = tuned("pairs", 0) == 1;
     s.cluster = std::min(2, tuned("cluster", 1));
     const auto tiles_of = [&](int columns) { return ceil_div(p.m, 128 * s.cluster) * ceil_div(p.n, columns); };
@@ -60,7 +59,6 @@ void schedule_half(const GemmParams& p, GemmSchedule& s, bool& supported, const 
       const int stage = (128 + s.columns) * 128;
       return std::min(kMaxGemmStages, (facts.max_shared_per_block - 2048 - s.halves * s.columns * 128) / stage);
     };
-    if (chunks <= most_stages()) s.halves = 2;
     s.stages = std::clamp(tuned("stages", kMaxGemmStages), 2, most_stages());
     s.band = std::max(1, tuned("band", 16) / s.cluster);
     const int64_t tiles = tiles_of(s.columns);

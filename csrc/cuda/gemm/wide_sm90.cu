@@ -16,7 +16,6 @@
 //
 // kGradient: b lies with n side by side in memory, and the way out is that of the activation's gradient.
 #include <algorithm>
-#include <cstdio>
 #include <type_traits>
 
 #include "../common/launch.h"
@@ -29,18 +28,19 @@ namespace styleforge::cuda {
 namespace {
 
 constexpr int kRows = 128;
-constexpr int kWayOut = 256;  // its first thread
 template <bool kPairs>
 constexpr int kLinesWarps = kPairs ? 4 : 3;  // of the way out; the one after them loads
 template <bool kPairs>
 constexpr int kThreads = kPairs ? 512 : 384;
 constexpr int kABytes = kRows * kBoxRowBytes;
-constexpr int kMostSlots = 8;
 
 template <int kColumns>
 constexpr int kStageBytes = kABytes + kColumns * kBoxRowBytes;
 
 #ifdef STYLEFORGE_HAS_WGMMA
+
+constexpr int kWayOut = 256;  // its first thread
+constexpr int kMostSlots = 8;
 
 struct Tile {
   int row, column;
@@ -184,7 +184,8 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
     // Boxes in the order in which they are filled, by turns; what a quarter of one needs of global memory is loaded
     // while the one before it is on its way.
     struct Box {
-      int row, column, slot;
+      int row, column, barrier;
+      uint32_t address;
       uint32_t parity;
     };
     const int turns = tiles > first_tile ? (tiles - first_tile - 1) / step + 1 : 0;
@@ -198,8 +199,8 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
         box = 0;
       }
       const Tile tile = tile_of(first_tile + turn * step);
-      return Box{tile.row + half * 64, tile.column + box * kBoxColumns, (s.halves == 2 ? half * kBoxes : 0) + box,
-                 static_cast<uint32_t>(s.halves == 2 ? turn & 1 : half)};
+      return Box{tile.row + half * 64, tile.column + box * kBoxColumns, half * kBoxes + box,
+                 slots + ((s.halves == 2 ? half * kBoxes : 0) + box) * kBoxBytes, static_cast<uint32_t>(turn & 1)};
     };
     const int count = wide_turns * 2 * kBoxes + (turns - wide_turns) * 2;
     Box next = box_at(lines_warp);
@@ -209,13 +210,13 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
     for (int index = lines_warp; index < count; index += kLinesWarps<kPairs>) {
       const Box box = next;
       float sums[8] = {};
-      mbarrier_wait(filled_at + 8 * box.slot, box.parity);
+      mbarrier_wait(filled_at + 8 * box.barrier, box.parity);
 #pragma unroll 1
       for (int quarter = 0; quarter < kQuarters; ++quarter) {
         uint4 v[kLines], ahead[kLines] = {};
-        out.take(v, slots + box.slot * kBoxBytes, quarter);
+        out.take(v, box.address, quarter);
         if (quarter == kQuarters - 1) {
-          mbarrier_arrive(taken_at + 8 * box.slot);
+          mbarrier_arrive(taken_at + 8 * box.barrier);
           next = box_at(index + kLinesWarps<kPairs>);
         }
         if (p.residual != nullptr && (quarter < kQuarters - 1 || index + kLinesWarps<kPairs> < count)) {
@@ -324,16 +325,17 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
           pairs[2 * i] = pack<T>(x[0] + b.x, x[1] + b.y);
           pairs[2 * i + 1] = pack<T>(x[2] + b.x, x[3] + b.y);
         }
-        const int slot = (s.halves == 2 ? group * kBoxes : 0) + box;
-        // In a slot that both warpgroups use the upper rows come first.
-        mbarrier_wait(taken_at + 8 * slot, s.halves == 2 ? turn ^ 1 : group ^ 1);
-        const uint32_t to = slots + slot * kBoxBytes + piece;
+        // Where both warpgroups share a place: the upper rows come first, then this tile's lower ones.
+        const bool shared_place = s.halves == 1;
+        const int before = shared_place ? group ^ 1 : group;
+        mbarrier_wait(taken_at + 8 * (before * kBoxes + box), shared_place && group == 1 ? turn : turn ^ 1);
+        const uint32_t to = slots + ((shared_place ? 0 : group * kBoxes) + box) * kBoxBytes + piece;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const uint32_t four[4] = {pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]};
           store_matrix(to ^ (i << 5), four);
         }
-        mbarrier_arrive(filled_at + 8 * slot);
+        mbarrier_arrive(filled_at + 8 * (group * kBoxes + box));
       }
       turn ^= 1;
     }
@@ -363,27 +365,17 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
 template <typename T, int kColumns, bool kGradient, bool kPairs>
 cudaError_t launch_kernel(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
   CUtensorMap a, b, narrow;
-  if (const auto error = box_map(p.dtype, p.a, p.m, p.k, p.a_stride, kRows, a)) {
-    fprintf(stderr, "DBG a map m %d k %d stride %ld %p\n", p.m, p.k, (long)p.a_stride, p.a);
-    return error;
-  }
+  if (const auto error = box_map(p.dtype, p.a, p.m, p.k, p.a_stride, kRows, a)) return error;
   const auto b_error = kGradient ? box_map(p.dtype, p.b, p.k, p.n, p.b_stride[1], kBoxColumns, b)
                                  : box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kColumns / 2, b);
-  if (b_error != cudaSuccess) {
-    fprintf(stderr, "DBG b map n %d k %d stride %ld %ld %p\n", p.n, p.k, (long)p.b_stride[0], (long)p.b_stride[1], p.b);
-    return b_error;
-  }
+  if (b_error != cudaSuccess) return b_error;
   narrow = b;
   if (s.narrow > 0 && !kGradient) {
     if (const auto error = box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kBoxColumns, narrow)) return error;
   }
   const size_t shared = 1024 + s.stages * kStageBytes<kColumns> + s.halves * (kColumns / kBoxColumns) * kBoxBytes;
-  const auto le = launch(wide_gemm_kernel<T, kColumns, kGradient, kPairs>, dim3(static_cast<unsigned>(s.blocks)),
-                         dim3(kThreads<kPairs>), shared, s.cluster, facts, stream, p, s, a, b, narrow);
-  if (le)
-    fprintf(stderr, "DBG launch %d blocks %d shared %d cluster %d cols %d grad %d\n", (int)le, s.blocks, (int)shared,
-            s.cluster, kColumns, (int)kGradient);
-  return le;
+  return launch(wide_gemm_kernel<T, kColumns, kGradient, kPairs>, dim3(static_cast<unsigned>(s.blocks)),
+                dim3(kThreads<kPairs>), shared, s.cluster, facts, stream, p, s, a, b, narrow);
 }
 
 template <typename T>
