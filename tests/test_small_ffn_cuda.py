@@ -16,7 +16,7 @@ from _reference import FFN_ACTIVATIONS, assert_as_accurate, ffn, ffn_activate, p
 
 OP = torch.ops.styleforge.fused_ffn
 FORWARD = torch.ops.styleforge._fused_ffn_forward
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32,)
 PATHS = {torch.float32: "ffn:cuda:sm90:3xtf32:one_launch"}
 HALF_PATH = "ffn:cuda:sm90:16bit:one_launch"
 ONE = "one=2"  # STYLEFORGE_GEMM_TUNE: this kernel wherever it can

@@ -1,5 +1,4 @@
-// A small feed-forward network in one launch, on mma.sync (in clusters, so sm_90): 16-bit numbers, and float32 to its
-// accuracy by 3xTF32.
+// A small float32 feed-forward network in one launch, to float32's accuracy by 3xTF32 on mma.sync (in clusters: sm_90).
 //
 //   cluster:  32 rows, the hidden width cut up among its blocks
 //   block:    eight warps, 64 hidden columns at a time. First product: a warp has half of the columns and a quarter of
@@ -9,7 +8,7 @@
 // What such sizes cost is latency, and the same weights read by many multiprocessors. So operands go from memory to
 // registers, 16 bytes a lane, all of them at once: as k is what is summed over, its numbers may come in any order that
 // both operands share. At the end each block sends its sums to the blocks that have a share of the rows each, and those
-// add them in the order of the blocks.
+// add them in the order of the blocks. (For 16-bit numbers the same is no faster than whole_sm90.cu.)
 #include <algorithm>
 
 #include "../common/cluster.cuh"
@@ -31,43 +30,37 @@ constexpr int kMaxParts = 8;
 constexpr int kQuarters = 4;                // of k, in the first product
 constexpr int kQuarterPitch = kHidden + 8;  // of a row of their sums: four rows in different banks
 
-template <typename T>
-constexpr int kLine = 16 / sizeof(T);  // numbers in 16 bytes
-template <typename T>
-constexpr int kGranule = 4 * kLine<T>;  // k of two instructions: four lanes with 16 bytes each
-template <typename T>
-constexpr int kActivatedPitch = (kHidden * static_cast<int>(sizeof(T)) + 64) / static_cast<int>(sizeof(T));
-template <int kOut>
-constexpr int kSumPitch = kOut + 8;
+constexpr int kLine = 4;             // numbers in 16 bytes
+constexpr int kWidth = 128;          // of input and output, at most
+constexpr int kActivatedPitch = kHidden + 16, kSumPitch = kWidth + 8;
 
 struct Schedule {
   int parts = 1;  // of the hidden width, the blocks of a cluster
   int blocks = 0;
 };
 
-template <typename T, int kOut>
-constexpr size_t kSharedBytes = kQuarters * kRows * kQuarterPitch * sizeof(float) +
-                                kRows * kActivatedPitch<T> * sizeof(T) + kRows * kSumPitch<kOut> * sizeof(float);
+constexpr size_t kSharedBytes = sizeof(float) * kRows * (kQuarters * kQuarterPitch + kActivatedPitch + kSumPitch);
 
 #ifdef STYLEFORGE_HAS_CLUSTER
+
+constexpr int kGranule = 4 * kLine;  // k of two instructions: four lanes with 16 bytes each
 
 struct Line {
   uint32_t word[4];
 };
 
 // 16 bytes of a row, zeros beyond the matrix.
-template <typename T>
 __device__ __forceinline__ Line load_line(const void* matrix, int64_t stride, int row, int rows, int column,
                                           int columns) {
   uint4 v{};
   if (row < rows && column < columns) {
-    v = __ldg(reinterpret_cast<const uint4*>(static_cast<const T*>(matrix) + row * stride + column));
+    v = __ldg(reinterpret_cast<const uint4*>(static_cast<const float*>(matrix) + row * stride + column));
   }
   return {{v.x, v.y, v.z, v.w}};
 }
 
 // d[i][j] += a[i] b[j]^T over a granule of k. a[i]: lines of rows l / 4 and l / 4 + 8 of lane l; b[j]: of row l / 4.
-template <typename T, int kTall, int kWide>
+template <int kTall, int kWide>
 __device__ __forceinline__ void multiply_granule(float (&d)[kTall][kWide][4], const Line (&a)[kTall][2],
                                                  const Line (&b)[kWide]) {
 #pragma unroll
@@ -78,7 +71,7 @@ __device__ __forceinline__ void multiply_granule(float (&d)[kTall][kWide][4], co
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         hi[i][r] = a[i][r % 2].word[2 * s + r / 2];
-        if constexpr (sizeof(T) == 4) split_fragment(hi[i][r], hi[i][r], lo[i][r]);
+        split_fragment(hi[i][r], hi[i][r], lo[i][r]);
       }
     }
 #pragma unroll
@@ -86,26 +79,23 @@ __device__ __forceinline__ void multiply_granule(float (&d)[kTall][kWide][4], co
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         b_hi[j][r] = b[j].word[2 * s + r];
-        if constexpr (sizeof(T) == 4) split_fragment(b_hi[j][r], b_hi[j][r], b_lo[j][r]);
+        split_fragment(b_hi[j][r], b_hi[j][r], b_lo[j][r]);
       }
     }
-    // The small terms first; each term of all tiles before the next one, which depends on it.
-    if constexpr (sizeof(T) == 4) {
-#pragma unroll
-      for (int i = 0; i < kTall; ++i) {
-#pragma unroll
-        for (int j = 0; j < kWide; ++j) multiply<T>(d[i][j], lo[i], b_hi[j][0], b_hi[j][1], d[i][j]);
-      }
-#pragma unroll
-      for (int i = 0; i < kTall; ++i) {
-#pragma unroll
-        for (int j = 0; j < kWide; ++j) multiply<T>(d[i][j], hi[i], b_lo[j][0], b_lo[j][1], d[i][j]);
-      }
-    }
+    // The units cut off what an addition does not fit: so the large term of each step is summed in float32 by itself,
+    // and the small ones, where that does not matter, in the units.
 #pragma unroll
     for (int i = 0; i < kTall; ++i) {
 #pragma unroll
-      for (int j = 0; j < kWide; ++j) multiply<T>(d[i][j], hi[i], b_hi[j][0], b_hi[j][1], d[i][j]);
+      for (int j = 0; j < kWide; ++j) {
+        constexpr float kZero[4] = {};
+        float small[4], large[4];
+        multiply<float>(large, hi[i], b_hi[j][0], b_hi[j][1], kZero);
+        multiply<float>(small, lo[i], b_hi[j][0], b_hi[j][1], kZero);
+        multiply<float>(small, hi[i], b_lo[j][0], b_lo[j][1], small);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) d[i][j][r] += large[r] + small[r];
+      }
     }
   }
 }
@@ -123,19 +113,18 @@ __device__ __forceinline__ void store_remote(uint32_t address, float first, floa
 
 #endif  // STYLEFORGE_HAS_CLUSTER
 
-template <typename T, int kEmbed, int kOut>
 __global__ void __launch_bounds__(kThreads)
     whole_mma_kernel(const __grid_constant__ WholeFfnParams p, const __grid_constant__ Schedule s) {
 #ifdef STYLEFORGE_HAS_CLUSTER
-  constexpr int kFirstGranules = kEmbed / (kQuarters * kGranule<T>), kSecondGranules = kHidden / kGranule<T>;
-  constexpr int kFirstTiles = kHidden / 16, kSecondTiles = kOut / (8 * kWarps);  // of eight columns, a warp's
+  constexpr int kFirstGranules = kWidth / (kQuarters * kGranule), kSecondGranules = kHidden / kGranule;
+  constexpr int kFirstTiles = kHidden / 16, kSecondTiles = kWidth / (8 * kWarps);  // of eight columns, a warp's
   extern __shared__ __align__(16) unsigned char dynamic[];
-  auto* quarters = reinterpret_cast<float*>(dynamic);  // [quarter of k][row][hidden column]
-  auto* activated = reinterpret_cast<T*>(quarters + kQuarters * kRows * kQuarterPitch);  // [row][hidden column]
-  auto* sums = reinterpret_cast<float*>(activated + kRows * kActivatedPitch<T>);         // [part][row of share][output]
+  auto* quarters = reinterpret_cast<float*>(dynamic);               // [quarter of k][row][hidden column]
+  float* activated = quarters + kQuarters * kRows * kQuarterPitch;  // [row][hidden column]
+  float* sums = activated + kRows * kActivatedPitch;                // [part][row of share][output]
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row_in_tile = lane / 4, line = lane % 4 * kLine<T>;
+  const int row_in_tile = lane / 4, line = lane % 4 * kLine;
   const int rank = static_cast<int>(cluster_rank());
   const int first_row = static_cast<int>(blockIdx.x) / s.parts * kRows;
   const int all_chunks = (p.hidden + kHidden - 1) / kHidden;
@@ -152,8 +141,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int g = 0; g < kFirstGranules; ++g) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      x[g][i / 2][i % 2] = load_line<T>(p.input, p.input_stride, first_row + 8 * i + row_in_tile, p.rows,
-                                        (quarter + g * kQuarters) * kGranule<T> + line, p.embed);
+      x[g][i / 2][i % 2] = load_line(p.input, p.input_stride, first_row + 8 * i + row_in_tile, p.rows,
+                                     (quarter + g * kQuarters) * kGranule + line, p.embed);
     }
   }
   float total[2][kSecondTiles][4] = {};
@@ -164,30 +153,30 @@ __global__ void __launch_bounds__(kThreads)
     for (int g = 0; g < kFirstGranules; ++g) {
 #pragma unroll
       for (int j = 0; j < kFirstTiles; ++j) {
-        first[g][j] = load_line<T>(p.fc1_weight, p.fc1_stride, column + side * 32 + 8 * j + row_in_tile, p.hidden,
-                                   (quarter + g * kQuarters) * kGranule<T> + line, p.embed);
+        first[g][j] = load_line(p.fc1_weight, p.fc1_stride, column + side * 32 + 8 * j + row_in_tile, p.hidden,
+                                (quarter + g * kQuarters) * kGranule + line, p.embed);
       }
     }
 #pragma unroll
     for (int g = 0; g < kSecondGranules; ++g) {
 #pragma unroll
       for (int j = 0; j < kSecondTiles; ++j) {
-        second[g][j] = load_line<T>(p.fc2_weight, p.fc2_stride, (warp * kSecondTiles + j) * 8 + row_in_tile, p.out,
-                                    column + g * kGranule<T> + line, p.hidden);
+        second[g][j] = load_line(p.fc2_weight, p.fc2_stride, (warp * kSecondTiles + j) * 8 + row_in_tile, p.out,
+                                 column + g * kGranule + line, p.hidden);
       }
     }
     // What this thread activates: four neighbouring columns, and the four that are 32 further on.
     const int row = threadIdx.x / 8, at = threadIdx.x % 8 * 4;
-    Vec<T, 4> bias[2] = {};
+    Vec<float, 4> bias[2] = {};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int c = column + at + 32 * h;
-      if (p.fc1_bias != nullptr && c < p.hidden) bias[h] = load_const<Vec<T, 4>>(p.fc1_bias, c / 4);
+      if (p.fc1_bias != nullptr && c < p.hidden) bias[h] = load_const<Vec<float, 4>>(p.fc1_bias, c / 4);
     }
 
     float d[2][kFirstTiles][4] = {};
 #pragma unroll
-    for (int g = 0; g < kFirstGranules; ++g) multiply_granule<T>(d, x[g], first[g]);
+    for (int g = 0; g < kFirstGranules; ++g) multiply_granule(d, x[g], first[g]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float* to = quarters + (quarter * kRows + 8 * i + row_in_tile) * kQuarterPitch + side * 32 + lane % 4 * 2;
@@ -210,33 +199,25 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     const int64_t global_row = first_row + row;
-    if constexpr (sizeof(T) == 4) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int c = column + at + i / 4 * 32 + i % 4;
-        if (isnan(h[i]) && global_row < p.rows && c < p.hidden) {
-          h[i] = multiply_plainly(static_cast<const float*>(p.input) + global_row * p.input_stride,
-                                  static_cast<const float*>(p.fc1_weight) + c * p.fc1_stride, p.embed);
-        }
+    for (int i = 0; i < 8; ++i) {
+      const int c = column + at + i / 4 * 32 + i % 4;
+      if (isnan(h[i]) && global_row < p.rows && c < p.hidden) {
+        h[i] = multiply_plainly(static_cast<const float*>(p.input) + global_row * p.input_stride,
+                                static_cast<const float*>(p.fc1_weight) + c * p.fc1_stride, p.embed);
       }
     }
-    // 16-bit products are kept with the bias, float32 ones without (see FfnResult).
-    const auto keep = [&] {
-      if (p.product == nullptr || global_row >= p.rows) return;
+    if (p.product != nullptr && global_row < p.rows) {
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
         const int c = column + at + 32 * v;
-        const float four[4] = {h[4 * v], h[4 * v + 1], h[4 * v + 2], h[4 * v + 3]};
-        if (c < p.hidden) {
-          *reinterpret_cast<Vec<T, 4>*>(static_cast<T*>(p.product) + global_row * p.hidden + c) = rounded<T>(four);
-        }
+        auto* to = reinterpret_cast<float4*>(static_cast<float*>(p.product) + global_row * p.hidden + c);
+        if (c < p.hidden) *to = {h[4 * v], h[4 * v + 1], h[4 * v + 2], h[4 * v + 3]};
       }
-    };
-    if constexpr (sizeof(T) == 4) keep();
+    }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) h[i] += to_acc(bias[i / 4].data[i % 4]);
-    if constexpr (sizeof(T) == 2) keep();
-    ffn_activate_as<T>(h, p.activation);
+    for (int i = 0; i < 8; ++i) h[i] += bias[i / 4].data[i % 4];
+    ffn_activate<false>(h, p.activation);
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
       float four[4] = {};  // beyond the hidden width an infinite input would make NaN of the zeros there
@@ -244,7 +225,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int i = 0; i < 4; ++i) four[i] = h[4 * v + i];
       }
-      *reinterpret_cast<Vec<T, 4>*>(activated + row * kActivatedPitch<T> + at + 32 * v) = rounded<T>(four);
+      *reinterpret_cast<Vec<float, 4>*>(activated + row * kActivatedPitch + at + 32 * v) = rounded<float>(four);
     }
     __syncthreads();
 
@@ -254,11 +235,11 @@ __global__ void __launch_bounds__(kThreads)
       Line lines[2][2];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const auto v = *reinterpret_cast<const uint4*>(activated + (8 * i + row_in_tile) * kActivatedPitch<T> +
-                                                       g * kGranule<T> + line);
+        const auto v =
+            *reinterpret_cast<const uint4*>(activated + (8 * i + row_in_tile) * kActivatedPitch + g * kGranule + line);
         lines[i / 2][i % 2] = {{v.x, v.y, v.z, v.w}};
       }
-      multiply_granule<T>(part, lines, second[g]);
+      multiply_granule(part, lines, second[g]);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -266,10 +247,10 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kSecondTiles; ++j) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          if constexpr (sizeof(T) == 4) {
+          {
             const int out = (warp * kSecondTiles + j) * 8 + lane % 4 * 2 + r % 2;
             if (isnan(part[i][j][r]) && out < p.out) {
-              part[i][j][r] = multiply_plainly(activated + (16 * i + r / 2 * 8 + row_in_tile) * kActivatedPitch<T>,
+              part[i][j][r] = multiply_plainly(activated + (16 * i + r / 2 * 8 + row_in_tile) * kActivatedPitch,
                                                static_cast<const float*>(p.fc2_weight) + out * p.fc2_stride + column,
                                                min(kHidden, p.hidden - column));
             }
@@ -280,14 +261,13 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
-  constexpr int kPitch = kSumPitch<kOut>;
   const int share = kRows / s.parts;
   __syncwarp();
   cluster_wait();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = 8 * i + row_in_tile;
-    const float* to = sums + (rank * share + row % share) * kPitch + warp * kSecondTiles * 8 + lane % 4 * 2;
+    const float* to = sums + (rank * share + row % share) * kSumPitch + warp * kSecondTiles * 8 + lane % 4 * 2;
     const uint32_t address = map_shared(static_cast<uint32_t>(__cvta_generic_to_shared(to)), row / share);
 #pragma unroll
     for (int j = 0; j < kSecondTiles; ++j) {
@@ -297,9 +277,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   // This block's share of the rows, four outputs at a time.
-  constexpr int kVectors = kOut / 4;
+  constexpr int kVectors = kWidth / 4;
   struct Added {
-    Vec<T, 4> bias{}, residual{};
+    Vec<float, 4> bias{}, residual{};
   };
   const auto row_of = [&](int i) { return static_cast<int64_t>(first_row + rank * share + i / kVectors); };
   const auto column_of = [&](int i) { return i % kVectors * 4; };
@@ -307,10 +287,10 @@ __global__ void __launch_bounds__(kThreads)
   const auto added = [&](int i) {
     Added v;
     if (!wanted(i)) return v;
-    if (p.fc2_bias != nullptr) v.bias = load_const<Vec<T, 4>>(p.fc2_bias, column_of(i) / 4);
+    if (p.fc2_bias != nullptr) v.bias = load_const<Vec<float, 4>>(p.fc2_bias, column_of(i) / 4);
     if (p.residual != nullptr) {
-      const T* from = static_cast<const T*>(p.residual) + row_of(i) * p.residual_stride + column_of(i);
-      v.residual = *reinterpret_cast<const Vec<T, 4>*>(from);
+      const float* from = static_cast<const float*>(p.residual) + row_of(i) * p.residual_stride + column_of(i);
+      v.residual = *reinterpret_cast<const Vec<float, 4>*>(from);
     }
     return v;
   };
@@ -321,12 +301,12 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = threadIdx.x; i < share * kVectors; i += kThreads) {
     const Added end = next;
     next = added(i + kThreads);
-    const float* from = sums + i / kVectors * kPitch + column_of(i);
+    const float* from = sums + i / kVectors * kSumPitch + column_of(i);
     float v[4] = {};
 #pragma unroll
     for (int part = 0; part < kMaxParts; ++part) {
       if (part >= s.parts) continue;
-      const float4 one = *reinterpret_cast<const float4*>(from + part * share * kPitch);
+      const float4 one = *reinterpret_cast<const float4*>(from + part * share * kSumPitch);
       v[0] += one.x;
       v[1] += one.y;
       v[2] += one.z;
@@ -334,32 +314,20 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (!wanted(i)) continue;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] += to_acc(end.bias.data[j]) + to_acc(end.residual.data[j]);
-    *reinterpret_cast<Vec<T, 4>*>(static_cast<T*>(p.output) + row_of(i) * p.out + column_of(i)) = rounded<T>(v);
+    for (int j = 0; j < 4; ++j) v[j] += end.bias.data[j] + end.residual.data[j];
+    *reinterpret_cast<Vec<float, 4>*>(static_cast<float*>(p.output) + row_of(i) * p.out + column_of(i)) =
+        rounded<float>(v);
   }
 #endif
-}
-
-template <typename T, int kEmbed, int kOut>
-cudaError_t launch_sizes(const WholeFfnParams& p, const Schedule& s, const DeviceFacts& facts, cudaStream_t stream) {
-  return launch(whole_mma_kernel<T, kEmbed, kOut>, dim3(static_cast<unsigned>(s.blocks)), dim3(kThreads),
-                kSharedBytes<T, kOut>, s.parts, facts, stream, p, s);
-}
-
-template <typename T>
-cudaError_t launch_half(const WholeFfnParams& p, const Schedule& s, const DeviceFacts& facts, cudaStream_t stream) {
-  if (p.embed <= 128) {
-    return p.out <= 128 ? launch_sizes<T, 128, 128>(p, s, facts, stream)
-                        : launch_sizes<T, 128, 256>(p, s, facts, stream);
-  }
-  return p.out <= 128 ? launch_sizes<T, 256, 128>(p, s, facts, stream) : launch_sizes<T, 256, 256>(p, s, facts, stream);
 }
 
 // STYLEFORGE_GEMM_TUNE="one=1,parts=4" (one: 1 never, 2 always; not where "small" asks for others)
 Schedule schedule(const WholeFfnParams& p, const Overrides& overrides, const DeviceFacts& facts) {
   Schedule s;
   const int64_t chunks = ceil_div(p.hidden, kHidden), tiles = ceil_div(p.rows, kRows);
-  while (s.parts < kMaxParts && s.parts * 2 <= chunks && tiles * s.parts * 2 <= facts.multiprocessors) s.parts *= 2;
+  // Clusters of four and eight find room on ten of eleven multiprocessors.
+  const int64_t room = facts.multiprocessors - facts.multiprocessors / 11;
+  while (s.parts < kMaxParts && s.parts * 2 <= chunks && tiles * s.parts * 2 <= room) s.parts *= 2;
   s.parts = std::min<int>(kMaxParts, static_cast<int>(overrides.tuned("parts", s.parts)));
   while (kRows % s.parts != 0) --s.parts;
   s.blocks = static_cast<int>(tiles) * s.parts;
@@ -377,24 +345,22 @@ cudaError_t whole_mma_supported(const WholeFfnParams& p, bool& supported) {
   if (wish == 1 || (wish == 0 && overrides.tuned("small", 0) != 0) || (overrides.forced() && !overrides.forced("sm90")))
     return cudaSuccess;
   if (facts.major != 9 || !facts.has_cluster()) return cudaSuccess;
-  const bool single = p.dtype == DType::kFloat32;
-  if (!single && p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return cudaSuccess;
-  const int widest = single ? 128 : 256, line = single ? 4 : 8;
-  if (p.rows < 1 || p.embed < 1 || p.hidden < 1 || p.out < 1 || p.embed > widest || p.out > widest) return cudaSuccess;
-  if (p.embed % line != 0 || p.hidden % line != 0 || p.out % line != 0) return cudaSuccess;
-  if (p.input_stride % line != 0 || p.fc1_stride % line != 0 || p.fc2_stride % line != 0 ||
-      p.residual_stride % 4 != 0) {
-    return cudaSuccess;
+  if (p.dtype != DType::kFloat32 || p.rows < 1 || p.embed < 1 || p.hidden < 1 || p.out < 1) return cudaSuccess;
+  if (p.embed > kWidth || p.out > kWidth) return cudaSuccess;
+  for (const int64_t one : {int64_t{p.embed}, int64_t{p.hidden}, int64_t{p.out}, p.input_stride, p.fc1_stride,
+                            p.fc2_stride, p.residual_stride}) {
+    if (one % kLine != 0) return cudaSuccess;
   }
   if (!aligned16(p.input) || !aligned16(p.fc1_weight) || !aligned16(p.fc2_weight) || !aligned16(p.fc1_bias) ||
       !aligned16(p.fc2_bias) || !aligned16(p.residual)) {
     return cudaSuccess;
   }
-  // Where a block has more to do one after the other, products one by one are faster: read off one H200.
-  constexpr int64_t kMostChunks = 2;
+  // Where a block has more to do one after the other, and for a few rows, products one by one are faster: read off one
+  // H200.
+  constexpr int64_t kMostChunks = 2, kFewestRows = 128;
   const auto s = schedule(p, overrides, facts);
   const int64_t chunks = ceil_div(ceil_div(p.hidden, kHidden), s.parts);
-  supported = wish == 2 || (chunks <= kMostChunks && s.blocks <= facts.multiprocessors);
+  supported = wish == 2 || (p.rows >= kFewestRows && chunks <= kMostChunks && s.blocks <= facts.multiprocessors);
   return cudaSuccess;
 }
 
@@ -402,16 +368,8 @@ cudaError_t launch_whole_mma(const WholeFfnParams& p, cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const auto s = schedule(p, Overrides("STYLEFORGE_GEMM_TUNE"), facts);
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return launch_sizes<float, 128, 128>(p, s, facts, stream);
-    case DType::kFloat16:
-      return launch_half<__half>(p, s, facts, stream);
-    case DType::kBFloat16:
-      return launch_half<__nv_bfloat16>(p, s, facts, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return launch(whole_mma_kernel, dim3(static_cast<unsigned>(s.blocks)), dim3(kThreads), kSharedBytes, s.parts, facts,
+                stream, p, s);
 }
 
 }  // namespace styleforge::cuda

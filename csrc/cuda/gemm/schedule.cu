@@ -42,11 +42,10 @@ void schedule_half(const GemmParams& p, GemmSchedule& s, bool& supported, const 
   };
   if (!pairs(p.bias, 0) || !pairs(p.residual, p.residual_stride)) return;
   const auto tuned = [&](const char* key, int64_t chosen) { return static_cast<int>(overrides.tuned(key, chosen)); };
-  if (tuned("old", 0) != 1) {
+  if (tuned("old", 0) != 1 && !(p.activate && p.residual != nullptr)) {
     s = {};
     s.half = s.wide = true;
     s.vectors = aligned16(p.residual) && p.residual_stride % 8 == 0;
-    s.pairs = tuned("pairs", 0) == 1;
     s.cluster = std::min(2, tuned("cluster", 1));
     const auto tiles_of = [&](int columns) { return ceil_div(p.m, 128 * s.cluster) * ceil_div(p.n, columns); };
     const auto time_of = [&](int columns) {

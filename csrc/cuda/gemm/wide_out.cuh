@@ -44,6 +44,16 @@ __device__ __forceinline__ uint4 pack_eight(const float* x) {
 constexpr int kLines = 4;     // i
 constexpr int kQuarters = 4;  // of a box
 
+// v = quarters[quarter], by branches: an index into registers has to be known.
+__device__ __forceinline__ void choose(uint4 (&v)[kLines], const uint4 (&quarters)[kQuarters][kLines], int quarter) {
+#pragma unroll
+  for (int q = 0; q < kQuarters; ++q) {
+    if (q != quarter) continue;
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) v[i] = quarters[q][i];
+  }
+}
+
 template <typename T>
 class LinesOut {
  public:
@@ -78,25 +88,31 @@ class LinesOut {
     }
   }
 
-  __device__ __forceinline__ void forward(const uint4 (&v)[kLines], const uint4 (&residual)[kLines], int row,
-                                          int column) const {
+  __device__ __forceinline__ void forward(const uint4 (&v)[kLines], int row, int column) const {
     if (p_.product != nullptr) store(p_.product, v, row, column);
     float x[8 * kLines];
 #pragma unroll
     for (int i = 0; i < kLines; ++i) unpack_eight<T>(x + 8 * i, v[i]);
     if (p_.activate) ffn_activate_as<T>(x, p_.activation);
-    if (p_.residual != nullptr) {
-#pragma unroll
-      for (int i = 0; i < kLines; ++i) {
-        float r[8];
-        unpack_eight<T>(r, residual[i]);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) x[8 * i + j] += r[j];
-      }
-    }
     uint4 results[kLines];
 #pragma unroll
     for (int i = 0; i < kLines; ++i) results[i] = pack_eight<T>(x + 8 * i);
+    store(p_.output, results, row, column);
+  }
+
+  // A residual and an activation do not come together.
+  __device__ __forceinline__ void add(const uint4 (&v)[kLines], const uint4 (&residual)[kLines], int row,
+                                      int column) const {
+    uint4 results[kLines];
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) {
+      float x[8], r[8];
+      unpack_eight<T>(x, v[i]);
+      unpack_eight<T>(r, residual[i]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[j] += r[j];
+      results[i] = pack_eight<T>(x);
+    }
     store(p_.output, results, row, column);
   }
 

@@ -28,10 +28,7 @@ namespace styleforge::cuda {
 namespace {
 
 constexpr int kRows = 128;
-template <bool kPairs>
-constexpr int kLinesWarps = kPairs ? 4 : 3;  // of the way out; the one after them loads
-template <bool kPairs>
-constexpr int kThreads = kPairs ? 512 : 384;
+constexpr int kThreads = 512;
 constexpr int kABytes = kRows * kBoxRowBytes;
 
 template <int kColumns>
@@ -40,6 +37,7 @@ constexpr int kStageBytes = kABytes + kColumns * kBoxRowBytes;
 #ifdef STYLEFORGE_HAS_WGMMA
 
 constexpr int kWayOut = 256;  // its first thread
+constexpr int kWayOutWarps = 4;
 constexpr int kMostSlots = 8;
 
 struct Tile {
@@ -79,8 +77,8 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
 
 #endif  // STYLEFORGE_HAS_WGMMA
 
-template <typename T, int kColumns, bool kGradient, bool kPairs>
-__global__ void __launch_bounds__(kThreads<kPairs>, 1)
+template <typename T, int kColumns, bool kGradient>
+__global__ void __launch_bounds__(kThreads, 1)
     wide_gemm_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ GemmSchedule s,
                      const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
                      const __grid_constant__ CUtensorMap narrow_map) {
@@ -207,26 +205,42 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
     uint4 other[kLines] = {};
     if (p.residual != nullptr && lines_warp < count) out.load(other, next.row, next.column);
 #pragma unroll 1
-    for (int index = lines_warp; index < count; index += kLinesWarps<kPairs>) {
+    for (int index = lines_warp; index < count; index += kWayOutWarps) {
       const Box box = next;
       float sums[8] = {};
       mbarrier_wait(filled_at + 8 * box.barrier, box.parity);
+      // All of a box at once where the registers are there: its place is free again before it is activated.
+      const bool at_once = !kGradient && p.residual == nullptr;
+      uint4 whole[kQuarters][kLines];
+      if (at_once) {
+#pragma unroll
+        for (int quarter = 0; quarter < kQuarters; ++quarter) out.take(whole[quarter], box.address, quarter);
+        mbarrier_arrive(taken_at + 8 * box.barrier);
+        next = box_at(index + kWayOutWarps);
+#pragma unroll 1
+        for (int quarter = 0; quarter < kQuarters; ++quarter) {
+          uint4 v[kLines];
+          choose(v, whole, quarter);
+          if constexpr (!kGradient) out.forward(v, box.row + 16 * quarter, box.column);
+        }
+        continue;
+      }
 #pragma unroll 1
       for (int quarter = 0; quarter < kQuarters; ++quarter) {
         uint4 v[kLines], ahead[kLines] = {};
         out.take(v, box.address, quarter);
         if (quarter == kQuarters - 1) {
           mbarrier_arrive(taken_at + 8 * box.barrier);
-          next = box_at(index + kLinesWarps<kPairs>);
+          next = box_at(index + kWayOutWarps);
         }
-        if (p.residual != nullptr && (quarter < kQuarters - 1 || index + kLinesWarps<kPairs> < count)) {
+        if (quarter < kQuarters - 1 || index + kWayOutWarps < count) {
           const bool same = quarter < kQuarters - 1;
           out.load(ahead, same ? box.row + 16 * (quarter + 1) : next.row, next.column);
         }
         if constexpr (kGradient) {
           out.gradient(v, other, sums, box.row + 16 * quarter, box.column);
         } else {
-          out.forward(v, other, box.row + 16 * quarter, box.column);
+          out.add(v, other, box.row + 16 * quarter, box.column);
         }
 #pragma unroll
         for (int i = 0; i < kLines; ++i) other[i] = ahead[i];
@@ -237,9 +251,9 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
 
   // Each warpgroup has its own number of registers.
   if (warp < kWayOut / 32) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kPairs ? 176 : 184));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(168));
     wait_for_predecessor();
-    constexpr int kInstructions = kPairs ? 2 : 1, kWidth = kColumns / kInstructions;
+    constexpr int kInstructions = kColumns == 256 ? 2 : 1, kWidth = kColumns / kInstructions;
     using Mma = WgmmaWide<kMmaKind<T>, kWidth, kGradient>;
     const int group = warp / 4;
     const uint32_t group_a = group * 64 * kBoxRowBytes;
@@ -303,13 +317,16 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
       } else {
         multiply_all(std::false_type{});
       }
-      uint32_t bias[kBoxes][8];
+      uint32_t bias[2][8];
+      const auto load_bias = [&](int box) {
 #pragma unroll
-      for (int i = 0; i < kBoxes * 8; ++i) {
-        const int at = column + 8 * i;
-        const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.bias) + at);
-        bias[i / 8][i % 8] = p.bias != nullptr && at < p.n ? __ldg(from) : 0;
-      }
+        for (int i = 0; i < 8; ++i) {
+          const int at = column + box * kBoxColumns + 8 * i;
+          const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.bias) + at);
+          bias[box % 2][i] = p.bias != nullptr && at < p.n ? __ldg(from) : 0;
+        }
+      };
+      load_bias(0);
       wgmma_wait<0>();
       release(done);
 #pragma unroll
@@ -317,10 +334,11 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
 #pragma unroll
       for (int box = 0; box < kBoxes; ++box) {
         if (box > 0 && tile.narrow) continue;
+        if (box + 1 < kBoxes) load_bias(box + 1);
         uint32_t pairs[16];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          const float2 b = unpack<T>(bias[box][i]);
+          const float2 b = unpack<T>(bias[box % 2][i]);
           const float* x = d[box * 64 / kWidth] + (box * 64 % kWidth / 2 + 4 * i);
           pairs[2 * i] = pack<T>(x[0] + b.x, x[1] + b.y);
           pairs[2 * i + 1] = pack<T>(x[2] + b.x, x[3] + b.y);
@@ -339,17 +357,12 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
       }
       turn ^= 1;
     }
-  } else if (!kPairs || warp < kWayOut / 32 + 4) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kPairs ? 120 : 136));
-    if (warp - kWayOut / 32 < kLinesWarps<kPairs>) {
-      send_lines(warp - kWayOut / 32);
-    } else {
-      if (lane == 0) load_stages();
-      __syncwarp();
-    }
+  } else if (warp < kWayOut / 32 + kWayOutWarps) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(136));
+    send_lines(warp - kWayOut / 32);
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(40));
-    if (warp == kWayOut / 32 + 4) {
+    if (warp == kWayOut / 32 + kWayOutWarps) {
       if (lane == 0) load_stages();
       __syncwarp();
     }
@@ -362,7 +375,7 @@ __global__ void __launch_bounds__(kThreads<kPairs>, 1)
 #endif
 }
 
-template <typename T, int kColumns, bool kGradient, bool kPairs>
+template <typename T, int kColumns, bool kGradient>
 cudaError_t launch_kernel(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
   CUtensorMap a, b, narrow;
   if (const auto error = box_map(p.dtype, p.a, p.m, p.k, p.a_stride, kRows, a)) return error;
@@ -374,19 +387,15 @@ cudaError_t launch_kernel(const GemmParams& p, const GemmSchedule& s, const Devi
     if (const auto error = box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kBoxColumns, narrow)) return error;
   }
   const size_t shared = 1024 + s.stages * kStageBytes<kColumns> + s.halves * (kColumns / kBoxColumns) * kBoxBytes;
-  return launch(wide_gemm_kernel<T, kColumns, kGradient, kPairs>, dim3(static_cast<unsigned>(s.blocks)),
-                dim3(kThreads<kPairs>), shared, s.cluster, facts, stream, p, s, a, b, narrow);
+  return launch(wide_gemm_kernel<T, kColumns, kGradient>, dim3(static_cast<unsigned>(s.blocks)), dim3(kThreads), shared,
+                s.cluster, facts, stream, p, s, a, b, narrow);
 }
 
 template <typename T>
 cudaError_t launch_dtype(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
-  if (s.pairs) {
-    if (p.gradient) return launch_kernel<T, 256, true, true>(p, s, facts, stream);
-    if (s.columns != 192) return launch_kernel<T, 256, false, true>(p, s, facts, stream);
-  }
-  if (p.gradient) return launch_kernel<T, 256, true, false>(p, s, facts, stream);
-  return s.columns == 192 ? launch_kernel<T, 192, false, false>(p, s, facts, stream)
-                          : launch_kernel<T, 256, false, false>(p, s, facts, stream);
+  if (p.gradient) return launch_kernel<T, 256, true>(p, s, facts, stream);
+  return s.columns == 192 ? launch_kernel<T, 192, false>(p, s, facts, stream)
+                          : launch_kernel<T, 256, false>(p, s, facts, stream);
 }
 
 }  // namespace
