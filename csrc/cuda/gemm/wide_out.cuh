@@ -90,13 +90,16 @@ class LinesOut {
 
   __device__ __forceinline__ void forward(const uint4 (&v)[kLines], int row, int column) const {
     if (p_.product != nullptr) store(p_.product, v, row, column);
-    float x[8 * kLines];
-#pragma unroll
-    for (int i = 0; i < kLines; ++i) unpack_eight<T>(x + 8 * i, v[i]);
-    if (p_.activate) ffn_activate_as<T>(x, p_.activation);
     uint4 results[kLines];
 #pragma unroll
-    for (int i = 0; i < kLines; ++i) results[i] = pack_eight<T>(x + 8 * i);
+    for (int i = 0; i < kLines; i += 2) {  // not all at once: registers are short here
+      float x[16];
+      unpack_eight<T>(x, v[i]);
+      unpack_eight<T>(x + 8, v[i + 1]);
+      if (p_.activate) ffn_activate_as<T>(x, p_.activation);
+      results[i] = pack_eight<T>(x);
+      results[i + 1] = pack_eight<T>(x + 8);
+    }
     store(p_.output, results, row, column);
   }
 

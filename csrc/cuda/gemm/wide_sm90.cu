@@ -216,13 +216,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int quarter = 0; quarter < kQuarters; ++quarter) out.take(whole[quarter], box.address, quarter);
         mbarrier_arrive(taken_at + 8 * box.barrier);
-        next = box_at(index + kWayOutWarps);
 #pragma unroll 1
         for (int quarter = 0; quarter < kQuarters; ++quarter) {
           uint4 v[kLines];
           choose(v, whole, quarter);
           if constexpr (!kGradient) out.forward(v, box.row + 16 * quarter, box.column);
         }
+        next = box_at(index + kWayOutWarps);
         continue;
       }
 #pragma unroll 1
