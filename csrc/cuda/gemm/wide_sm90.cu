@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       turn ^= 1;
     }
   } else if (warp < kWayOut / 32 + kWayOutWarps) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(136));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(136));
     send_lines(warp - kWayOut / 32);
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(40));
