@@ -30,8 +30,8 @@ constexpr int kMaxParts = 8;
 constexpr int kQuarters = 4;                // of k, in the first product
 constexpr int kQuarterPitch = kHidden + 8;  // of a row of their sums: four rows in different banks
 
-constexpr int kLine = 4;             // numbers in 16 bytes
-constexpr int kWidth = 128;          // of input and output, at most
+constexpr int kLine = 4;     // numbers in 16 bytes
+constexpr int kWidth = 128;  // of input and output, at most
 constexpr int kActivatedPitch = kHidden + 16, kSumPitch = kWidth + 8;
 
 struct Schedule {
@@ -357,7 +357,7 @@ cudaError_t whole_mma_supported(const WholeFfnParams& p, bool& supported) {
   }
   // Where a block has more to do one after the other, and for a few rows, products one by one are faster: read off one
   // H200.
-  constexpr int64_t kMostChunks = 2, kFewestRows = 128;
+  constexpr int64_t kMostChunks = 1, kFewestRows = 128;
   const auto s = schedule(p, overrides, facts);
   const int64_t chunks = ceil_div(ceil_div(p.hidden, kHidden), s.parts);
   supported = wish == 2 || (p.rows >= kFewestRows && chunks <= kMostChunks && s.blocks <= facts.multiprocessors);

@@ -53,6 +53,7 @@ void schedule_half(const GemmParams& p, GemmSchedule& s, bool& supported, const 
     };
     s.columns = !p.gradient && time_of(192) < time_of(256) ? 192 : 256;
     if (!p.gradient) s.columns = tuned("columns", s.columns);
+    s.loop = tuned("loop", 0) == 1;
     s.halves = std::min(2, tuned("halves", 1));
     const auto most_stages = [&] {
       const int stage = (128 + s.columns) * 128;

@@ -44,16 +44,6 @@ __device__ __forceinline__ uint4 pack_eight(const float* x) {
 constexpr int kLines = 4;     // i
 constexpr int kQuarters = 4;  // of a box
 
-// v = quarters[quarter], by branches: an index into registers has to be known.
-__device__ __forceinline__ void choose(uint4 (&v)[kLines], const uint4 (&quarters)[kQuarters][kLines], int quarter) {
-#pragma unroll
-  for (int q = 0; q < kQuarters; ++q) {
-    if (q != quarter) continue;
-#pragma unroll
-    for (int i = 0; i < kLines; ++i) v[i] = quarters[q][i];
-  }
-}
-
 template <typename T>
 class LinesOut {
  public:
@@ -90,17 +80,30 @@ class LinesOut {
 
   __device__ __forceinline__ void forward(const uint4 (&v)[kLines], int row, int column) const {
     if (p_.product != nullptr) store(p_.product, v, row, column);
+    float x[8 * kLines];
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) unpack_eight<T>(x + 8 * i, v[i]);
+    if (p_.activate) ffn_activate_as<T>(x, p_.activation);
     uint4 results[kLines];
 #pragma unroll
-    for (int i = 0; i < kLines; i += 2) {  // not all at once: registers are short here
-      float x[16];
-      unpack_eight<T>(x, v[i]);
-      unpack_eight<T>(x + 8, v[i + 1]);
-      if (p_.activate) ffn_activate_as<T>(x, p_.activation);
-      results[i] = pack_eight<T>(x);
-      results[i + 1] = pack_eight<T>(x + 8);
-    }
+    for (int i = 0; i < kLines; ++i) results[i] = pack_eight<T>(x + 8 * i);
     store(p_.output, results, row, column);
+  }
+
+  // The same in a loop, whose code is short.
+  __device__ __forceinline__ void forward_by_lines(uint4 (&v)[kLines], int row, int column) const {
+    if (p_.product != nullptr) store(p_.product, v, row, column);
+#pragma unroll 1
+    for (int i = 0; i < kLines; ++i) {
+      float x[8];
+      unpack_eight<T>(x, v[0]);
+      if (p_.activate) ffn_activate_as<T>(x, p_.activation);
+      v[0] = v[1];
+      v[1] = v[2];
+      v[2] = v[3];
+      v[3] = pack_eight<T>(x);
+    }
+    store(p_.output, v, row, column);
   }
 
   // A residual and an activation do not come together.

@@ -209,22 +209,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       const Box box = next;
       float sums[8] = {};
       mbarrier_wait(filled_at + 8 * box.barrier, box.parity);
-      // All of a box at once where the registers are there: its place is free again before it is activated.
-      const bool at_once = !kGradient && p.residual == nullptr;
-      uint4 whole[kQuarters][kLines];
-      if (at_once) {
-#pragma unroll
-        for (int quarter = 0; quarter < kQuarters; ++quarter) out.take(whole[quarter], box.address, quarter);
-        mbarrier_arrive(taken_at + 8 * box.barrier);
-#pragma unroll 1
-        for (int quarter = 0; quarter < kQuarters; ++quarter) {
-          uint4 v[kLines];
-          choose(v, whole, quarter);
-          if constexpr (!kGradient) out.forward(v, box.row + 16 * quarter, box.column);
-        }
-        next = box_at(index + kWayOutWarps);
-        continue;
-      }
 #pragma unroll 1
       for (int quarter = 0; quarter < kQuarters; ++quarter) {
         uint4 v[kLines], ahead[kLines] = {};
@@ -233,14 +217,18 @@ __global__ void __launch_bounds__(kThreads, 1)
           mbarrier_arrive(taken_at + 8 * box.barrier);
           next = box_at(index + kWayOutWarps);
         }
-        if (quarter < kQuarters - 1 || index + kWayOutWarps < count) {
+        if (p.residual != nullptr && (quarter < kQuarters - 1 || index + kWayOutWarps < count)) {
           const bool same = quarter < kQuarters - 1;
           out.load(ahead, same ? box.row + 16 * (quarter + 1) : next.row, next.column);
         }
         if constexpr (kGradient) {
           out.gradient(v, other, sums, box.row + 16 * quarter, box.column);
-        } else {
+        } else if (p.residual != nullptr) {
           out.add(v, other, box.row + 16 * quarter, box.column);
+        } else if (s.loop) {
+          out.forward_by_lines(v, box.row + 16 * quarter, box.column);
+        } else {
+          out.forward(v, box.row + 16 * quarter, box.column);
         }
 #pragma unroll
         for (int i = 0; i < kLines; ++i) other[i] = ahead[i];
