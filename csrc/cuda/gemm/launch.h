@@ -56,10 +56,8 @@ struct GemmSchedule {
   int blocks = 0;        // of the grid
   bool vectors = false;  // rows of the results are whole vectors of 16 bytes
   bool half = false;     // 16-bit
-  bool wide = false;     // 16-bit: tiles of many columns, and warps of their own for the way out
-  bool loop = false;
-  int narrow = 0;        // wide: how many of the last tiles are cut into tiles of 64 columns
-  int halves = 2;        // wide: of a tile's rows, how many find room on their way out
+  int narrow = 0;        // 16-bit: how many of the last tiles are cut into tiles of 64 columns
+  int halves = 2;        // 16-bit: how many halves of a tile's rows find room on their way out
   bool prepare_b() const { return !small && !half; }
 };
 
