@@ -356,11 +356,12 @@ cudaError_t whole_mma_supported(const WholeFfnParams& p, bool& supported) {
     return cudaSuccess;
   }
   // Where a block has more to do one after the other, and for a few rows, products one by one are faster: read off one
-  // H200.
-  constexpr int64_t kMostChunks = 1, kFewestRows = 128;
+  // H200. Short sums of float32 are hard to beat in accuracy.
+  constexpr int kFewestRows = 128, kShortestSum = 64;
   const auto s = schedule(p, overrides, facts);
-  const int64_t chunks = ceil_div(ceil_div(p.hidden, kHidden), s.parts);
-  supported = wish == 2 || (p.rows >= kFewestRows && chunks <= kMostChunks && s.blocks <= facts.multiprocessors);
+  const bool one_turn = ceil_div(p.hidden, kHidden) <= s.parts;
+  supported = wish == 2 || (p.rows >= kFewestRows && p.embed >= kShortestSum && p.hidden >= kShortestSum && one_turn &&
+                            s.blocks <= facts.multiprocessors);
   return cudaSuccess;
 }
 
