@@ -149,26 +149,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_ffn_backward(const FfnBac
   const Tensor grad_output = as_rows(args.grad_output, rows);
   const Tensor kept = args.hidden.is_contiguous() ? args.hidden : to_contiguous(args.hidden, false);
   const bool needs_grad_hidden = args.needs_input || args.needs_fc1_weight || args.needs_fc1_bias;
-  OptionalTensor grad_hidden, activated, held;
-  if (needs_grad_hidden) {  // first the gradient of the activation's result, then, in its place, that of its argument
-    grad_hidden = fresh_matrix(backend, input, rows, hidden);
-    mm(*grad_hidden, grad_output, args.fc2_weight);
-  }
+  const auto none = [&] { return empty_dense(input, {0}, false, input.scalar_type()); };
+  const auto vector = [&](int64_t width) { return empty_dense(input, {width}, false, input.scalar_type()); };
+  const FfnActivation activation = parse_ffn_activation(kBackwardOp, args.activation.value);
+  OptionalTensor grad_hidden, activated, grad_fc1_bias, held;
+  if (needs_grad_hidden) grad_hidden = fresh_matrix(backend, input, rows, hidden);
   if (args.needs_fc2_weight) activated = fresh_matrix(backend, input, rows, hidden);
-  if ((grad_hidden || activated) && rows * hidden > 0) {
+  bool fused = false;
+  if (needs_grad_hidden) {
+    if (backend.activation_gradient != nullptr && bias_in_product(backend, input)) {
+      if (args.needs_fc1_bias) grad_fc1_bias = vector(hidden);
+      fused =
+          backend.activation_gradient({grad_output, args.fc2_weight, strided_view(kept, {rows, hidden}, {hidden, 1}),
+                                       activation, *grad_hidden, activated, grad_fc1_bias});
+      if (!fused) grad_fc1_bias.reset();
+    }
+    // First the gradient of the activation's result, then, in its place, that of its argument.
+    if (!fused) mm(*grad_hidden, grad_output, args.fc2_weight);
+  }
+  if (!fused && (grad_hidden || activated) && rows * hidden > 0) {
     BiasActivationBackwardParams params;
     params.hidden = kept.const_data_ptr();
     if (!bias_in_product(backend, input)) params.bias = bias_data(args.fc1_bias, held);
     params.rows = rows;
     params.columns = hidden;
     params.dtype = kernel_dtype(kBackwardOp, "input", input.scalar_type());
-    params.activation = parse_ffn_activation(kBackwardOp, args.activation.value);
+    params.activation = activation;
     if (grad_hidden) params.grad_output = params.grad_hidden = grad_hidden->mutable_data_ptr();
     if (activated) params.output = activated->mutable_data_ptr();
     backend.bias_activation_backward(params, input);
   }
 
-  const auto none = [&] { return empty_dense(input, {0}, false, input.scalar_type()); };
+  const auto sum = [&](const Tensor& matrix) {
+    if (backend.sum_of_rows == nullptr || input.element_size() != 2) return sum_of_rows(matrix);
+    const Tensor result = vector(matrix.size(1));
+    return backend.sum_of_rows(result, matrix) ? result : sum_of_rows(matrix);
+  };
   const auto product = [&](const Tensor& a, const Tensor& b) {
     const Tensor result = fresh_matrix(backend, input, a.size(0), b.size(1));
     mm(result, a, b);
@@ -186,8 +202,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_ffn_backward(const FfnBac
     backend.fresh(grad_input);
     mm(strided_view(grad_input, {rows, embed}, {embed, 1}), *grad_hidden, args.fc1_weight);
   }
-  return {grad_input, grad_fc1_weight, args.needs_fc1_bias ? sum_of_rows(*grad_hidden) : none(), grad_fc2_weight,
-          args.needs_fc2_bias ? sum_of_rows(grad_output) : none()};
+  if (!grad_fc1_bias) grad_fc1_bias = args.needs_fc1_bias ? sum(*grad_hidden) : none();
+  return {grad_input, grad_fc1_weight, *grad_fc1_bias, grad_fc2_weight,
+          args.needs_fc2_bias ? sum(grad_output) : none()};
 }
 
 }  // namespace styleforge

@@ -43,6 +43,18 @@ struct FfnResult {
   OptionalTensor hidden;
 };
 
+// For the backward: the gradient of the activation's argument, `gradient` = (grad_output weight) activation'(hidden),
+// with what is needed beside it. Matrices; `hidden` is dense and has its bias.
+struct FfnActivationGradient {
+  const Tensor& grad_output;  // [rows, out]
+  const Tensor& weight;       // [out, hidden]
+  const Tensor& hidden;       // [rows, hidden]
+  FfnActivation activation;
+  const Tensor& gradient;           // [rows, hidden]
+  const OptionalTensor& activated;  // [rows, hidden], or nothing: activation(hidden)
+  const OptionalTensor& sum;        // [hidden], or nothing: `gradient` summed over the rows
+};
+
 // What a device has to offer. `out` and `self` may be the same tensor in addmm (out = self + a b).
 struct FfnBackend {
   const char* path;  // for last_path()
@@ -61,6 +73,9 @@ struct FfnBackend {
   // For the backward: a product of its own in the place of mm, or null. Records its path; false where it does not take
   // it.
   bool (*own_mm)(const Tensor& out, const Tensor& a, const Tensor& b, bool tf32);
+  // For the backward, or null; false where they do not take it.
+  bool (*activation_gradient)(const FfnActivationGradient& args);
+  bool (*sum_of_rows)(const Tensor& out, const Tensor& matrix);
 };
 
 FfnResult run_ffn(const FfnBackend& backend, const FfnArgs& args, const FfnPlan& plan, bool keep_hidden);

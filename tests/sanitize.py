@@ -159,7 +159,7 @@ def _attention(paths: set[str]) -> None:
 def _matrix_products(paths: set[str]) -> None:
     """Our own matrix products, where the GPU has them: both kernels, whole tiles and ragged ones."""
     os.environ["STYLEFORGE_PATH"] = "sm90"
-    for tune in ("small=1", "small=2,columns=64", "small=2,columns=32,cluster=4"):
+    for tune in ("small=1", "small=2,columns=64", "small=2,columns=32,cluster=4", "one=2"):
         os.environ["STYLEFORGE_GEMM_TUNE"] = tune
         for precision in ("ieee", "tf32"):
             for rows, embed, hidden, out in ((130, 64, 128, 64), (197, 100, 332, 77), (40, 516, 36, 3)):
@@ -176,7 +176,7 @@ def _matrix_products(paths: set[str]) -> None:
 def _half_matrix_products(paths: set[str]) -> None:
     """The same of 16 bits: blocks with several tiles, and all in one launch."""
     os.environ["STYLEFORGE_PATH"] = "sm90"
-    for tune in ("small=1", "small=2", "small=2,parts=4,stages=1"):
+    for tune in ("small=1", "small=1,columns=192", "small=1,cluster=2", "one=2", "one=2,parts=2"):
         os.environ["STYLEFORGE_GEMM_TUNE"] = tune
         for dtype in (torch.float16, torch.bfloat16):
             for rows, embed, hidden, out in ((130, 64, 128, 64), (197, 104, 328, 72), (2200, 72, 1024, 136)):
@@ -186,7 +186,11 @@ def _half_matrix_products(paths: set[str]) -> None:
                 if "16bit" not in styleforge.last_path():
                     continue
                 paths.add(styleforge.last_path())
-                torch.ops.styleforge._fused_ffn_forward(x, *parameters, "silu", None, "ieee")
+                _, kept = torch.ops.styleforge._fused_ffn_forward(x, *parameters, "silu", None, "ieee")
+                torch.ops.styleforge._fused_ffn_backward(
+                    r, x, kept, *parameters[:3], "silu", "ieee", True, True, True, True, True
+                )
+                paths.add(styleforge.last_path())
     os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_GEMM_TUNE"] = ""
 
 

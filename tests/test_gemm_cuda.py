@@ -340,7 +340,8 @@ def test_gradients(activation: str, kernel: str, force: Callable[[str, str], Non
     ("rows", "embed", "hidden", "dtype", "precision", "path"),
     [
         (8192, 512, 2048, torch.float32, "ieee", OWN["ieee"]),
-        (256, 128, 512, torch.float32, "ieee", OWN["ieee"]),
+        (256, 128, 512, torch.float32, "ieee", OWN["ieee"] + ":one_launch"),
+        (1024, 128, 512, torch.float32, "ieee", OWN["ieee"]),
         (256, 128, 512, torch.float32, "tf32", OWN["tf32"]),
         (8192, 512, 2048, torch.float32, "tf32", ATEN),  # cuBLAS is faster
         (1, 128, 512, torch.float32, "ieee", ATEN),  # a few rows

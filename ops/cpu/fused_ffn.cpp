@@ -25,6 +25,8 @@ const FfnBackend kBackend{
     false,
     nullptr,
     nullptr,
+    nullptr,
+    nullptr,
 };
 
 using Operators = FfnOperators<kBackend>;

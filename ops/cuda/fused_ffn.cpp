@@ -31,6 +31,8 @@ const FfnBackend kBackend{
     true,
     run_ffn_gemm,
     run_gemm,
+    run_activation_gradient,
+    run_column_sums,
 };
 
 using Operators = FfnOperators<kBackend>;

@@ -60,7 +60,7 @@ void run(cuda::GemmParams& params, const cuda::GemmSchedule& schedule, const Ten
   check_cuda(kOp, cuda::launch_gemm(params, schedule, scope.stream()));
 }
 
-// A small network of 16-bit numbers in one launch.
+// A small network in one launch.
 std::optional<FfnResult> run_whole_ffn(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden,
                                        const CudaScope& scope) {
   if (args.fc1_weight.stride(1) != 1 || args.fc2_weight.stride(1) != 1) return {};
@@ -87,17 +87,19 @@ std::optional<FfnResult> run_whole_ffn(const FfnArgs& args, const FfnPlan& plan,
   params.out = static_cast<int>(plan.out);
   params.dtype = kernel_dtype(kOp, "input", dtype);
   params.activation = plan.activation;
-  bool supported = false;
-  check_cuda(kOp, cuda::whole_ffn_supported(params, supported));
-  if (!supported) return {};
+  bool by_mma = false, by_wgmma = false;
+  check_cuda(kOp, cuda::whole_mma_supported(params, by_mma));
+  if (!by_mma) check_cuda(kOp, cuda::whole_ffn_supported(params, by_wgmma));
+  if (!by_mma && !by_wgmma) return {};
   FfnResult result{empty_dense(args.input, plan.output_sizes, false, dtype), {}};
   params.output = result.output.mutable_data_ptr();
   if (keep_hidden) {
     result.hidden = empty_dense(args.input, plan.hidden_sizes, false, dtype);
     params.product = result.hidden->mutable_data_ptr();
   }
-  check_cuda(kOp, cuda::launch_whole_ffn(params, scope.stream()));
-  record_path("ffn:cuda:sm90:16bit:one_launch");
+  check_cuda(kOp,
+             by_mma ? cuda::launch_whole_mma(params, scope.stream()) : cuda::launch_whole_ffn(params, scope.stream()));
+  record_path(dtype == ScalarType::Float ? "ffn:cuda:sm90:3xtf32:one_launch" : "ffn:cuda:sm90:16bit:one_launch");
   return result;
 }
 
@@ -113,7 +115,7 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
   const int64_t vector = 16 / static_cast<int64_t>(args.input.element_size());
   if (plan.embed % vector != 0 || plan.hidden % vector != 0) return {};
   const CudaScope scope(args.input);
-  if (dtype != ScalarType::Float) {
+  if (dtype != ScalarType::Float || !plan.tf32) {
     if (auto result = run_whole_ffn(args, plan, keep_hidden, scope)) return result;
   }
   OptionalTensor held_fc1_bias, held_fc2_bias, residual;
@@ -185,6 +187,68 @@ bool run_linear(const Tensor& out, const Tensor& rows, const Tensor& weight, con
   const auto found = schedule(params);
   if (!found) return false;
   run(params, *found, rows, scope);
+  return true;
+}
+
+bool run_activation_gradient(const FfnActivationGradient& args) {
+  const int64_t rows = args.hidden.size(0), hidden = args.hidden.size(1), out = args.weight.size(0);
+  if (!narrow(rows) || !narrow(hidden) || !narrow(out) || args.grad_output.stride(1) != 1) return false;
+  const CudaScope scope(args.hidden);
+  cuda::GemmParams params;
+  params.dtype = kernel_dtype(kOp, "input", args.hidden.scalar_type());
+  params.gradient = true;
+  params.activation = args.activation;
+  params.m = static_cast<int>(rows);
+  params.n = static_cast<int>(hidden);
+  params.k = static_cast<int>(out);
+  params.a = args.grad_output.const_data_ptr();
+  params.a_stride = args.grad_output.stride(0);
+  params.b = args.weight.const_data_ptr();
+  params.b_stride[0] = args.weight.stride(1);
+  params.b_stride[1] = args.weight.stride(0);
+  params.residual = args.hidden.const_data_ptr();
+  params.residual_stride = hidden;
+  params.output = args.gradient.mutable_data_ptr();
+  if (args.activated) params.product = args.activated->mutable_data_ptr();
+  const auto found = schedule(params);
+  if (!found) return false;
+  std::optional<Tensor> holder;
+  cuda::ColumnSumsParams sums;
+  if (args.sum) {
+    sums.part_count = (params.m + 63) / 64;
+    const size_t count = static_cast<size_t>(sums.part_count) * static_cast<size_t>(hidden);
+    params.column_sums = sums.parts = static_cast<float*>(workspace(args.hidden, count * sizeof(float), holder));
+    sums.output = args.sum->mutable_data_ptr();
+    sums.columns = params.n;
+    sums.dtype = params.dtype;
+  }
+  check_cuda(kOp, cuda::launch_gemm(params, *found, scope.stream()));
+  if (args.sum) check_cuda(kOp, cuda::launch_column_sums(sums, scope.stream()));
+  record_path("ffn_backward:cuda:sm90:16bit", "aten_matmul");
+  return true;
+}
+
+bool run_column_sums(const Tensor& out, const Tensor& matrix) {
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  if (matrix.element_size() != 2 || !narrow(rows) || !narrow(columns) || columns % 8 != 0) return false;
+  // Parts of rows are the second dimension of a grid.
+  if (matrix.stride(1) != 1 || matrix.stride(0) % 8 != 0 || cuda::column_sum_parts(static_cast<int>(rows)) > 65535) {
+    return false;
+  }
+  cuda::ColumnSumsParams sums;
+  sums.matrix = matrix.const_data_ptr();
+  if (reinterpret_cast<uintptr_t>(sums.matrix) % 16 != 0) return false;
+  const CudaScope scope(matrix);
+  sums.dtype = kernel_dtype(kOp, "grad_output", matrix.scalar_type());
+  sums.stride = matrix.stride(0);
+  sums.rows = static_cast<int>(rows);
+  sums.columns = static_cast<int>(columns);
+  sums.part_count = cuda::column_sum_parts(sums.rows);
+  std::optional<Tensor> holder;
+  const size_t count = static_cast<size_t>(sums.part_count) * static_cast<size_t>(columns);
+  sums.parts = static_cast<float*>(workspace(matrix, count * sizeof(float), holder));
+  sums.output = out.mutable_data_ptr();
+  check_cuda(kOp, cuda::launch_column_sums(sums, scope.stream()));
   return true;
 }
 

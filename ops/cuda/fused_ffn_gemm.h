@@ -15,4 +15,8 @@ bool run_gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool tf32);
 // out = rows weight^T + bias, weight [n, k] of any strides, out dense; as run_gemm, and no path is recorded.
 bool run_linear(const Tensor& out, const Tensor& rows, const Tensor& weight, const OptionalTensor& bias, bool tf32);
 
+// See FfnBackend; of 16-bit numbers.
+bool run_activation_gradient(const FfnActivationGradient& args);
+bool run_column_sums(const Tensor& out, const Tensor& matrix);
+
 }  // namespace styleforge

@@ -34,8 +34,17 @@ cudaError_t tensor_map(DType dtype, const void* data, const cuuint64_t (&sizes)[
                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   cuuint32_t steps[kDims];
   for (auto& step : steps) step = 1;
-  const auto result = encode(&map, type, kDims, const_cast<void*>(data), sizes, strides, box, steps,
-                             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encoded = [&] {
+    return encode(&map, type, kDims, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  auto result = encoded();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // a thread's first call, as in autograd's: the runtime sets it up
+    int device = 0;
+    if (const auto error = cudaGetDevice(&device)) return error;
+    if (const auto error = cudaSetDevice(device)) return error;
+    result = encoded();
+  }
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kRowThreads)
       [&](int64_t row, int i) {
         acc_t<T> x[kWidth];
         biased<T>(x, hidden[i], bias);
-        ffn_activate<sizeof(T) == 2>(x, p.activation);
+        ffn_activate_as<T>(x, p.activation);
         store(p.output, row * vectors + at.vector, rounded<T>(x));
       });
 }

@@ -133,6 +133,34 @@ __device__ __forceinline__ float gelu_short(float x) {
   return fmaf(-z, tail, half + fabsf(half));
 }
 
+// The same where the type is known: Phi(-z) as 2^ of a polynomial, to a sixteenth of a unit in the last place of T and
+// as far as T has numbers. One instruction of the special function unit instead of two, four others less.
+template <typename T>
+__device__ __forceinline__ float gelu_as(float x) {
+  float z, power;
+  if constexpr (std::is_same_v<T, __half>) {
+    z = fminf(fabsf(x), 6.0f);
+    power = fmaf(z, 2.299006337e-05f, -6.111000548e-04f);
+    power = fmaf(power, z, 7.195565850e-03f);
+    power = fmaf(power, z, -5.118533596e-02f);
+    power = fmaf(power, z, -4.612719119e-01f);
+    power = fmaf(power, z, -1.150174260e+00f);
+    power = fmaf(power, z, -1.000064731e+00f);
+  } else {
+    z = fminf(fabsf(x), 13.2f);
+    power = fmaf(z, 2.716267566e-08f, -1.731235102e-06f);
+    power = fmaf(power, z, 4.754944166e-05f);
+    power = fmaf(power, z, -7.434829022e-04f);
+    power = fmaf(power, z, 7.416262291e-03f);
+    power = fmaf(power, z, -5.079478025e-02f);
+    power = fmaf(power, z, -4.627904892e-01f);
+    power = fmaf(power, z, -1.149035454e+00f);
+    power = fmaf(power, z, -1.000183821e+00f);
+  }
+  const float half = 0.5f * x;
+  return fmaf(-z, exp2_flushed(power), half + fabsf(half));
+}
+
 // sigmoid(x) for a result that is going to be rounded to 16 bits.
 __device__ __forceinline__ float sigmoid_short(float x) {
   constexpr float kLog2E = 1.442695041f;
@@ -174,6 +202,19 @@ __device__ __forceinline__ void ffn_activate(Acc (&v)[kSize], FfnActivation acti
       for (int i = 0; i < kSize; ++i) v[i] *= ffn_sigmoid<kShort>(v[i]);
       break;
   }
+}
+
+// For results that are going to be rounded to T.
+template <typename T, int kSize, typename Acc>
+__device__ __forceinline__ void ffn_activate_as(Acc (&v)[kSize], FfnActivation activation) {
+  if constexpr (sizeof(T) == 2) {
+    if (activation == FfnActivation::kGelu) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) v[i] = gelu_as<T>(v[i]);
+      return;
+    }
+  }
+  ffn_activate<sizeof(T) == 2>(v, activation);
 }
 
 // v becomes the activation's result and `slope` its derivative; at 0 the derivative of relu is 0.

@@ -31,5 +31,22 @@ struct WholeFfnParams {
 // Whether the kernel takes it on the current device, and is the fastest there is.
 cudaError_t whole_ffn_supported(const WholeFfnParams& params, bool& supported);
 cudaError_t launch_whole_ffn(const WholeFfnParams& params, cudaStream_t stream);
+cudaError_t whole_mma_supported(const WholeFfnParams& params, bool& supported);
+cudaError_t launch_whole_mma(const WholeFfnParams& params, cudaStream_t stream);
+
+// output[column] = sum over the rows, of 16-bit numbers; columns a multiple of 8.
+struct ColumnSumsParams {
+  const void* matrix =
+      nullptr;             // [rows, columns], rows `stride` apart, aligned to 16 bytes; null where parts are there
+  float* parts = nullptr;  // [part_count, columns]: sums of some of the rows each
+  void* output = nullptr;  // [columns]
+  int64_t stride = 0;
+  int rows = 0, columns = 0;
+  int part_count = 0;  // with a matrix, column_sum_parts(rows)
+  DType dtype = DType::kFloat16;
+};
+constexpr int kPartRows = 128;
+inline int column_sum_parts(int rows) { return (rows + kPartRows - 1) / kPartRows; }
+cudaError_t launch_column_sums(const ColumnSumsParams& params, cudaStream_t stream);
 
 }  // namespace styleforge::cuda

@@ -1,5 +1,5 @@
-// Boxes of 16-bit matrices by the copy engine, in both directions, and what a warpgroup writes to shared memory for it.
-// A box is rows of 64 numbers, 128 bytes, with the 128-byte swizzle.
+// Boxes of 16-bit matrices by the copy engine, and pieces of them between registers and shared memory. A box is rows of
+// 64 numbers, 128 bytes, with the 128-byte swizzle.
 #pragma once
 
 #include "../common/cluster.cuh"
@@ -30,20 +30,6 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, in
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
-
-// From shared memory; parts beyond the matrix's ends are left out.
-__device__ __forceinline__ void store_box(const CUtensorMap* map, int column, int row, uint32_t from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
-               "r"(row), "r"(from)
-               : "memory");
-}
-__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until at most kPending of this thread's groups of stores have not read their shared memory yet.
-template <int kPending>
-__device__ __forceinline__ void store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-__device__ __forceinline__ void store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // A warp's 16 x 16 piece: the lane gives the address of row lane % 16, 16-byte half lane / 16. As load_matrix, the
 // other way.

@@ -1,5 +1,5 @@
-// The way out of half_sm90.cu: a warpgroup's tile of 128 x 128 sums, in pieces of 64 x 64, through bias, activation and
-// residual, rounded once, by way of shared memory to a TMA store.
+// The way out of half_sm90.cu: a warp takes a box of 64 x 64 products, rounded and with their bias, from shared memory,
+// sends it through activation and residual (or through the activation's gradient) and writes whole lines.
 #pragma once
 
 #include "../ffn/gelu.cuh"
@@ -9,135 +9,156 @@
 
 namespace styleforge::cuda {
 
-constexpr int kWayOutBoxes = 2;  // one is filled while the other leaves
-constexpr int kWayOutBytes = kWayOutBoxes * kBoxBytes;
-
 #ifdef STYLEFORGE_HAS_WGMMA
 
-// Of one warpgroup.
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+// In one instruction: left to itself the compiler takes four.
+__device__ __forceinline__ void store_line(void* to, const uint4& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 template <typename T>
-class WayOut {
+__device__ __forceinline__ void unpack_eight(float* x, const uint4& v) {
+  const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 f = unpack<T>(pairs[i]);
+    x[2 * i] = f.x;
+    x[2 * i + 1] = f.y;
+  }
+}
+template <typename T>
+__device__ __forceinline__ uint4 pack_eight(const float* x) {
+  return {pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7])};
+}
+
+// A lane's part of a box, a quarter of 16 rows at a time: eight neighbouring columns of the rows lane / 8 + 4 i.
+constexpr int kLines = 4;     // i
+constexpr int kQuarters = 4;  // of a box
+
+template <typename T>
+class LinesOut {
  public:
-  // `boxes`: shared memory of all warpgroups.
-  __device__ __forceinline__ WayOut(const GemmParams& p, uint32_t boxes, int group, int warp, int lane)
-      : p_(p), boxes_(boxes + group * kWayOutBytes), group_(group), leader_(warp == 0 && lane == 0) {
-    row_ = warp * 16 + lane / 4;
-    column_ = lane % 4 * 2;
-    // This lane's row and 16-byte half of a warp's 16 x 16 piece; the next piece is an exclusive or away.
-    piece_ = (warp * 16 + lane % 16) * kBoxRowBytes + (((lane & 7) ^ (lane / 16)) << 4);
+  __device__ __forceinline__ LinesOut(const GemmParams& p, bool vectors, int lane) : p_(p), vectors_(vectors) {
+    row_ = lane / 8;
+    column_ = lane % 8 * 8;
+    // Swizzled: in rows 4 further on the half of the line that a lane has changes, and nothing else.
+    shared_ = row_ * kBoxRowBytes + ((lane % 8 ^ row_) << 4);
   }
 
-  // What the first piece needs of global memory is on its way from here on.
-  __device__ __forceinline__ void begin(int row, int column) {
-    tile_row_ = row;
-    tile_column_ = column;
-    load(0);
-  }
-
-  __device__ __forceinline__ void forward(const float (&d)[2][64], const CUtensorMap* output,
-                                          const CUtensorMap* product) {
-    // A loop, although the registers have to be named one by one: unrolled, the code does not fit the instruction
-    // cache.
-#pragma unroll 1
-    for (int q = 0; q < 4; q = after(q)) {
-      float x[32];
-      take(x, d, q);
+  __device__ __forceinline__ void take(uint4 (&v)[kLines], uint32_t box, int quarter) const {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float2 b = unpack<T>(bias_[i]);
-        x[4 * i] += b.x;
-        x[4 * i + 1] += b.y;
-        x[4 * i + 2] += b.x;
-        x[4 * i + 3] += b.y;
-      }
-      uint32_t pairs[16];
-      if (p_.product != nullptr) {
-        pack_all(pairs, x);
-        put(pairs, product, q);
-      }
-      if (p_.activate) ffn_activate<true>(x, p_.activation);
-      if (p_.residual != nullptr) {
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          const float2 r = unpack<T>(other_[i]);
-          x[2 * i] += r.x;
-          x[2 * i + 1] += r.y;
-        }
-      }
-      load(after(q));
-      pack_all(pairs, x);
-      put(pairs, output, q);
+    for (int i = 0; i < kLines; ++i) {
+      v[i] = load_shared(((box + shared_) ^ (i % 2 << 6)) + (quarter * 16 + 4 * i) * kBoxRowBytes);
     }
   }
 
-  __device__ __forceinline__ void end() const {
-    if (leader_) store_wait_all();
+  // Residual, or what was activated, of the rows from `row` on.
+  __device__ __forceinline__ void load(uint4 (&v)[kLines], int row, int column) const {
+    const int64_t stride = p_.residual_stride;
+    const T* from = static_cast<const T*>(p_.residual) + (row + row_) * stride + column + column_;
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) {
+      v[i] = {};
+      if (row + row_ + 4 * i >= p_.m || column + column_ >= p_.n) continue;
+      if (vectors_) {
+        v[i] = __ldg(reinterpret_cast<const uint4*>(from + 4 * i * stride));
+      } else {
+        const auto* pairs = reinterpret_cast<const uint32_t*>(from + 4 * i * stride);
+        v[i] = {__ldg(pairs), __ldg(pairs + 1), __ldg(pairs + 2), __ldg(pairs + 3)};
+      }
+    }
+  }
+
+  __device__ __forceinline__ void forward(const uint4 (&v)[kLines], const uint4 (&residual)[kLines], int row,
+                                          int column) const {
+    if (p_.product != nullptr) store(p_.product, v, row, column);
+    float x[8 * kLines];
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) unpack_eight<T>(x + 8 * i, v[i]);
+    if (p_.activate) ffn_activate_as<T>(x, p_.activation);
+    if (p_.residual != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+        float r[8];
+        unpack_eight<T>(r, residual[i]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) x[8 * i + j] += r[j];
+      }
+    }
+    uint4 results[kLines];
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) results[i] = pack_eight<T>(x + 8 * i);
+    store(p_.output, results, row, column);
+  }
+
+  // v is the gradient of the activation's result, `hidden` what was activated. Out come the gradient of that and the
+  // activation's result again (to `product`); `sums` takes the gradient in.
+  __device__ __forceinline__ void gradient(const uint4 (&v)[kLines], const uint4 (&hidden)[kLines], float (&sums)[8],
+                                           int row, int column) const {
+    uint4 results[kLines], activated[kLines];
+#pragma unroll
+    for (int i = 0; i < kLines; i += 2) {
+      float h[16], slope[16], g[16];
+      unpack_eight<T>(h, hidden[i]);
+      unpack_eight<T>(h + 8, hidden[i + 1]);
+      unpack_eight<T>(g, v[i]);
+      unpack_eight<T>(g + 8, v[i + 1]);
+      ffn_activate_with_slope<true>(h, slope, p_.activation);
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        g[j] *= slope[j];
+        sums[j % 8] += g[j];
+      }
+      results[i] = pack_eight<T>(g);
+      results[i + 1] = pack_eight<T>(g + 8);
+      activated[i] = pack_eight<T>(h);
+      activated[i + 1] = pack_eight<T>(h + 8);
+    }
+    if (p_.product != nullptr) store(p_.product, activated, row, column);
+    store(p_.output, results, row, column);
+  }
+
+  // What gradient() summed up over a box, whose rows begin at `row`.
+  __device__ __forceinline__ void sum_out(float (&sums)[8], int row, int column) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      sums[j] += __shfl_xor_sync(0xffffffff, sums[j], 8);
+      sums[j] += __shfl_xor_sync(0xffffffff, sums[j], 16);
+    }
+    if (row_ != 0 || column + column_ >= p_.n || row >= p_.m) return;
+    auto* to = reinterpret_cast<float4*>(p_.column_sums + static_cast<int64_t>(row / 64) * p_.n + column + column_);
+    to[0] = {sums[0], sums[1], sums[2], sums[3]};
+    to[1] = {sums[4], sums[5], sums[6], sums[7]};
   }
 
  private:
-  // Pieces: upper left, upper right, lower left, lower right; those on the right may be beyond the end.
-  __device__ __forceinline__ int after(int q) const { return q % 2 == 0 && tile_column_ + 64 >= p_.n ? q + 2 : q + 1; }
-
-  __device__ __forceinline__ void load(int q) {
-    if (q >= 4) return;
-    const int row = tile_row_ + q / 2 * 64 + row_, column = tile_column_ + q % 2 * 64 + column_;
+  __device__ __forceinline__ void store(void* matrix, const uint4 (&v)[kLines], int row, int column) const {
+    const int64_t stride = int64_t{4} * p_.n;
+    T* to = static_cast<T*>(matrix) + static_cast<int64_t>(row + row_) * p_.n + column + column_;
+    if (row + 16 <= p_.m && column + kBoxColumns <= p_.n) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p_.bias) + column + 8 * i);
-      bias_[i] = p_.bias != nullptr && column + 8 * i < p_.n ? __ldg(from) : 0;
+      for (int i = 0; i < kLines; ++i) store_line(to + i * stride, v[i]);
+    } else if (column + column_ < p_.n) {
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+        if (row + row_ + 4 * i < p_.m) store_line(to + i * stride, v[i]);
+      }
     }
-    if (p_.residual == nullptr) return;
-    const T* from = static_cast<const T*>(p_.residual) + row * p_.residual_stride + column;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int down = i % 2 * 8, right = i / 2 * 8;
-      other_[i] = row + down < p_.m && column + right < p_.n
-                      ? __ldg(reinterpret_cast<const uint32_t*>(from + down * p_.residual_stride + right))
-                      : 0;
-    }
-  }
-
-  static __device__ __forceinline__ void take(float (&x)[32], const float (&d)[2][64], int q) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (c != q) continue;
-#pragma unroll
-      for (int i = 0; i < 32; ++i) x[i] = d[c / 2][c % 2 * 32 + i];
-    }
-  }
-
-  static __device__ __forceinline__ void pack_all(uint32_t (&pairs)[16], const float (&x)[32]) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) pairs[i] = pack<T>(x[2 * i], x[2 * i + 1]);
-  }
-
-  __device__ __forceinline__ void put(const uint32_t (&pairs)[16], const CUtensorMap* map, int q) {
-    if (leader_) store_wait_read<kWayOutBoxes - 1>();
-    named_barrier(1 + group_, 128);
-    const uint32_t box = boxes_ + next_ * kBoxBytes;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t four[4] = {pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]};
-      store_matrix((box + piece_) ^ (i << 5), four);
-    }
-    fence_async_shared();
-    named_barrier(1 + group_, 128);
-    if (leader_) {
-      store_box(map, tile_column_ + q % 2 * 64, tile_row_ + q / 2 * 64, box);
-      store_commit();
-    }
-    next_ ^= 1;
   }
 
   const GemmParams& p_;
-  uint32_t boxes_, piece_;
-  int group_;
-  bool leader_;
-  int row_, column_;  // of this lane's first number in a piece
-  int tile_row_ = 0, tile_column_ = 0;
-  int next_ = 0;  // box
-  uint32_t bias_[8];
-  uint32_t other_[16];  // of the residual
+  bool vectors_;  // the residual's rows begin at multiples of 16 bytes
+  int row_, column_;
+  uint32_t shared_;
 };
 
 #endif  // STYLEFORGE_HAS_WGMMA

@@ -37,6 +37,10 @@ struct GemmParams {
   // while that kernel still runs.
   bool b_is_ready = false;
   bool activate = false;
+  // 16-bit, in the backward: residual is what the activation was given, b is [n, k] with neighbouring n in memory, a
+  // b^T the gradient of the activation's result. output = a b^T activation'(residual), product = activation(residual).
+  bool gradient = false;
+  float* column_sums = nullptr;  // [ceil(m / 64), n]: of the output, over 64 rows each, or null
   FfnActivation activation = FfnActivation::kGelu;
   GemmPrecision precision = GemmPrecision::kIeee;
   DType dtype = DType::kFloat32;
@@ -52,6 +56,8 @@ struct GemmSchedule {
   int blocks = 0;        // of the grid
   bool vectors = false;  // rows of the results are whole vectors of 16 bytes
   bool half = false;     // 16-bit
+  int narrow = 0;        // 16-bit: how many of the last tiles are cut into tiles of 64 columns
+  int halves = 2;        // 16-bit: how many halves of a tile's rows find room on their way out
   bool prepare_b() const { return !small && !half; }
 };
 

@@ -21,36 +21,54 @@ bool pays(const GemmParams& p) {
   return p.precision == GemmPrecision::kIeee || int64_t{p.m} * p.n * p.k < kTF32Most;
 }
 
-// Where the 16-bit kernel and its epilogue are faster than cuBLAS and a pass after it: read off one H200. Short sums,
-// whose activation is what takes time; and no blocks without work at the end.
-bool half_pays(const GemmParams& p, int64_t tiles, const DeviceFacts& facts) {
-  const int64_t rounds = ceil_div(tiles, facts.multiprocessors);
-  if (tiles * 5 < rounds * facts.multiprocessors * 4) return false;
-  constexpr int kShortest = 512, kLongestActivated = 1024;
-  return p.k >= kShortest && (!p.activate || p.k <= kLongestActivated);
+// Where the 16-bit kernel with all that follows is at least as fast as cuBLAS with passes after it: read off one H200.
+// `taken` and `needed`: columns of 128 rows on all multiprocessors, one after the other, and without any idle.
+bool half_pays(const GemmParams& p, double taken, double needed) {
+  constexpr int kShortest = 512, kLongestGradient = 1024;
+  if (p.k < kShortest || (p.gradient && p.k > kLongestGradient)) return false;
+  return needed >= 0.8 * taken;
 }
 
 // 16-bit products that fill the device.
+// STYLEFORGE_GEMM_TUNE="columns=192,cluster=2,halves=2,stages=3,band=8,narrow=4" (narrow: 1 none, else one more than
+// how many tiles)
 void schedule_half(const GemmParams& p, GemmSchedule& s, bool& supported, const DeviceFacts& facts,
                    const Overrides& overrides) {
   const auto fits = [](int64_t stride, int width) { return stride % 8 == 0 && stride >= width; };  // the copy engine
   if (p.k % 8 != 0 || p.n % 8 != 0 || !fits(p.a_stride, p.k)) return;
-  if (p.b_stride[1] != 1 || !fits(p.b_stride[0], p.k)) return;
+  if (p.b_stride[p.gradient ? 0 : 1] != 1 || !fits(p.b_stride[p.gradient ? 1 : 0], p.gradient ? p.n : p.k)) return;
   if (!aligned16(p.a) || !aligned16(p.b) || !aligned16(p.output) || !aligned16(p.product)) return;
   const auto pairs = [](const void* from, int64_t stride) {
     return reinterpret_cast<uintptr_t>(from) % 4 == 0 && stride % 2 == 0;
   };
   if (!pairs(p.bias, 0) || !pairs(p.residual, p.residual_stride)) return;
   const auto tuned = [&](const char* key, int64_t chosen) { return static_cast<int>(overrides.tuned(key, chosen)); };
-  constexpr int kMostStages = 6;  // in shared memory, beside what is on its way out
   s = {};
   s.half = true;
-  s.stages = std::clamp(tuned("stages", kMostStages), 2, kMostStages);
-  s.band = tuned("band", 16);
-  const int64_t tiles = ceil_div(p.m, 128) * ceil_div(p.n, 128);
-  if (tiles > INT32_MAX / 2) return;
-  s.blocks = static_cast<int>(std::min<int64_t>(tiles, facts.multiprocessors));
-  supported = overrides.forced() || half_pays(p, tiles, facts);
+  s.vectors = aligned16(p.residual) && p.residual_stride % 8 == 0;
+  s.cluster = std::min(2, tuned("cluster", 1));
+  const int64_t room = facts.multiprocessors / s.cluster;
+  const auto tiles_of = [&](int columns) { return ceil_div(p.m, 128 * s.cluster) * ceil_div(p.n, columns); };
+  const auto time_of = [&](int columns) { return ceil_div(tiles_of(columns), room) * columns; };
+  s.columns = !p.gradient && tuned("columns", time_of(192) < time_of(256) ? 192 : 256) == 192 ? 192 : 256;
+  s.halves = std::min(2, tuned("halves", 1));
+  const int shared = facts.max_shared_per_block - 2048 - s.halves * s.columns * 128;
+  s.stages =
+      std::clamp(tuned("stages", kMaxGemmStages), 2, std::min(kMaxGemmStages, shared / ((128 + s.columns) * 128)));
+  s.band = std::max(1, tuned("band", 16) / s.cluster);
+  const int64_t tiles = tiles_of(s.columns);
+  if (tiles > INT32_MAX / 4) return;
+  // Where the last round of tiles leaves most blocks without work, more and smaller ones take less time: half of a
+  // round's, about.
+  const int64_t rest = tiles % room;
+  const int boxes = s.columns / 64;
+  const int cut = tuned("narrow", 0);
+  if (s.cluster == 1 && cut == 0 && rest * boxes <= room) s.narrow = static_cast<int>(rest);
+  if (s.cluster == 1 && cut > 1) s.narrow = static_cast<int>(std::min<int64_t>(tiles, cut - 1));
+  s.blocks = static_cast<int>(std::min<int64_t>(tiles + s.narrow * int64_t{boxes - 1}, room)) * s.cluster;
+  const double rounds = static_cast<double>(ceil_div(tiles, room)) - (s.narrow > 0 ? 0.5 : 0.0);
+  const double needed = static_cast<double>(p.m) / 128 * p.n / facts.multiprocessors;
+  supported = overrides.forced() || half_pays(p, rounds * s.columns, needed);
 }
 
 }  // namespace
