@@ -116,8 +116,8 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
 // Of two passes on an H200. wgmma has 64 rows: with few columns its operands take as long as the products, of which
 // 3xTF32 has more for each operand here; the four phases of an upsampling have few products for each tile; and what it
 // reads of an input with a stride falls into half of the banks. 1x64x256x256 upsampled to 32 channels: 43 instead of 48
-// us in 16 bits, 66 instead of 71 in TF32, 107 instead of 135 in 3xTF32; 1x64x512x512 to 32 in 3xTF32: 186, 230 (16 bits:
-// 57, 52); 1x32x512x512 to 64 with stride 2 in 16 bits: 29.5, 33.
+// us in 16 bits, 66 instead of 71 in TF32, 107 instead of 135 in 3xTF32; 1x64x512x512 to 32 in 3xTF32: 186, 230 (16
+// bits: 57, 52); 1x32x512x512 to 64 with stride 2 in 16 bits: 29.5, 33.
 bool mma_is_faster(const ConvParams& p) {
   if (p.out_channels <= 32) return p.precision == ConvPrecision::kIeee || p.phases > 1;
   return size_of(p.dtype) == 2 && p.stride_w == 2 && p.kernel_h * p.kernel_w * p.in_channels <= 288;
