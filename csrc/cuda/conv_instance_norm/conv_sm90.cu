@@ -609,14 +609,9 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       const Out out(p, n, first_column, at, warp);
       const typename Out::Affine affine(statistics, shifts, out.column);
       if (is_piecewise(norm.activation)) {
-        if (s.together == 1)
-          out.template normalize<false, 1>(p, norm, affine, stash(tile));
-        else if (s.together == 2)
-          out.template normalize<false, 2>(p, norm, affine, stash(tile));
-        else
-          out.template normalize<false, 4>(p, norm, affine, stash(tile));
+        out.template normalize<false>(p, norm, affine, stash(tile));
       } else {
-        out.template normalize<true, 1>(p, norm, affine, stash(tile));
+        out.template normalize<true>(p, norm, affine, stash(tile));
       }
     }
   }

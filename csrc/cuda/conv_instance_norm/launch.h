@@ -71,7 +71,6 @@ struct ConvSchedule {
   // belongs to the last tile lies over the rings.
   int stash_offset = 0, parts_offset = 0;
   size_t shared_bytes = 0;
-  int together = 4;
   // Whether the convolution's kernel reads float32 weights in two TF32 parts.
   bool takes_split_weights(const ConvParams& p) const { return p.precision == ConvPrecision::kIeee && !mma; }
   size_t moments_bytes(const ConvParams& p) const {

@@ -109,7 +109,6 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   if (s.halo_height > 256 || s.halo_width > 256) return;  // of a TMA box
   // Consumer threads: a warp for each row of a tile.
   s.merge_apart = int64_t{partials(s)} * s.columns > int64_t{tuned("merged", kMaxMerged)} * 32 * s.tile_height;
-  s.together = tuned("together", 4);
   supported = true;
 }
 

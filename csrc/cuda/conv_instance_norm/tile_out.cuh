@@ -191,10 +191,10 @@ struct RowOut {
   }
 
   // kSmooth: the activations with transcendental functions, one vector at a time: they are long code.
-  template <bool kSmooth, int kMost_>
+  template <bool kSmooth>
   __device__ __forceinline__ void normalize(const ConvParams& p, const InstanceNormParams& norm, const Affine& affine,
                                             const unsigned char* row) const {
-    constexpr int kTogether = kSteps < kMost_ ? kSteps : kMost_;
+    constexpr int kTogether = kSmooth ? 1 : kSteps < 4 ? kSteps : 4;
 #pragma unroll 1
     for (int from = 0; from < kSteps; from += kTogether) {
       normalize_steps<kTogether, kSmooth>(p, norm, affine, row, from);
