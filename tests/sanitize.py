@@ -40,8 +40,12 @@ CASES = [
 ]
 
 
-# STYLEFORGE_PATH, STYLEFORGE_CONV_TUNE
-CONVOLUTIONS = [("", ""), *(("mma", f"tile={tile}") for tile in range(1, 7))]
+# STYLEFORGE_PATH, STYLEFORGE_CONV_TUNE: also several tiles a block
+CONVOLUTIONS = [
+    ("", ""),
+    ("sm90", "tiles=2,columns=32,height=4"),
+    *(("mma", f"tile={tile}") for tile in range(1, 7)),
+]
 
 
 def _fused_convolutions(channels_last: bool, paths: set[str]) -> None:

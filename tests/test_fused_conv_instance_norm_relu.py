@@ -292,6 +292,9 @@ FUSED = [
     (32, 70, (17, 9), (3, 3), (1, 1), (1, 1), 2),
     (3, 32, (70, 90), (9, 9), (1, 1), (4, 4), 1),
     (2, 64, (61, 44), (7, 7), (2, 2), (3, 3), 1),
+    # more padding than the kernel reaches: the last tile needs pixels that are not among its own
+    (64, 64, (45, 30), (1, 1), (1, 1), (2, 2), 1),
+    (64, 40, (29, 31), (3, 5), (2, 1), (4, 3), 1),
 ]
 
 
@@ -393,6 +396,36 @@ def test_one_pass_and_two_passes(
             yardstick = torch_conv_instance_norm(*args, **rest)
         allowed = 1.2 * rms_error(yardstick, reference) + 1e-7
         assert errors["sm90"] <= max(allowed, 5e-4 if precision == "tf32" else 0.0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("size", [(64, 64), (128, 128)], ids=["merged by all", "merged apart"])
+@pytest.mark.parametrize("where", ["input", "norm_weight"])
+def test_numbers_that_are_none_are_not_waited_for(
+    where: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks wait for moments that are not there yet, which is a NaN of its own: all bits set."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the fused convolution is for sm_90")
+    monkeypatch.setenv("STYLEFORGE_PATH", "sm90")
+    x = torch.randn(1, 128, *size, device="cuda").contiguous(memory_format=torch.channels_last)
+    w = _weight(128, 128, 3, 3, torch.float32, "cuda")
+    norm_weight = torch.ones(128, device="cuda")
+    reference = OP(x, w, None, norm_weight, None, padding=(1, 1), precision="tf32")
+    none = torch.tensor([-1], dtype=torch.int32, device="cuda").view(torch.float32)
+    if where == "input":
+        x[0, :, 5, 7] = none
+    else:
+        norm_weight[3] = none
+    result = OP(x, w, None, norm_weight, None, padding=(1, 1), precision="tf32")
+    assert styleforge.last_path().endswith("one_pass")
+    gone = torch.isnan(result).flatten(2).all(2)[0]
+    if where == "input":
+        assert gone.all()
+    else:
+        assert gone.nonzero().flatten().tolist() == [3]
+        others = [c for c in range(128) if c != 3]
+        assert torch.equal(result[:, others], reference[:, others])
 
 
 @pytest.mark.cuda

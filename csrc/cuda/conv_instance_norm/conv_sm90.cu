@@ -5,8 +5,9 @@
 //   K:     chunks of 128 bytes of input channels (64 halves, 32 floats), for each chunk all taps of the kernel
 //
 //   producer warps 1-3: the tile's input with its halo, one chunk of channels -> ring of input stages, each used by all
-//                       taps. One TMA box, which fills what lies outside with zeros; tiles at the border of a reflected
-//                       or replicated picture by cp.async, 16 bytes each, where the padding is index arithmetic
+//                       taps. One TMA box, which fills what lies outside with zeros; at the border of a reflected or
+//                       replicated picture the warps then copy what belongs there from elsewhere in the box (or, where
+//                       it is not in the box, bring all by cp.async)
 //   producer warp 0:    weights of one (chunk, tap), kColumns x 128 bytes, by TMA -> ring of weight stages.
 //                       Multicast in clusters of two was slower: 20.5 against 12.8 thousand clocks, 1x128x128x128
 //   consumer warps:     A fragments by ldmatrix from the halo, at the tap's offset, into registers; B from the weight
@@ -16,17 +17,21 @@
 // its index, as the copy engine does it, so that eight neighbouring pixels lie in different banks.
 //
 // A block computes one tile or a few, one after the other. The launch is cooperative where all tiles of the tensor are
-// resident that way: results stay in shared memory, the grid waits for itself until all moments are there (0.95 us; no
-// counter has to be zeroed before), merges them, and every block normalises, adds the residual, activates and writes
-// its tiles, once. Many tiles are merged in two steps, a few channels a block, with a second wait between.
+// resident that way: results stay in shared memory until all moments are there, and every block normalises, adds the
+// residual, activates and writes its tiles, once. Few moments are merged by every block for itself; many in two steps,
+// a few channels a block. Nobody waits for the whole grid where it would be on the way: moments say themselves that
+// they are there (common/grid.cuh), and that there are marks in their places is settled beside the multiplications.
+//
+// Where the time goes, 16-bit 1x128x128x128 (14 us, stages stamped with the clock): 1.3 from the end of the kernel before
+// to here, 1.2 to 1.7 until the first tile is there, 5.4 of multiplications (90% of the units' rate), 1.5 for the moments
+// of a tile, 2 until those of all are merged, 1.5 to 1.9 for what follows.
 //
 // kIeee, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo, both split to nearest; lo * hi, hi * lo,
 // then hi * hi. The units truncate when they add, so the sum of every 32 numbers moves on to float32 registers.
-#include <cooperative_groups.h>
-
 #include <algorithm>
 
 #include "../common/cluster.cuh"
+#include "../common/grid.cuh"
 #include "../common/launch.h"
 #include "../common/tensor_map.h"
 #include "../common/tf32.cuh"
@@ -77,13 +82,19 @@ struct ConvTraits {
   // Half a multiprocessor each where the accumulators leave room.
   static constexpr int kBlocks = kColumns <= 64 && !kSplit ? 2 : 1;
   // Where the sums and the fragments are more than an even share of the registers, the producers give theirs away.
-  static constexpr bool kMoveRegisters = kGroups == 2 && (kSplit || (kColumns == 64 && kBlocks == 2));
+  static constexpr bool kMoveRegisters = kGroups == 2;
+  // Of fragments: with a third one, ldmatrix of a tap runs beside the multiplication of the one before, and not between
+  // the two; large tiles take long enough to multiply, or have no registers to spare.
+  static constexpr int kSets = (kColumns == 32 || kGroups == 1) && !kSplit ? 3 : 2;
+  static constexpr int kConsumerRegisters = kBlocks == 2 ? 96 : 224;
+  static constexpr int kProducerRegisters = kBlocks == 2 ? 48 : 56;
   static constexpr int kStorePitch = stash_pitch(kColumns, static_cast<int>(sizeof(T)));
   static constexpr int kStoreBytes = ConvSchedule::kTileWidth * kStorePitch;
   static_assert(kColumns % 32 == 0 && kColumns <= 128);
   static_assert(kStorePitch % 16 == 0 && kRows * kStoreBytes % 128 == 0, "the stash holds vectors");
   static_assert(kWeightBytes % 1024 == 0, "stages stay aligned for the swizzle");
-  static_assert(kElements % 8 == 0 && (kMoveRegisters || kThreads * kBlocks <= 768));
+  static_assert(kElements % 8 == 0 && kSets >= 2);
+  static_assert(!kMoveRegisters || (kConsumers * kConsumerRegisters + 128 * kProducerRegisters) * kBlocks <= 64 * 1024);
 };
 
 // kSide: of a square kernel with stride 1 whose taps are unrolled, which is 10% faster; 0: any kernel.
@@ -102,6 +113,9 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
   const uint32_t weight_ring = shared_address(ring);
   const uint32_t input_ring = weight_ring + s.weight_stages * Traits::kWeightBytes;
   __shared__ uint64_t weight_full[8], weight_empty[8], input_full[4], input_empty[4];
+  __shared__ uint64_t box_full[4];                      // boxes whose edges are still to be mended
+  __shared__ uint64_t started;                          // the first input is there
+  __shared__ uint64_t marked;                           // all blocks have put marks where moments will be
   __shared__ float2 statistics[kColumns];               // mean, rstd * the norm's weight
   __shared__ float scales[kColumns], shifts[kColumns];  // the norm's weight and bias
 
@@ -112,6 +126,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
   const int steps = chunks * taps;
   const int n = blockIdx.z;
   const int first_column = blockIdx.y * kColumns;
+  const auto linear_block = [] { return (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x; };
   const int begin = blockIdx.x * s.tiles;
   const int end = min(begin + s.tiles, s.entries);
   // The producers' first tile, while the predecessor drains.
@@ -139,14 +154,34 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     for (int i = 0; i < s.input_stages; ++i) {
       mbarrier_init(&input_full[i], boxes_only ? 1 : kLoaders);
       mbarrier_init(&input_empty[i], kWarps * kGroups);
+      mbarrier_init(&box_full[i], 1);
     }
+    mbarrier_init(&marked, 32);
+    mbarrier_init(&started, 1);
     mbarrier_init_fence();
   }
   __syncthreads();
   wait_for_predecessor();
 
   if (warp >= kWarps * kGroups) {
-    if constexpr (Traits::kMoveRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(40));
+    if constexpr (Traits::kMoveRegisters)
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kProducerRegisters));
+    // The last warp puts marks where this block's moments will be, and those that it merges.
+    const bool marks = s.resident && warp == kWarps * kGroups + kLoaderWarps;
+    uint32_t token = 0;
+    const auto put_marks = [&] {
+      float2* own = p.moments + (static_cast<int64_t>(n) * partials(s) + blockIdx.x) * p.out_channels + first_column;
+      for (int c = lane; c < kColumns && first_column + c < p.out_channels; c += 32) retract(own + c);
+      if (s.merge_apart) {
+        const int slices = p.batch * (p.out_channels / kMergeSlice);  // one after the other in memory
+        const int blocks = gridDim.x * gridDim.y * gridDim.z;
+        for (int i = linear_block(); i < slices; i += blocks) {
+          if (lane < kMergeSlice) retract(merged(p, s, 0) + i * kMergeSlice + lane);
+        }
+      }
+      __syncwarp();
+      if (lane == 0) token = grid_arrive();
+    };
     if (warp == kWarps * kGroups) {
       if (lane == 0) {
         int stage = 0;
@@ -177,20 +212,45 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       __syncwarp();
     } else if (warp == kWarps * kGroups + 1 || !boxes_only) {
       // The first thread brings the box, or all 96 move 12 pixels at a time, each its 16 bytes within the pixel.
+      // Or the box, and then what lies outside of the picture from within the box.
       const int loader = threadIdx.x - Traits::kConsumers - 32;
       const int piece = loader % 8;
       const int pixels = s.halo_height * s.halo_width;
       int stage = 0;
-      uint32_t parity = 1;
+      uint32_t parity = 1, box_parities = 0;
       for (int tile = begin;;) {
         const int top = top_of(), left = left_of();
         const bool boxes = takes_boxes();
+        HaloEdges edges;
+        if (!boxes) edges.set(p, s, at, top, left);
+        // Found before the first box is there: of a tile of 16 x 8 pixels and a padding of 1 these are all.
+        constexpr int kMended = 3;
+        uint32_t mended[kMended];
+#pragma unroll
+        for (int i = 0; i < kMended; ++i) {
+          mended[i] = boxes ? HaloEdges::kNone : edges.find(p, s, loader / 8 + i * (kLoaders / 8));
+        }
         const T* sample = static_cast<const T*>(p.input) + static_cast<int64_t>(n) * p.height * p.width * p.in_channels;
         for (int chunk = 0; chunk < chunks; ++chunk) {
           const uint32_t to = input_ring + stage * s.halo_bytes;
           if (lane == 0) mbarrier_wait(&input_empty[stage], parity);
           __syncwarp();
-          if (!boxes) {
+          if (!boxes && edges.within) {
+            if (loader == 0) {
+              mbarrier_arrive_expect(&box_full[stage], pixels * kChunk);
+              load_box(to, &input, chunk * kElements, left, top, n, &box_full[stage]);
+            }
+            mbarrier_wait(&box_full[stage], box_parities >> stage & 1);
+            box_parities ^= 1u << stage;
+            unsigned char* box = ring + (to - weight_ring);
+#pragma unroll
+            for (int i = 0; i < kMended; ++i) HaloEdges::copy(box, mended[i], piece);
+            for (int i = loader / 8 + kMended * (kLoaders / 8); i < edges.outside(s); i += kLoaders / 8) {
+              HaloEdges::copy(box, edges.find(p, s, i), piece);
+            }
+            fence_async_shared();
+            mbarrier_arrive(&input_full[stage]);
+          } else if (!boxes) {
             const int channel = chunk * kElements + piece * (16 / static_cast<int>(sizeof(T)));
             const bool valid = channel < p.in_channels;
             const T* from = sample + (valid ? channel : 0);
@@ -214,13 +274,19 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
             stage = 0;
             parity ^= 1;
           }
+          // Loads first: the others wait for them, and the marks' way to memory is waited for.
+          if (marks && chunk == 0 && tile == begin) put_marks();
         }
         if (++tile == end) break;
         at = conv_tile(p, s, tile);
       }
+    } else if (marks) {
+      // First loads would have to wait for the marks' way to memory: 0.3 us.
+      mbarrier_wait(&started, 0);
+      put_marks();
     }
     __syncwarp();
-    if (s.resident && warp == kWarps * kGroups + kLoaderWarps) {
+    if (marks) {
       for (int c = lane; c < kColumns && first_column + c < p.out_channels; c += 32) {
         const int64_t param = n * norm.param_batch_stride + first_column + c;
         scales[c] = load_param(norm.weight, norm.param_dtype, param, 1.0f);
@@ -228,15 +294,16 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       }
     }
     release_successor();
-    if (s.resident) {
-      for (int i = 0; i < grid_waits(s); ++i) cooperative_groups::this_grid().sync();
+    if (marks) {
+      if (lane == 0) grid_wait(token);
+      mbarrier_arrive(&marked);
     }
   } else {
     if constexpr (Traits::kMoveRegisters)
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Traits::kBlocks == 2 ? 96 : 232));
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Traits::kConsumerRegisters));
     using Mma = Wgmma<KindOf<T>::kKind, kColumns>;
     float d[kColumns / 2];
-    uint32_t fragments[2][4][4];
+    uint32_t fragments[Traits::kSets][4][4];
     uint32_t rest[kSplit ? 2 : 1][4][4];  // kSplit: what the fragments' TF32 numbers leave out
     const int half = lane / 16;
     const int halo_width = kSide > 0 ? ConvSchedule::kTileWidth - 1 + kSide : s.halo_width;
@@ -263,9 +330,14 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       for (int k = 0; k < 4; ++k) load_matrix(a[k], row ^ (k << 5));
     };
     const auto wait_for_input = [&] { mbarrier_wait(input_full_at + 8 * input_stage, input_parity); };
-    const auto release_input = [&] {
+    const auto has_started = [&] {
+      if (threadIdx.x == 0) mbarrier_arrive(&started);
+    };
+    const auto release_input = [&](int stage) {
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(input_empty_at + 8 * input_stage);
+      if (lane == 0) mbarrier_arrive(input_empty_at + 8 * stage);
+    };
+    const auto next_input = [&] {
       if (++input_stage == s.input_stages) {
         input_stage = 0;
         input_parity ^= 1;
@@ -279,14 +351,15 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         c = 0;
         if (++r == p.kernel_h) {
           r = 0;
-          release_input();
+          release_input(input_stage);
+          next_input();
         }
       }
     };
     const auto weight_descriptor = [&]<bool kFirstTile>() {
       mbarrier_wait(weight_full_at + 8 * weight_stage, weight_parity);
       uint32_t at = weight_ring + weight_stage * Traits::kWeightBytes;
-      if constexpr (!kFirstTile) at = __shfl_sync(0xffffffffu, at, 0);
+      if constexpr (!kFirstTile || (kSide == 0 && kGroups == 1 && !kSplit)) at = __shfl_sync(0xffffffffu, at, 0);
       return wgmma_descriptor(at);
     };
     const auto release_weights = [&](int stage) {
@@ -336,6 +409,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
           for (int i = 0; i < kColumns / 2; ++i) total[i] += d[i];
         };
         load_split(fragments[0], rest[0]);
+        if constexpr (kFirstTile) has_started();
         for (int i = 0; i < steps; i += 2) {
           multiply(0, i + 1 < steps);
           if (i + 1 < steps) multiply(1, i + 2 < steps);
@@ -354,41 +428,56 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
           next_weights();
         };
         if constexpr (kSide > 0) {
-          // Unrolled over the taps; with an odd number of them the two sets of fragments change roles from chunk to
-          // chunk.
+          // Unrolled over the taps; where their number is no multiple of the sets of fragments, these change roles from
+          // chunk to chunk.
           constexpr int kTaps = kSide * kSide;
+          constexpr int kSets = Traits::kSets;
+          constexpr int kAhead = kSets - 1;
+          static_assert(kTaps % kSets == 0 || (kSets == 2 && kTaps % 2 == 1));
           const auto multiply_chunk = [&]<int kFirst>(int chunk) {
 #pragma unroll
             for (int tap = 0; tap < kTaps; ++tap) {
-              multiply(fragments[(kFirst + tap) % 2], tap == 0 && chunk == 0);
-              if (tap + 1 < kTaps) {
-                load_tap(fragments[(kFirst + tap + 1) % 2], (tap + 1) / kSide * halo_width + (tap + 1) % kSide);
-              } else {
-                release_input();
-                if (chunk + 1 < chunks) {
-                  wait_for_input();
-                  load_tap(fragments[(kFirst + kTaps) % 2], 0);
-                }
+              multiply(fragments[(kFirst + tap) % kSets], tap == 0 && chunk == 0);
+              const int next = tap + kAhead;
+              if (next == kTaps) {  // the chunk's last fragments are in registers
+                release_input(input_stage);
+                next_input();
+              }
+              if (next < kTaps) {
+                load_tap(fragments[(kFirst + next) % kSets], next / kSide * halo_width + next % kSide);
+              } else if (chunk + 1 < chunks) {
+                if (next == kTaps) wait_for_input();
+                load_tap(fragments[(kFirst + next) % kSets],
+                         (next - kTaps) / kSide * halo_width + (next - kTaps) % kSide);
               }
             }
           };
           wait_for_input();
-          load_tap(fragments[0], 0);
+          if constexpr (kFirstTile) has_started();
+#pragma unroll
+          for (int tap = 0; tap < kAhead; ++tap) {
+            load_tap(fragments[tap], tap / kSide * halo_width + tap % kSide);
+          }
           for (int chunk = 0; chunk < chunks; ++chunk) {
-            if (kTaps % 2 == 0 || chunk % 2 == 0) {
+            if (kTaps % kSets == 0 || chunk % 2 == 0) {
               multiply_chunk.template operator()<0>(chunk);
             } else {
               multiply_chunk.template operator()<1>(chunk);
             }
           }
         } else {
-          load_next(fragments[0]);
-          for (int i = 0; i < steps; i += 2) {
-            multiply(fragments[0], i == 0);
-            if (i + 1 < steps) {
-              load_next(fragments[1]);
-              multiply(fragments[1], false);
-              if (i + 2 < steps) load_next(fragments[0]);
+          constexpr int kSets = Traits::kSets;
+#pragma unroll
+          for (int set = 0; set + 1 < kSets; ++set) {
+            if (set < steps) load_next(fragments[set]);
+          }
+          if constexpr (kFirstTile) has_started();
+          for (int i = 0; i < steps; i += kSets) {
+#pragma unroll
+            for (int set = 0; set < kSets; ++set) {
+              if (i + set >= steps) break;
+              multiply(fragments[set], set == 0 && i == 0);
+              if (i + set + kSets - 1 < steps) load_next(fragments[(set + kSets - 1) % kSets]);
             }
           }
         }
@@ -400,9 +489,9 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       const ConvTileAt at = conv_tile(p, s, tile);
       const int x = lane / 4;
       const bool row_valid = warp < at.rows;
-      const bool valid[2] = {row_valid && x < at.columns, row_valid && x + 8 < at.columns};
       if (tile + 1 == end) {
         release_successor();
+        if (s.resident) mbarrier_wait(&marked, 0);
         // The rings are free: everything loaded has been multiplied, in every consumer warp after the barrier.
         named_barrier(kConsumerBarrier, Traits::kConsumers);
       }
@@ -411,37 +500,45 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
         for (int i = 0; i < kColumns / 8; ++i) {
-          Vec<T, 2> v;
-          v.data[0] = from_acc<T>(d[4 * i + 2 * h]);
-          v.data[1] = from_acc<T>(d[4 * i + 2 * h + 1]);
+          const float pair[2] = {d[4 * i + 2 * h], d[4 * i + 2 * h + 1]};
           *reinterpret_cast<Vec<T, 2>*>(own + (x + 8 * h) * Traits::kStorePitch +
-                                        (8 * i + 2 * (lane % 4)) * static_cast<int>(sizeof(T))) = v;
+                                        (8 * i + 2 * (lane % 4)) * static_cast<int>(sizeof(T))) = rounded<T>(pair);
         }
       }
 
-      // Moments: of the lane's two pixels, then of the warp's sixteen.
-      const bool has_moments = p.moments != nullptr;
-      // Two lists in turn: a warp may be one tile ahead of the threads that merge.
-      float2* parts =
-          reinterpret_cast<float2*>(ring + s.parts_offset) + ((tile - begin) & 1) * Traits::kRows * kColumns;
-      if (has_moments) {
-        constexpr int kList = kColumns / 4;
-        float mean[kList], m2[kList];
-        float count = static_cast<float>(valid[0]) + static_cast<float>(valid[1]);
-#pragma unroll
-        for (int i = 0; i < kList; ++i) {
-          const float a = d[4 * (i / 2) + i % 2];
-          const float b = d[4 * (i / 2) + i % 2 + 2];
-          const float difference = b - a;
-          mean[i] = valid[1] ? a + 0.5f * difference : a;  // the second pixel is valid only where the first is
-          m2[i] = valid[1] ? 0.5f * difference * difference : 0.0f;
-        }
-        int first = 0;
-        merge_rows(mean, m2, count, first);
-#pragma unroll
-        for (int i = 0; i < kList / 8; ++i) {
-          const int j = first + i;
-          parts[warp * kColumns + 8 * (j / 2) + 2 * (lane % 4) + j % 2] = make_float2(mean[i], m2[i]);
+      if (p.moments != nullptr) {
+        using Moments = TileMoments<T, kColumns, Traits::kRows>;
+        float2* parts = reinterpret_cast<float2*>(ring + s.parts_offset);
+        named_barrier(kConsumerBarrier, Traits::kConsumers);
+        Moments::write_parts(own - warp * Traits::kStoreBytes, at, parts);
+        named_barrier(kConsumerBarrier, Traits::kConsumers);
+        const int column = threadIdx.x;
+        if (column < kColumns && first_column + column < p.out_channels) {
+          const float2 whole = Moments::merge(parts + column, at);
+          float tile_mean = whole.x, tile_m2 = whole.y;
+          if constexpr (!kFirstTile) {
+            if (s.resident) {
+              const float2 held = statistics[column];
+              const float before = static_cast<float>(pixels_of(p, s, begin, tile));
+              const float own = static_cast<float>(at.rows * at.columns);
+              const float d_mean = tile_mean - held.x;
+              const float share = own * __frcp_rn(before + own);
+              tile_mean = held.x + d_mean * share;
+              tile_m2 += held.y + d_mean * d_mean * (before * share);
+            }
+          }
+          if (!s.resident || tile + 1 == end) {
+            const int partial = s.resident ? static_cast<int>(blockIdx.x) : tile;
+            float2* to =
+                p.moments + (static_cast<int64_t>(n) * partials(s) + partial) * p.out_channels + first_column + column;
+            if (s.resident) {
+              publish(to, make_float2(tile_mean, tile_m2));
+            } else {
+              *to = make_float2(tile_mean, tile_m2);
+            }
+          } else {
+            statistics[column] = make_float2(tile_mean, tile_m2);
+          }
         }
       }
 
@@ -462,22 +559,6 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
                                                   column * static_cast<int>(sizeof(T)));
         }
       }
-      if (!has_moments) return;
-      named_barrier(kConsumerBarrier, Traits::kConsumers);
-      const int column = threadIdx.x;
-      if (column < kColumns && first_column + column < p.out_channels) {
-        // Every valid row has at.columns pixels.
-        float tile_mean = 0, tile_m2 = 0;
-        for (int w = 0; w < at.rows; ++w) {
-          const float2 part = parts[w * kColumns + column];
-          const float d_mean = part.x - tile_mean;
-          const float share = __frcp_rn(static_cast<float>(w + 1));
-          tile_mean += d_mean * share;
-          tile_m2 += part.y + d_mean * d_mean * (static_cast<float>(at.columns * w) * share);
-        }
-        p.moments[(static_cast<int64_t>(n) * s.entries + tile) * p.out_channels + first_column + column] =
-            make_float2(tile_mean, tile_m2);
-      }
     };
     // The first tile apart: in a loop the compiler does not know that the warps' threads stay together, and brings each
     // descriptor to uniform registers anew, two instructions before every wgmma (8.8 -> 10.2 us on 1x128x32x32, TF32).
@@ -485,38 +566,30 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     for (int tile = begin + 1; tile < end; ++tile) run_tile.template operator()<false>(tile);
     if (!s.resident) return;
 
-    float2* sums = reinterpret_cast<float2*>(ring + s.parts_offset);
+    // Behind the last tile's list of moments, which other warps may still read.
+    float2* sums = reinterpret_cast<float2*>(ring + s.parts_offset) + Traits::kRows * kColumns;
     const auto barrier = [] { named_barrier(kConsumerBarrier, Traits::kConsumers); };
     if (s.merge_apart) {
       const int slices = p.out_channels / kMergeSlice;
       const int blocks = gridDim.x * gridDim.y * gridDim.z;
-      int i = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
       // A block has one slice, or none, but for large batches.
-      const auto weight_of = [&](int slice) {
-        const int of = slice / slices;
-        const int channel = (slice - of * slices) * kMergeSlice + threadIdx.x % kMergeSlice;
-        return load_param(norm.weight, norm.param_dtype, of * norm.param_batch_stride + channel, 1.0f);
-      };
-      float scale = i < p.batch * slices ? weight_of(i) : 0.0f;
-      cooperative_groups::this_grid().sync();
 #pragma unroll 1
-      for (; i < p.batch * slices; i += blocks) {
+      for (int i = linear_block(); i < p.batch * slices; i += blocks) {
         const int of = i / slices;
         const int first = (i - of * slices) * kMergeSlice;
-        merge_tiles<kMergeSlice, Traits::kConsumers>(p, s, norm, of, first, scale, sums, merged(p, s, of) + first,
-                                                     barrier);
-        if (i + blocks < p.batch * slices) scale = weight_of(i + blocks);
+        const float scale = load_param(norm.weight, norm.param_dtype,
+                                       of * norm.param_batch_stride + first + threadIdx.x % kMergeSlice, 1.0f);
+        merge_tiles<kMergeSlice, Traits::kConsumers, true, true>(p, s, norm, of, first, scale, sums,
+                                                                 merged(p, s, of) + first, barrier);
         barrier();
       }
-      cooperative_groups::this_grid().sync();
       const int column = threadIdx.x;
       if (column < kColumns && first_column + column < p.out_channels) {
-        statistics[column] = __ldcg(merged(p, s, n) + first_column + column);
+        statistics[column] = await(merged(p, s, n) + first_column + column);
       }
     } else {
-      cooperative_groups::this_grid().sync();
-      merge_tiles<kColumns, Traits::kConsumers>(p, s, norm, n, first_column, scales[threadIdx.x % kColumns], sums,
-                                                statistics, barrier);
+      merge_tiles<kColumns, Traits::kConsumers, true>(p, s, norm, n, first_column, scales[threadIdx.x % kColumns], sums,
+                                                      statistics, barrier);
     }
     barrier();
 #pragma unroll 1
@@ -531,8 +604,9 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         }
         continue;
       }
-      const RowOut<T, kColumns> out(p, n, first_column, at, warp);
-      const typename RowOut<T, kColumns>::Affine affine(statistics, shifts, out.column);
+      using Out = RowOut<T, kColumns>;
+      const Out out(p, n, first_column, at, warp);
+      const typename Out::Affine affine(statistics, shifts, out.column);
       if (is_piecewise(norm.activation)) {
         out.template normalize<false>(p, norm, affine, stash(tile));
       } else {

@@ -7,8 +7,8 @@
 
 namespace styleforge::cuda {
 
-// Part of schedule_conv: for conv_mma.cu.
-void schedule_conv_mma(const ConvParams& params, const DeviceFacts& facts, const Overrides& overrides,
+// Part of schedule_conv: for conv_mma.cu; `preferred`: also where conv_sm90.cu takes it.
+void schedule_conv_mma(const ConvParams& params, const DeviceFacts& facts, const Overrides& overrides, bool preferred,
                        ConvSchedule& schedule, bool& supported);
 
 // `norm`: what schedule.resident needs.

@@ -82,7 +82,7 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     s.input_stages = std::min({tiles * chunks, kMaxInputStages, tuned("inputs", kMaxInputStages)});
     const auto rings = [&] { return s.weight_stages * weight_bytes + s.input_stages * s.halo_bytes; };
     const auto bytes = [&] {
-      return kAlignment + std::max(rings(), stash_bytes + (several ? 0 : parts_bytes)) + behind;
+      return kAlignment + std::max(rings(), stash_bytes + (several ? 0 : 2 * parts_bytes)) + behind;
     };
     while (bytes() > room && s.input_stages > std::min(tiles * chunks, 2)) --s.input_stages;
     while (bytes() > room && s.weight_stages > std::min(steps, 3)) --s.weight_stages;
@@ -98,15 +98,28 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   const int64_t capacity = int64_t{facts.multiprocessors} * (pairs ? 2 : 1);
   const auto tiles = tuned("tiles", static_cast<int>(std::min<int64_t>(ceil_div(all, capacity), kMaxTilesInTurn)));
   s.resident = !two_passes && tiles <= kMaxTiles && groups * ceil_div(s.entries, tiles) <= capacity && fit(tiles, true);
-  // One after the other also where nothing is held: the next tile is loaded while the last one is written.
-  if (!s.resident && !fit(tiles, false) && !fit(1, false)) return;
+  // One after the other also where nothing is held: the next tile is loaded while the last one is written. TF32 of 64
+  // columns or of one tap is faster block by block (145 instead of 161 us on 1x64x512x512, 114 instead of 120 on
+  // 4x256x128x128, 1x1).
+  const bool by_blocks = element == 4 && !split && (s.columns == 64 || p.kernel_h * p.kernel_w == 1);
+  if (!s.resident && !fit(tuned("tiles", by_blocks ? 1 : tiles), false) && !fit(1, false)) return;
   // To NCHW, the phases of an upsampling would each write every second element; tiles of 128 channels take the same
   // time in TF32 either way, and in fp16 1.5 us more in one pass (1x128x128x128 and 8x128x64x64).
   s.resident_nchw = s.resident && p.phases == 1 && (s.columns < 128 || one_pass);
   if (s.halo_height > 256 || s.halo_width > 256) return;  // of a TMA box
   // Consumer threads: a warp for each row of a tile.
-  s.merge_apart = s.tiles > 1 || int64_t{s.entries} * s.columns > int64_t{kMaxMerged} * 32 * s.tile_height;
+  s.merge_apart = int64_t{partials(s)} * s.columns > int64_t{tuned("merged", kMaxMerged)} * 32 * s.tile_height;
   supported = true;
+}
+
+// Of two passes on an H200. wgmma has 64 rows: with few columns its operands take as long as the products, of which
+// 3xTF32 has more for each operand here; the four phases of an upsampling have few products for each tile; and what it
+// reads of an input with a stride falls into half of the banks. 1x64x256x256 upsampled to 32 channels: 43 instead of 48
+// us in 16 bits, 66 instead of 71 in TF32, 107 instead of 135 in 3xTF32; 1x64x512x512 to 32 in 3xTF32: 186, 230 (16
+// bits: 57, 52); 1x32x512x512 to 64 with stride 2 in 16 bits: 29.5, 33.
+bool mma_is_faster(const ConvParams& p) {
+  if (p.out_channels <= 32) return p.precision == ConvPrecision::kIeee || p.phases > 1;
+  return size_of(p.dtype) == 2 && p.stride_w == 2 && p.kernel_h * p.kernel_w * p.in_channels <= 288;
 }
 
 }  // namespace
@@ -117,7 +130,14 @@ cudaError_t schedule_conv(const ConvParams& p, ConvSchedule& s, bool& supported)
   if (const auto error = device_facts(facts)) return error;
   const Overrides overrides(kTuneVariable);
   schedule_conv_sm90(p, facts, overrides, s, supported);
-  if (!supported) schedule_conv_mma(p, facts, overrides, s, supported);
+  if (!supported) {
+    schedule_conv_mma(p, facts, overrides, false, s, supported);
+  } else if (!overrides.forced() && !s.resident && mma_is_faster(p)) {
+    ConvSchedule own;
+    bool takes = false;
+    schedule_conv_mma(p, facts, overrides, true, own, takes);
+    if (takes) s = own;
+  }
   return cudaSuccess;
 }
 

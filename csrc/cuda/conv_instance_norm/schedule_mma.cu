@@ -72,10 +72,10 @@ bool faster_than_cudnn(const ConvParams& p) {
 
 }  // namespace
 
-void schedule_conv_mma(const ConvParams& p, const DeviceFacts& facts, const Overrides& overrides, ConvSchedule& s,
-                       bool& supported) {
+void schedule_conv_mma(const ConvParams& p, const DeviceFacts& facts, const Overrides& overrides, bool preferred,
+                       ConvSchedule& s, bool& supported) {
   const int element = static_cast<int>(size_of(p.dtype));
-  const bool forced = overrides.forced("mma");
+  const bool forced = preferred || overrides.forced("mma");
   if (!forced && (overrides.forced() || !like_measured(facts) || !faster_than_cudnn(p))) return;
   if (facts.major < 8 || facts.compiled_for < 80 || p.dtype == DType::kFloat64) return;
   if (p.in_channels * element % 16 != 0 || p.out_channels % 2 != 0) return;

@@ -4,7 +4,7 @@
 
 #include "../common/mbarrier.cuh"
 #include "../common/tensor_map.h"
-#include "launch.h"
+#include "tiles.h"
 
 namespace styleforge::cuda {
 
@@ -43,6 +43,64 @@ __device__ __forceinline__ void load_weights(uint32_t to, const CUtensorMap* map
       "l"(map), "r"(channel), "r"(tap), "r"(row), "r"(shared_address(barrier))
       : "memory");
 }
+
+// A box at the border of a reflected or replicated picture: the copy engine has left zeros where it lies outside, and
+// what belongs there stands in the box, too.
+struct HaloEdges {
+  int top = 0, left = 0;                                // of the box, in the picture
+  int above = 0, below = 0, on_left = 0, on_right = 0;  // rows and columns outside
+  bool within = false;                                  // what the tile's valid pixels need stands in the box
+
+  __device__ __forceinline__ void set(const ConvParams& p, const ConvSchedule& s, const ConvTileAt& at, int box_top,
+                                      int box_left) {
+    top = box_top;
+    left = box_left;
+    above = max(-top, 0);
+    below = max(top + s.halo_height - p.height, 0);
+    on_left = max(-left, 0);
+    on_right = max(left + s.halo_width - p.width, 0);
+    const int last_y = top + (at.rows - 1) * p.stride_h + p.kernel_h - 1;
+    const int last_x = left + (at.columns - 1) * p.stride_w + p.kernel_w - 1;
+    within = padded_source(top, p.height, p.mode) < top + s.halo_height &&
+             padded_source(left, p.width, p.mode) < left + s.halo_width &&
+             padded_source(last_y, p.height, p.mode) >= top && padded_source(last_x, p.width, p.mode) >= left;
+  }
+
+  // The i-th pixel outside and the one that belongs there: two offsets of pixels in the box, 16 bits each. kNone where
+  // there is none that somebody needs.
+  static constexpr uint32_t kNone = 0xffffffffu;
+  __device__ __forceinline__ uint32_t find(const ConvParams& p, const ConvSchedule& s, int i) const {
+    const int rows = s.halo_height - above - below;  // that are not outside as a whole
+    const int whole = (above + below) * s.halo_width;
+    const int sides = on_left + on_right;
+    if (i >= whole + rows * sides) return kNone;
+    int y, x;
+    if (i < whole) {
+      y = __umulhi(i, s.halo_divisor);
+      x = i - y * s.halo_width;
+      y += y < above ? 0 : rows;
+    } else {
+      y = (i - whole) / sides;
+      x = i - whole - y * sides;
+      x += x < on_left ? 0 : s.halo_width - sides;
+      y += above;
+    }
+    const int from_y = padded_source(top + y, p.height, p.mode) - top;
+    const int from_x = padded_source(left + x, p.width, p.mode) - left;
+    if (from_y < 0 || from_x < 0 || from_y >= s.halo_height || from_x >= s.halo_width) return kNone;
+    return static_cast<uint32_t>((y * s.halo_width + x) << 16 | (from_y * s.halo_width + from_x));
+  }
+  __device__ __forceinline__ int outside(const ConvSchedule& s) const {
+    return (above + below) * s.halo_width + (s.halo_height - above - below) * (on_left + on_right);
+  }
+  // Its 16-byte piece `piece`, swizzled as the copy engine does it.
+  static __device__ __forceinline__ void copy(unsigned char* box, uint32_t found, int piece) {
+    if (found == kNone) return;
+    const uint32_t to = found >> 16, from = found & 0xffff;
+    *reinterpret_cast<uint4*>(box + to * 128 + ((piece ^ (to & 7)) << 4)) =
+        *reinterpret_cast<const uint4*>(box + from * 128 + ((piece ^ (from & 7)) << 4));
+  }
+};
 
 #endif  // STYLEFORGE_HAS_BULK_COPY
 

@@ -14,9 +14,6 @@ __host__ __device__ constexpr int stash_pitch(int columns, int element) {
 // Channels that a block merges at a time where the merge is a step of its own: a sector of 32 bytes of moments.
 constexpr int kMergeSlice = 4;
 
-// How often a resident grid waits for itself.
-__host__ __device__ constexpr int grid_waits(const ConvSchedule& s) { return s.merge_apart ? 2 : 1; }
-
 // __umulhi(value, rounded_reciprocal(d)) is value / d where value * d < 2^32 and d > 1.
 inline unsigned rounded_reciprocal(int d) {
   return static_cast<unsigned>((uint64_t{1} << 32) / static_cast<unsigned>(d) + 1);
@@ -41,6 +38,23 @@ __device__ __forceinline__ ConvTileAt conv_tile(const ConvParams& p, const ConvS
   at.rows = height - at.y < s.tile_height ? height - at.y : s.tile_height;
   at.columns = width - at.x < ConvSchedule::kTileWidth ? width - at.x : ConvSchedule::kTileWidth;
   return at;
+}
+
+// Valid pixels of the tiles from `begin` to before `end`.
+__device__ __forceinline__ int pixels_of(const ConvParams& p, const ConvSchedule& s, int begin, int end) {
+  int pixels = 0;
+  for (int tile = begin; tile < end; ++tile) {
+    const ConvTileAt at = conv_tile(p, s, tile);
+    pixels += at.rows * at.columns;
+  }
+  return pixels;
+}
+
+// Tiles that share an entry of moments: all of a block where the grid is resident, else one.
+__host__ __device__ constexpr int tiles_of_partial(const ConvSchedule& s) { return s.resident ? s.tiles : 1; }
+// Entries of moments of a sample.
+__host__ __device__ constexpr int partials(const ConvSchedule& s) {
+  return tiles_of_partial(s) == 1 ? s.entries : (s.entries + s.tiles - 1) / s.tiles;
 }
 
 // Where the merged moments of a sample lie: (mean, rstd times the norm's weight) of each channel.

@@ -1,0 +1,78 @@
+// How the blocks of a cooperative launch hear of each other without standing still.
+//
+// Waiting for the whole grid costs twice: before it, what was written has to have arrived (a fence), and after it, what
+// the others wrote has to be read. A pair of floats that is written in one piece can instead say by itself that it is
+// there: readers ask for it until it is no longer the mark that stood in its place. The marks come first, and nobody
+// may write before all of them are there: that needs the grid's barrier, but early, while there is other work.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include <cstdint>
+
+namespace styleforge::cuda {
+
+// One thread of each block arrives, and one (the same, or one that got the token) waits: what all blocks did before
+// they arrived is seen after the wait. Not beside other barriers of the grid. A launch's blocks must be resident
+// together; the counter is the driver's, as for cooperative_groups::grid_group::sync, whose threads all stand still.
+__device__ __forceinline__ uint32_t grid_arrive() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const uint32_t others = gridDim.x * gridDim.y * gridDim.z - 1;
+  // The first block's arrival turns the highest bit over once the others are there, or theirs do; the rest returns to
+  // what it was.
+  const uint32_t own = blockIdx.x + blockIdx.y + blockIdx.z == 0 ? 0x80000000u - others : 1u;
+  uint32_t token;
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(token)
+               : "l"(&cooperative_groups::details::get_grid_workspace()->barrier), "r"(own)
+               : "memory");
+  return token;
+#else
+  return 0;
+#endif
+}
+__device__ __forceinline__ void grid_wait(uint32_t token) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const uint32_t* barrier = &cooperative_groups::details::get_grid_workspace()->barrier;
+  while (true) {
+    uint32_t now;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(barrier) : "memory");
+    if (((now ^ token) & 0x80000000u) != 0) break;
+    __nanosleep(40);
+  }
+#endif
+}
+
+// The mark is a second number with all bits set, which no arithmetic gives: its NaN is another.
+constexpr uint32_t kAbsent = 0xffffffffu;
+
+__device__ __forceinline__ bool is_there(const float2& pair) { return __float_as_uint(pair.y) != kAbsent; }
+__device__ __forceinline__ void retract(float2* pair) {
+  *pair = make_float2(__uint_as_float(kAbsent), __uint_as_float(kAbsent));
+}
+__device__ __forceinline__ void publish(float2* to, float2 pair) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if (!is_there(pair)) pair.y = __uint_as_float(0x7fffffffu);
+  const uint64_t bits = uint64_t{__float_as_uint(pair.y)} << 32 | __float_as_uint(pair.x);
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(to), "l"(bits) : "memory");
+#endif
+}
+// What stands there now.
+__device__ __forceinline__ float2 look(const float2* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint64_t bits;
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(bits) : "l"(from) : "memory");
+  return make_float2(__uint_as_float(static_cast<uint32_t>(bits)), __uint_as_float(static_cast<uint32_t>(bits >> 32)));
+#else
+  return *from;
+#endif
+}
+__device__ __forceinline__ float2 await(const float2* from) {
+  float2 pair;
+  do {
+    pair = look(from);
+  } while (!is_there(pair));
+  return pair;
+}
+
+}  // namespace styleforge::cuda
