@@ -22,9 +22,9 @@
 // a few channels a block. Nobody waits for the whole grid where it would be on the way: moments say themselves that
 // they are there (common/grid.cuh), and that there are marks in their places is settled beside the multiplications.
 //
-// Where the time goes, 16-bit 1x128x128x128 (14 us, stages stamped with the clock): 1.3 from the end of the kernel before
-// to here, 1.2 to 1.7 until the first tile is there, 5.4 of multiplications (90% of the units' rate), 1.5 for the moments
-// of a tile, 2 until those of all are merged, 1.5 to 1.9 for what follows.
+// Where the time goes, 16-bit 1x128x128x128 (14 us, stages stamped with the clock): 1.3 from the end of the kernel
+// before to here, 1.2 to 1.7 until the first tile is there, 5.4 of multiplications (90% of the units' rate), 1.5 for
+// the moments of a tile, 2 until those of all are merged, 1.5 to 1.9 for what follows.
 //
 // kIeee, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo, both split to nearest; lo * hi, hi * lo,
 // then hi * hi. The units truncate when they add, so the sum of every 32 numbers moves on to float32 registers.
