@@ -224,8 +224,8 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         HaloEdges edges;
         if (!boxes) edges.set(p, s, at, top, left);
         // Found before the first box is there: of a tile of 16 x 8 pixels and a padding of 1 these are all.
-        constexpr int kMended = 3;
-        uint32_t mended[kMended];
+        constexpr int kMended = Traits::kBlocks == 2 ? 0 : 3;
+        uint32_t mended[kMended + 1];  // no array is empty
 #pragma unroll
         for (int i = 0; i < kMended; ++i) {
           mended[i] = boxes ? HaloEdges::kNone : edges.find(p, s, loader / 8 + i * (kLoaders / 8));
@@ -374,6 +374,9 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     };
 
     const auto run_tile = [&]<bool kFirstTile>(int tile) {
+    // Not for the product, which begins anew, but for the compiler: it would keep the last tile's until here.
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) d[i] = 0;
       if constexpr (kSplit) {
         const auto load_split = [&](uint32_t (&hi)[4][4], uint32_t (&lo)[4][4]) {
           load_next(hi);
@@ -472,12 +475,23 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
             if (set < steps) load_next(fragments[set]);
           }
           if constexpr (kFirstTile) has_started();
-          for (int i = 0; i < steps; i += kSets) {
+          if constexpr (kSets == 2) {
+            for (int i = 0; i < steps; i += 2) {
+              multiply(fragments[0], i == 0);
+              if (i + 1 < steps) {
+                load_next(fragments[1]);
+                multiply(fragments[1], false);
+                if (i + 2 < steps) load_next(fragments[0]);
+              }
+            }
+          } else {
+            for (int i = 0; i < steps; i += kSets) {
 #pragma unroll
-            for (int set = 0; set < kSets; ++set) {
-              if (i + set >= steps) break;
-              multiply(fragments[set], set == 0 && i == 0);
-              if (i + set + kSets - 1 < steps) load_next(fragments[(set + kSets - 1) % kSets]);
+              for (int set = 0; set < kSets; ++set) {
+                if (i + set >= steps) break;
+                multiply(fragments[set], set == 0 && i == 0);
+                if (i + set + kSets - 1 < steps) load_next(fragments[(set + kSets - 1) % kSets]);
+              }
             }
           }
         }

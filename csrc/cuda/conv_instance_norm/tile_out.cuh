@@ -93,7 +93,8 @@ struct TileMoments {
           squares[k] += d * d;
         }
       }
-      if (++r < rows) load_row(r);
+      ++r;
+      if (kPartRows > 1 && r < rows) load_row(r);
     }
     const float share = __frcp_rn(static_cast<float>(max(rows, 1) * at.columns));
 #pragma unroll
