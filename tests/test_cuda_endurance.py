@@ -130,11 +130,6 @@ def test_a_green_context_of_few_multiprocessors() -> None:
     reached = found[-1]["name"] if found else "none"
     assert done.returncode == 0, f"after {reached}: {done.stderr[-1500:]}"
     assert {entry["name"] for entry in found} == set(CALLS)
-    refused = [entry for entry in found if "error" in entry]
-    assert all("cluster misconfiguration" in entry["error"] for entry in refused), refused
     for entry in found:
-        if entry in refused:
-            continue
+        assert "error" not in entry, entry
         assert entry["repeats"] and entry["difference"] < 4e-3, entry
-    if refused:
-        pytest.xfail(f"no place there for a cluster of 16: {', '.join(entry['name'] for entry in refused)}")

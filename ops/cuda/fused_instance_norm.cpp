@@ -11,10 +11,10 @@ namespace {
 constexpr const char* kOp = "fused_instance_norm";
 
 // `like`: a tensor of the call's device.
-void launch(const char* op, const InstanceNormParams& params, const TensorFacts& like, const char* before) {
-  const CudaScope scope(like.device_index);
+cudaError_t launch_once(const char* op, const InstanceNormParams& params, const TensorFacts& like,
+                        const CudaScope& scope, bool clusters, const char*& path) {
   cuda::InstanceNormSchedule schedule;
-  check_cuda(op, cuda::schedule_instance_norm(params, schedule));
+  check_cuda(op, cuda::schedule_instance_norm(params, schedule, clusters));
   OwnedHandle holder;
   void* memory = nullptr;
   if (schedule.workspace_bytes > 0) {
@@ -24,11 +24,24 @@ void launch(const char* op, const InstanceNormParams& params, const TensorFacts&
     holder = empty_strided(like, 1, &count, &stride, bytes);
     check_shim(torch_get_mutable_data_ptr(holder.get(), &memory), "get_mutable_data_ptr");
   }
-  check_cuda(op, cuda::launch_instance_norm(params, schedule, memory, scope.stream()));
+  path = schedule.name;
+  return cuda::launch_instance_norm(params, schedule, memory, scope.stream());
+}
+
+void launch(const char* op, const InstanceNormParams& params, const TensorFacts& like, const char* before) {
+  const CudaScope scope(like.device_index);
+  const char* path = nullptr;
+  cudaError_t error = launch_once(op, params, like, scope, true, path);
+  if (error == cudaErrorInvalidClusterSize) {
+    // A part of a GPU (MPS, a green context) need not have a place for a cluster that the whole GPU has.
+    static_cast<void>(cudaGetLastError());
+    error = launch_once(op, params, like, scope, false, path);
+  }
+  check_cuda(op, error);
   if (before == nullptr) {
-    record_path(schedule.name);
+    record_path(path);
   } else {
-    record_path(before, schedule.name);
+    record_path(before, path);
   }
 }
 

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     }
     for (int i = 0; i < s.input_stages; ++i) {
       mbarrier_init(&input_full[i], boxes_only ? 1 : kLoaders);
-      mbarrier_init(&input_empty[i], kWarps * kGroups);
+      mbarrier_init(&input_empty[i], kWarps * kGroups * 32);
       mbarrier_init(&box_full[i], 1);
     }
     mbarrier_init(&marked, 32);
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         const T* sample = static_cast<const T*>(p.input) + static_cast<int64_t>(n) * p.height * p.width * p.in_channels;
         for (int chunk = 0; chunk < chunks; ++chunk) {
           const uint32_t to = input_ring + stage * s.halo_bytes;
-          if (lane == 0) mbarrier_wait(&input_empty[stage], parity);
+          mbarrier_wait(&input_empty[stage], parity);
           __syncwarp();
           if (!boxes && edges.within) {
             if (loader == 0) {
@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     };
     const auto release_input = [&](int stage) {
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(input_empty_at + 8 * stage);
+      mbarrier_arrive(input_empty_at + 8 * stage);  // every lane for what it has read: racecheck follows that
     };
     const auto next_input = [&] {
       if (++input_stage == s.input_stages) {

@@ -381,9 +381,10 @@ void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const
 
 }  // namespace
 
-cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule) {
+cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule, bool clusters) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
+  facts.clusters = facts.clusters && clusters;
   const Shape shape = shape_of(params, all_aligned(params));
   const Overrides overrides(kTuneVariable);
   schedule = {};
