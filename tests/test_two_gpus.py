@@ -104,7 +104,8 @@ def test_graphs_of_the_second() -> None:
             expected = operator(*moved)
             with torch.cuda.device(1):
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                # Without a stream it takes that of the first graph of the process, on whichever device.
+                with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
                     result = operator(*moved)
                 for _ in range(3):
                     result.zero_()
