@@ -96,7 +96,7 @@ def _with_few_multiprocessors() -> None:
             torch.cuda.synchronize()
             context.set_context()
             try:
-                # The context is the thread's, and its default stream is not ordered with that of other threads'.
+                # The context is the thread's; its default stream is not ordered with those of other threads.
                 with torch.autograd.set_multithreading_enabled(False):
                     results = [call().detach() for _ in range(3)]
                 few = styleforge.last_path()

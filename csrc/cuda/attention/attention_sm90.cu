@@ -47,18 +47,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   __syncthreads();
   wait_for_predecessor();
 
-  // Heads one after the other, so that the blocks at work share their keys; under the causal mask the longest first.
-  const int heads = p.batch * p.heads;
-  const int block = blockIdx.x;
-  const int tile = p.is_causal ? s.tiles - 1 - block / heads : block % s.tiles;
-  const int which = p.is_causal ? block % heads : block / s.tiles;
-  AttentionPlace at;
-  at.batch = which / p.heads;
-  at.head = which - at.batch * p.heads;
-  at.first = at.batch * p.batch_stride + static_cast<int64_t>(at.head) * p.head_dim;
-  at.row = tile * kTiledAttentionRows;
-  const int keys = p.is_causal ? min(p.length, at.row + kTiledAttentionRows) : p.length;
-  at.steps = (keys + kTileKeys - 1) / kTileKeys;
+  const AttentionPlace at = attention_place(p, s, kTileKeys);
 
   const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (group == kAttentionGroups) {

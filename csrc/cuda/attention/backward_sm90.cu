@@ -133,7 +133,7 @@ struct BackwardConsumer {
         const float2 column = barriers.columns[step % 2][i / 4 * 8 + 2 * (lane % 4) + i % 2];
         raised = column.x, mean = column.y;
       }
-      scores[i] = exp2_fast(fmaf(scores[i], factor, -raised));
+      scores[i] = exp2_flushed(fmaf(scores[i], factor, -raised));
       weights[i] = scores[i] * (weights[i] - mean);
     }
   }

@@ -155,8 +155,8 @@ struct HalfConsumer {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if constexpr (!kKeys) raised.x = raised.y = logsumexp[r];
-        scores[4 * i + 2 * r] = exp2_fast(fmaf(scores[4 * i + 2 * r], factor, -raised.x));
-        scores[4 * i + 2 * r + 1] = exp2_fast(fmaf(scores[4 * i + 2 * r + 1], factor, -raised.y));
+        scores[4 * i + 2 * r] = exp2_flushed(fmaf(scores[4 * i + 2 * r], factor, -raised.x));
+        scores[4 * i + 2 * r + 1] = exp2_flushed(fmaf(scores[4 * i + 2 * r + 1], factor, -raised.y));
       }
     }
     const int first_row = at.row + 64 * group;

@@ -3,6 +3,7 @@
 // and the next one.
 #pragma once
 
+#include "../common/approximate.cuh"
 #include "../common/wgmma.cuh"
 
 namespace styleforge::cuda {
@@ -10,12 +11,6 @@ namespace styleforge::cuda {
 constexpr int kTileKeys = 64;
 
 #ifdef STYLEFORGE_HAS_WGMMA
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // value = hi + lo but for 2^-23 of it, both TF32 where the tensor cores cut lo, which loses a bit at most. In three
 // instructions: cvt.rna.tf32 alone takes four. NaN stays NaN, by way of lo; infinity turns into it.
@@ -63,7 +58,7 @@ struct RunningSoftmax {
       // Rounded before they are compared: equal peaks then give a factor of 1 to the bit.
       const float next = fmaxf(peak[r], __fmul_rn(row_max(top[r]), factor));
       base[r] = next == __int_as_float(0xff800000) ? 0 : next;
-      rescale[r] = exp2_fast(peak[r] - base[r]);
+      rescale[r] = exp2_flushed(peak[r] - base[r]);
       peak[r] = next;
       sum[r] *= rescale[r];
     }
@@ -77,7 +72,7 @@ struct RunningSoftmax {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int r = i / 2 % 2;
-      s[i] = exp2_fast(fmaf(s[i], factor, -base[r]));
+      s[i] = exp2_flushed(fmaf(s[i], factor, -base[r]));
       sum[r] += s[i];
     }
   }
@@ -91,7 +86,7 @@ struct RunningSoftmax {
 #pragma unroll
     for (int i = 0; i < kTileKeys / 2; ++i) {
       const int r = i / 2 % 2;
-      const float p = exp2_fast(fmaf(s[i], factor, -base[r]));
+      const float p = exp2_flushed(fmaf(s[i], factor, -base[r]));
       sum[r] += p;
       split(p, hi[i / 4][r + i % 2 * 2], lo[i / 4][r + i % 2 * 2]);
     }

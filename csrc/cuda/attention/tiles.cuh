@@ -107,6 +107,24 @@ struct AttentionPlace {
   int batch, head, row, steps;
 };
 
+// Heads one after the other, so that the blocks at work share their keys; under the causal mask the longest first.
+// step_keys: keys of a step.
+__device__ __forceinline__ AttentionPlace attention_place(const TiledAttentionParams& p,
+                                                          const TiledAttentionSchedule& s, int step_keys) {
+  const int heads = p.batch * p.heads;
+  const int block = blockIdx.x;
+  const int tile = p.is_causal ? s.tiles - 1 - block / heads : block % s.tiles;
+  const int which = p.is_causal ? block % heads : block / s.tiles;
+  AttentionPlace at;
+  at.batch = which / p.heads;
+  at.head = which - at.batch * p.heads;
+  at.first = at.batch * p.batch_stride + static_cast<int64_t>(at.head) * p.head_dim;
+  at.row = tile * kTiledAttentionRows;
+  const int keys = p.is_causal ? min(p.length, at.row + kTiledAttentionRows) : p.length;
+  at.steps = (keys + step_keys - 1) / step_keys;
+  return at;
+}
+
 #endif  // STYLEFORGE_HAS_WGMMA
 
 }  // namespace styleforge::cuda

@@ -326,17 +326,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   __syncthreads();
   wait_for_predecessor();
 
-  const int heads = p.batch * p.heads;
-  const int block = blockIdx.x;
-  const int tile = p.is_causal ? s.tiles - 1 - block / heads : block % s.tiles;
-  const int which = p.is_causal ? block % heads : block / s.tiles;
-  AttentionPlace at;
-  at.batch = which / p.heads;
-  at.head = which - at.batch * p.heads;
-  at.first = at.batch * p.batch_stride + static_cast<int64_t>(at.head) * p.head_dim;
-  at.row = tile * kTiledAttentionRows;
-  const int keys = p.is_causal ? min(p.length, at.row + kTiledAttentionRows) : p.length;
-  at.steps = (keys + kKeys - 1) / kKeys;
+  const AttentionPlace at = attention_place(p, s, kKeys);
 
   const int group = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (group == kAttentionGroups) {

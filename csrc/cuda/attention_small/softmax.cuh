@@ -9,6 +9,7 @@
 // the keys in another order: of eight TF32 keys, columns t and t + 4 are keys 2 t and 2 t + 1.
 #pragma once
 
+#include "../common/approximate.cuh"
 #include "product.cuh"
 
 namespace styleforge::cuda {
@@ -40,12 +41,6 @@ struct HeadTile {
 };
 
 #ifdef STYLEFORGE_HAS_MMA
-
-__device__ __forceinline__ float exp2_approximate(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // What lies where for one head of one sample.
 struct HeadPlace {
@@ -120,7 +115,7 @@ __device__ __forceinline__ void attend_chunk(RunningSoftmax<Tile>& r, uint32_t q
     most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
     most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
     const float base = most == -INFINITY ? 0.0f : most;  // no key so far: every power is 0, not NaN
-    const float before = exp2_approximate(r.most[h] - base);
+    const float before = exp2_flushed(r.most[h] - base);
     r.most[h] = most;
     r.sum[h] *= before;
 #pragma unroll
@@ -128,7 +123,7 @@ __device__ __forceinline__ void attend_chunk(RunningSoftmax<Tile>& r, uint32_t q
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float& v = s[j][2 * h + c];
-        v = exp2_approximate(v - base);
+        v = exp2_flushed(v - base);
         r.sum[h] += v;
       }
     }
@@ -214,7 +209,7 @@ __device__ __forceinline__ void finish_rows(RunningSoftmax<Tile>& r, unsigned ch
     float total = 0, v[4] = {};
 #pragma unroll
     for (int j = 0; j < Tile::kParts; ++j) {
-      const float weight = exp2_approximate(most[first + 16 * j] - highest);
+      const float weight = exp2_flushed(most[first + 16 * j] - highest);
       const float4 part = *reinterpret_cast<const float4*>(sums + (first + 16 * j) * Tile::kSumPitch + column);
       total += weight * sum[first + 16 * j];
       v[0] += weight * part.x;

@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kWholeThreads, 1)
 #pragma unroll
       for (int c = 0; c < kCount; ++c) {
         const int j = c / 4 * 2 + c % 2;
-        s[i][c] = exp2_fast(fmaf(s[i][c], factor[kHalf ? j : 0], v[j]));
+        s[i][c] = exp2_flushed(fmaf(s[i][c], factor[kHalf ? j : 0], v[j]));
         sums[j] += s[i][c];
       }
       store_columns<T>(second + (2 * i + group) * Tile::kRowBox, 2 * quarter, s[i]);
@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(kWholeThreads, 1)
     const int query = owned_query<kValues>();
 #pragma unroll
     for (int w = 0; w < 8; ++w) owned_total += total_of[w * kRows + query];
-    const float owned_share = owned_total == 0 ? 0.0f : reciprocal_fast(owned_total);
+    const float owned_share = owned_total == 0 ? 0.0f : reciprocal_approximate(owned_total);
     if (warp == 0 && owns_query<kValues>()) share_of[query] = owned_share;
     float share[kValues];
     share_lanes(share, owned_share);

@@ -3,6 +3,7 @@
 // Shared memory is rows of 128 bytes, boxes of 64 columns, with the 128-byte swizzle.
 #pragma once
 
+#include "../common/approximate.cuh"
 #include "../common/cluster.cuh"
 #include "../gemm/boxes.cuh"
 #include "../gemm/pack.cuh"
@@ -92,24 +93,6 @@ __device__ __forceinline__ void store_remote(uint32_t to, const uint4& v, uint32
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
                "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
                : "memory");
-}
-__device__ __forceinline__ uint4 load_shared16(uint32_t from) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(from)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ float reciprocal_fast(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
 }
 
 // A warp's 16 rows of a transposed result, 2 kCount numbers a row, as 16 columns of 2 kCount rows of a box, from its

@@ -14,28 +14,10 @@
 
 #include "../../ffn_params.h"
 #include "../common/activation.cuh"
+#include "../common/approximate.cuh"
 #include "../common/reduce.cuh"
 
 namespace styleforge::cuda {
-
-__device__ __forceinline__ float exp2_approximate(float v) {
-  float result;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
-  return result;
-}
-
-// The same in one instruction: 0 where the result is smaller than normal numbers.
-__device__ __forceinline__ float exp2_flushed(float v) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
-  return result;
-}
-
-__device__ __forceinline__ float reciprocal_approximate(float v) {
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
-  return result;
-}
 
 // Phi(x) and e^(-x^2 / 2), the density's exponential. kShort: for a result that is going to be rounded to 16 bits.
 template <typename Acc>

@@ -11,15 +11,6 @@ namespace styleforge::cuda {
 
 #ifdef STYLEFORGE_HAS_WGMMA
 
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-
 // In one instruction: left to itself the compiler takes four.
 __device__ __forceinline__ void store_line(void* to, const uint4& v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
@@ -57,7 +48,7 @@ class LinesOut {
   __device__ __forceinline__ void take(uint4 (&v)[kLines], uint32_t box, int quarter) const {
 #pragma unroll
     for (int i = 0; i < kLines; ++i) {
-      v[i] = load_shared(((box + shared_) ^ (i % 2 << 6)) + (quarter * 16 + 4 * i) * kBoxRowBytes);
+      v[i] = load_shared16(((box + shared_) ^ (i % 2 << 6)) + (quarter * 16 + 4 * i) * kBoxRowBytes);
     }
   }
 
