@@ -105,28 +105,32 @@ bool prefers_channels_last(const TensorFacts& tensor) {
   return true;
 }
 
-std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool channels_last) {
-  std::vector<int64_t> strides(sizes.size());
+namespace {
+
+void fill_dense_strides(const int64_t* sizes, int64_t dim, bool channels_last, int64_t* strides) {
   int64_t next = 1;
-  const auto place = [&](size_t d) {
+  const auto place = [&](int64_t d) {
     strides[d] = next;
     next *= sizes[d] > 0 ? sizes[d] : 1;
   };
   if (channels_last) {
-    for (size_t d : {1, 3, 2, 0}) place(d);
+    for (int64_t d : {1, 3, 2, 0}) place(d);
   } else {
-    for (size_t d = sizes.size(); d-- > 0;) place(d);
+    for (int64_t d = dim; d-- > 0;) place(d);
   }
+}
+
+}  // namespace
+
+std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool channels_last) {
+  std::vector<int64_t> strides(sizes.size());
+  fill_dense_strides(sizes.data(), static_cast<int64_t>(sizes.size()), channels_last, strides.data());
   return strides;
 }
 
 std::array<int64_t, 4> dense_strides_of(const TensorFacts& tensor, bool channels_last) {
   std::array<int64_t, 4> strides = {};
-  int64_t next = 1;
-  for (const int d : channels_last ? std::array<int, 4>{1, 3, 2, 0} : std::array<int, 4>{3, 2, 1, 0}) {
-    strides[static_cast<size_t>(d)] = next;
-    next *= tensor.sizes[d] > 0 ? tensor.sizes[d] : 1;
-  }
+  fill_dense_strides(tensor.sizes, 4, channels_last, strides.data());
   return strides;
 }
 
@@ -249,8 +253,7 @@ void check_norm_params(const char* op, const char* weight_name, const char* bias
 
 void check_norm_params(const char* op, const char* weight_name, const char* bias_name, const Tensor& input,
                        const OptionalTensor& weight, const OptionalTensor& bias, int64_t batch, int64_t channels) {
-  const TensorFacts of_weight = weight ? TensorFacts(*weight) : TensorFacts();
-  const TensorFacts of_bias = bias ? TensorFacts(*bias) : TensorFacts();
+  const TensorFacts of_weight = facts_of(weight), of_bias = facts_of(bias);
   check_norm_params(op, weight_name, bias_name, input, weight ? &of_weight : nullptr, bias ? &of_bias : nullptr, batch,
                     channels);
 }

@@ -104,7 +104,6 @@ bool fill_dense(const InstanceNormRequest& request, const InstanceNormTensors& t
 }
 
 OwnedHandle owned(const OptionalHandle& handle) { return OwnedHandle(handle ? *handle : nullptr); }
-TensorFacts facts_of(const OwnedHandle& handle) { return handle ? TensorFacts(handle.get()) : TensorFacts(); }
 OptionalTensor optional_tensor_of(const OwnedHandle& handle) {
   return handle ? OptionalTensor(tensor_of(handle.get())) : std::nullopt;
 }
@@ -170,7 +169,6 @@ InstanceNormCall prepare_instance_norm(const InstanceNormRequest& request, const
 InstanceNormCall prepare_fused_instance_norm(const Tensor& input, const OptionalTensor& weight,
                                              const OptionalTensor& bias, double eps, const Text& activation,
                                              double negative_slope, const OptionalTensor& residual, bool stats) {
-  const auto facts_of = [](const OptionalTensor& tensor) { return tensor ? TensorFacts(*tensor) : TensorFacts(); };
   const TensorFacts of_input(input), of_weight = facts_of(weight), of_bias = facts_of(bias);
   const TensorFacts of_residual = facts_of(residual);
   auto request = check_fused_instance_norm(

@@ -60,6 +60,10 @@ struct ReturnedHandle {
   AtenTensorHandle handle;
 };
 
+// Of nothing where there is none.
+inline TensorFacts facts_of(const OptionalTensor& tensor) { return tensor ? TensorFacts(*tensor) : TensorFacts(); }
+inline TensorFacts facts_of(const OwnedHandle& handle) { return handle ? TensorFacts(handle.get()) : TensorFacts(); }
+
 // A new owner of the same tensor.
 Tensor tensor_of(AtenTensorHandle handle);
 ReturnedHandle returned(const Tensor& tensor);
