@@ -55,10 +55,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     produce<kHead, kWhole>(p, at, barriers, ring);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(208));
-    constexpr float kLog2E = 1.44269504088896341f;
     const int lane = threadIdx.x % 32;
-    // Not 0: -infinity stays what it is.
-    const float factor = fmaxf(fabsf(p.scale) * kLog2E, 1.17549435e-38f);
+    const float factor = score_factor(p.scale);
     AttentionConsumer<kHead, kWhole> consumer{
         p, at, barriers, ring, queries, group, lane, threadIdx.x / 32 * 16u + lane % 16, factor, {s, group, 0}};
     consumer.run();

@@ -5,6 +5,7 @@
 #include "../common/launch.h"
 #include "../common/types.cuh"
 #include "kernels.h"
+#include "softmax.cuh"
 
 namespace styleforge::cuda {
 namespace {
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) attention_rows_kernel(const __grid_c
 #pragma unroll
   for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffff, sum, offset);
   if (lane != 0 || token >= padded) return;
-  constexpr float kLog2E = 1.44269504088896341f, kInfinity = __builtin_huge_valf();
+  constexpr float kInfinity = __builtin_huge_valf();
   const int64_t which = static_cast<int64_t>(blockIdx.y) * r.heads + head;
   const float logsumexp = there ? r.logsumexp[which * r.length + token] : kInfinity;
   r.rows_logsumexp[which * padded + token] = logsumexp == -kInfinity ? kInfinity : logsumexp * kLog2E;

@@ -53,16 +53,7 @@ struct BackwardConsumer {
   __device__ __forceinline__ void load_own(int chunk, Fragments& f) {
     const uint32_t row = threadIdx.x / 32 * 16 + lane % 16;
     const uint32_t from = own + chunk * T::kOwnChunk + row * kChunkBytes + (((row & 7) ^ (lane / 16)) << 4);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) load_matrix(f.hi[k], from ^ (k << 5));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        split(__uint_as_float(f.hi[k][i]), f.hi[k][i], f.rest[k][i]);
-        asm volatile("" : "+r"(f.hi[k][i]), "+r"(f.rest[k][i]));  // here, not between the products
-      }
-    }
+    load_split(f, from);
   }
 
   // Issue a chunk's part of a product with what came by: the small terms, all of which come before hi * hi. Added to a
@@ -274,8 +265,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     produce_backward<kKeys>(b, at, kKeys ? q : k, kKeys ? g : v, barriers, ring);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(208));
-    constexpr float kLog2E = 1.44269504088896341f;
-    const float factor = fmaxf(fabsf(p.scale) * kLog2E, 1.17549435e-38f);
+    const float factor = score_factor(p.scale);
     BackwardConsumer<kKeys> consumer{
         b, at, barriers, ring, own, group, static_cast<int>(threadIdx.x % 32), factor, {s, group, 0}};
     consumer.run(kKeys ? k : q, kKeys ? v : g);

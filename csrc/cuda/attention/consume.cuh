@@ -33,16 +33,7 @@ struct AttentionConsumer {
   __device__ __forceinline__ void load_queries(int chunk, Fragments& f) {
     const uint32_t from =
         queries + chunk * T::kQueryChunk + query_row * kChunkBytes + (((query_row & 7) ^ (lane / 16)) << 4);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) load_matrix(f.hi[k], from ^ (k << 5));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        split(__uint_as_float(f.hi[k][i]), f.hi[k][i], f.rest[k][i]);
-        asm volatile("" : "+r"(f.hi[k][i]), "+r"(f.rest[k][i]));  // here, not between the products
-      }
-    }
+    load_split(f, from);
   }
 
   __device__ __forceinline__ void wait_keys() {
@@ -181,9 +172,7 @@ struct AttentionConsumer {
       const int row = at.row + 64 * group + threadIdx.x / 32 % 4 * 16 + lane / 4 + 8 * r;
       if (row >= p.length) continue;
       if (p.logsumexp != nullptr && lane % 4 == 0) {
-        constexpr float kLn2 = 0.693147180559945309f;
-        p.logsumexp[(static_cast<int64_t>(at.batch) * p.heads + at.head) * p.length + row] =
-            sum == 0 ? __int_as_float(0x7f800000) : (softmax.peak[r] + log2f(sum)) * kLn2;
+        p.logsumexp[(static_cast<int64_t>(at.batch) * p.heads + at.head) * p.length + row] = softmax.logsumexp(r, sum);
       }
       float* to = p.output + ((static_cast<int64_t>(at.batch) * p.length + row) * p.heads + at.head) * p.head_dim;
 #pragma unroll

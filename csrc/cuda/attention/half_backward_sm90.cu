@@ -345,7 +345,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(240));
-    constexpr float kLog2E = 1.44269504088896341f;
     Consumer consumer{b, at, barriers, own, ring, columns, group, static_cast<int>(threadIdx.x % 32), b.scale * kLog2E};
     consumer.run();
   }

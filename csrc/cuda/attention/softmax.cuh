@@ -9,6 +9,7 @@
 namespace styleforge::cuda {
 
 constexpr int kTileKeys = 64;
+constexpr float kLog2E = 1.44269504088896341f;
 
 #ifdef STYLEFORGE_HAS_WGMMA
 
@@ -33,6 +34,9 @@ __device__ __forceinline__ float row_sum(float v) {
 __device__ __forceinline__ uint64_t first_bits(int count) {
   return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << max(count, 0)) - 1;
 }
+
+// Of scores, which are then powers of two. Not 0: -infinity stays what it is.
+__device__ __forceinline__ float score_factor(float scale) { return fmaxf(fabsf(scale) * kLog2E, 1.17549435e-38f); }
 
 struct RunningSoftmax {
   // Of both rows: the greatest score so far, times `factor`; the sum of this lane's columns; what the last tile made of
@@ -90,6 +94,12 @@ struct RunningSoftmax {
       sum[r] += p;
       split(p, hi[i / 4][r + i % 2 * 2], lo[i / 4][r + i % 2 * 2]);
     }
+  }
+
+  // Of row r, whose sum over all lanes is `whole`; infinity where there was no key.
+  __device__ __forceinline__ float logsumexp(int r, float whole) const {
+    constexpr float kLn2 = 0.693147180559945309f;
+    return whole == 0 ? __int_as_float(0x7f800000) : (peak[r] + log2f(whole)) * kLn2;
   }
 };
 

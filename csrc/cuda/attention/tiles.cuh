@@ -55,6 +55,20 @@ __device__ __forceinline__ void load_row(float* to, const float* from, int valid
   }
 }
 
+// A chunk of a warp's 16 rows, split for 3xTF32; `from` is the shared address of this lane's first 16 bytes, swizzled.
+__device__ __forceinline__ void load_split(Fragments& f, uint32_t from) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) load_matrix(f.hi[k], from ^ (k << 5));
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      split(__uint_as_float(f.hi[k][i]), f.hi[k][i], f.rest[k][i]);
+      asm volatile("" : "+r"(f.hi[k][i]), "+r"(f.rest[k][i]));  // here, not between the products
+    }
+  }
+}
+
 // Of their barriers: every lane arrives for itself. One for its warp, behind __syncwarp, would be as right, but it is
 // an order that compute-sanitizer does not follow.
 constexpr int kProducersArrive = 128, kConsumersArrive = kAttentionConsumers;

@@ -234,9 +234,7 @@ struct WideConsumer {
       const int row = row_of(r);
       if (row >= p.length) continue;
       if (p.logsumexp != nullptr && lane % 4 == 0) {
-        constexpr float kLn2 = 0.693147180559945309f;
-        p.logsumexp[(static_cast<int64_t>(at.batch) * p.heads + at.head) * p.length + row] =
-            sum == 0 ? __int_as_float(0x7f800000) : (softmax.peak[r] + log2f(sum)) * kLn2;
+        p.logsumexp[(static_cast<int64_t>(at.batch) * p.heads + at.head) * p.length + row] = softmax.logsumexp(r, sum);
       }
       float* to = p.output + ((static_cast<int64_t>(at.batch) * p.length + row) * p.heads + at.head) * p.head_dim;
 #pragma unroll
@@ -334,8 +332,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     produce_wide<kWhole>(p, at, barriers, ring);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(216));
-    constexpr float kLog2E = 1.44269504088896341f;
-    const float factor = fmaxf(fabsf(p.scale) * kLog2E, 1.17549435e-38f);
+    const float factor = score_factor(p.scale);
     const int lane = threadIdx.x % 32;
     const uint32_t row = threadIdx.x / 32 * 16 + lane % 16;
     WideConsumer<kWhole> consumer{
