@@ -1,0 +1,636 @@
+// Implicit GEMM on wgmma (sm_90a): 2-d convolution, channels_last, with per-tile channel moments in the epilogue, and
+// with the norm behind it where all tiles fit on the chip.
+//
+//   tile:  16 x (4 or 8) output pixels x kColumns output channels; a warp has one row of 16 pixels
+//   K:     chunks of 128 bytes of input channels (64 halves, 32 floats), for each chunk all taps of the kernel
+//
+//   producer warps 1-3: the tile's input with its halo, one chunk of channels -> ring of input stages, each used by all
+//                       taps. One TMA box, which fills what lies outside with zeros; at the border of a reflected or
+//                       replicated picture the warps then copy what belongs there from elsewhere in the box (or, where
+//                       it is not in the box, bring all by cp.async)
+//   producer warp 0:    weights of one (chunk, tap), kColumns x 128 bytes, by TMA -> ring of weight stages.
+//                       Multicast in clusters of two was slower: 20.5 against 12.8 thousand clocks, 1x128x128x128
+//   consumer warps:     A fragments by ldmatrix from the halo, at the tap's offset, into registers; B from the weight
+//                       stage; one wgmma group runs while the next one's fragments are loaded
+//
+// The input is read from L2 once a tile instead of once a tap. A pixel's 128 bytes are swizzled in 16-byte pieces by
+// its index, as the copy engine does it, so that eight neighbouring pixels lie in different banks.
+//
+// A block computes one tile or a few, one after the other. The launch is cooperative where all tiles of the tensor are
+// resident that way: results stay in shared memory until all moments are there, and every block normalises, adds the
+// residual, activates and writes its tiles, once. Few moments are merged by every block for itself; many in two steps,
+// a few channels a block. Nobody waits for the whole grid where it would be on the way: moments say themselves that
+// they are there (common/grid.cuh), and that there are marks in their places is settled beside the multiplications.
+//
+// Where the time goes, 16-bit 1x128x128x128 (14 us, stages stamped with the clock): 1.3 from the end of the kernel
+// before to here, 1.2 to 1.7 until the first tile is there, 5.4 of multiplications (90% of the units' rate), 1.5 for
+// the moments of a tile, 2 until those of all are merged, 1.5 to 1.9 for what follows.
+//
+// kIeee, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo, both split to nearest; lo * hi, hi * lo,
+// then hi * hi. The units truncate when they add, so the sum of every 32 numbers moves on to float32 registers.
+#pragma once
+
+#include <cuda.h>
+
+#include "../common/cluster.cuh"
+#include "../common/grid.cuh"
+#include "../common/launch.h"
+#include "../common/tf32.cuh"
+#include "../common/types.cuh"
+#include "../common/wgmma.cuh"
+#include "kernels.h"
+#include "tile_in.cuh"
+#include "tile_out.cuh"
+#include "tile_out_nchw.cuh"
+#include "tiles.h"
+
+namespace styleforge::cuda {
+namespace {
+
+constexpr int kWarps = 4;    // of a warpgroup
+constexpr int kChunk = 128;  // bytes of input channels
+
+#ifdef STYLEFORGE_HAS_WGMMA
+
+constexpr int kLoaders = 96;
+constexpr int kLoaderWarps = kLoaders / kWarp;
+constexpr int kConsumerBarrier = 1;
+
+template <typename T>
+struct KindOf;
+template <>
+struct KindOf<__half> {
+  static constexpr MmaKind kKind = MmaKind::kF16;
+};
+template <>
+struct KindOf<__nv_bfloat16> {
+  static constexpr MmaKind kKind = MmaKind::kBF16;
+};
+template <>
+struct KindOf<float> {
+  static constexpr MmaKind kKind = MmaKind::kTF32;
+};
+
+#endif  // STYLEFORGE_HAS_WGMMA
+
+template <typename T, int kColumns, int kGroups, bool kSplit>
+struct ConvTraits {
+  static constexpr int kConsumers = 128 * kGroups;
+  static constexpr int kThreads = kConsumers + 128;
+  static constexpr int kRows = kWarps * kGroups;  // tile height: a warp has one row of 16 pixels
+  static constexpr int kWeightBytes = kColumns * kChunk * (kSplit ? 2 : 1);
+  static constexpr int kElements = kChunk / static_cast<int>(sizeof(T));
+  // Half a multiprocessor each where the accumulators leave room.
+  static constexpr int kBlocks = kColumns <= 64 && !kSplit ? 2 : 1;
+  // Where the sums and the fragments are more than an even share of the registers, the producers give theirs away.
+  static constexpr bool kMoveRegisters = kGroups == 2;
+  // Of fragments: with a third one, ldmatrix of a tap runs beside the multiplication of the one before, and not between
+  // the two; large tiles take long enough to multiply, or have no registers to spare.
+  static constexpr int kSets = (kColumns == 32 || kGroups == 1) && !kSplit ? 3 : 2;
+  static constexpr int kConsumerRegisters = kBlocks == 2 ? 96 : 224;
+  static constexpr int kProducerRegisters = kBlocks == 2 ? 48 : 56;
+  static constexpr int kStorePitch = stash_pitch(kColumns, static_cast<int>(sizeof(T)));
+  static constexpr int kStoreBytes = ConvSchedule::kTileWidth * kStorePitch;
+  static_assert(kColumns % 32 == 0 && kColumns <= 128);
+  static_assert(kStorePitch % 16 == 0 && kRows * kStoreBytes % 128 == 0, "the stash holds vectors");
+  static_assert(kWeightBytes % 1024 == 0, "stages stay aligned for the swizzle");
+  static_assert(kElements % 8 == 0 && kSets >= 2);
+  static_assert(!kMoveRegisters || (kConsumers * kConsumerRegisters + 128 * kProducerRegisters) * kBlocks <= 64 * 1024);
+};
+
+// kSide: of a square kernel with stride 1 whose taps are unrolled, which is 10% faster; 0: any kernel.
+template <typename T, int kColumns, int kGroups, bool kSplit, int kSide>
+__global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThreads,
+                                  ConvTraits<T, kColumns, kGroups, kSplit>::kBlocks)
+    conv_kernel(const __grid_constant__ ConvParams p, const __grid_constant__ ConvSchedule s,
+                const __grid_constant__ InstanceNormParams norm, const __grid_constant__ CUtensorMap input,
+                const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap weights_lo) {
+#ifdef STYLEFORGE_HAS_WGMMA
+  using Traits = ConvTraits<T, kColumns, kGroups, kSplit>;
+  constexpr int kElements = Traits::kElements;
+  extern __shared__ unsigned char dynamic[];
+  // Swizzled tiles start at multiples of 1024 bytes.
+  unsigned char* ring = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
+  const uint32_t weight_ring = shared_address(ring);
+  const uint32_t input_ring = weight_ring + s.weight_stages * Traits::kWeightBytes;
+  __shared__ uint64_t weight_full[8], weight_empty[8], input_full[4], input_empty[4];
+  __shared__ uint64_t box_full[4];                      // boxes whose edges are still to be mended
+  __shared__ uint64_t started;                          // the first input is there
+  __shared__ uint64_t marked;                           // all blocks have put marks where moments will be
+  __shared__ float2 statistics[kColumns];               // mean, rstd * the norm's weight
+  __shared__ float scales[kColumns], shifts[kColumns];  // the norm's weight and bias
+
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int taps = p.kernel_h * p.kernel_w;
+  const int chunks = (p.in_channels + kElements - 1) / kElements;
+  const int steps = chunks * taps;
+  const int n = blockIdx.z;
+  const int first_column = blockIdx.y * kColumns;
+  const auto linear_block = [] { return (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x; };
+  const int begin = blockIdx.x * s.tiles;
+  const int end = min(begin + s.tiles, s.entries);
+  // The producers' first tile, while the predecessor drains.
+  ConvTileAt at = conv_tile(p, s, begin);
+  // Whether the copy engine brings a tile's input.
+  const auto top_of = [&] { return at.y * p.stride_h - p.pad_top + (at.phase >> 1); };
+  const auto left_of = [&] { return at.x * p.stride_w - p.pad_left + (at.phase & 1); };
+  const auto takes_boxes = [&] {
+    return p.mode == PaddingMode::kZeros || (top_of() >= 0 && left_of() >= 0 && top_of() + s.halo_height <= p.height &&
+                                             left_of() + s.halo_width <= p.width);
+  };
+  // One thread brings all: the others must not wait, which would take the consumers' time.
+  const bool boxes_only = s.tiles == 1 && takes_boxes();
+
+  if (threadIdx.x == Traits::kConsumers) {
+    prefetch_map(&weights);
+    prefetch_map(&input);
+    if constexpr (kSplit) prefetch_map(&weights_lo);
+  }
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < s.weight_stages; ++i) {
+      mbarrier_init(&weight_full[i], 1);
+      mbarrier_init(&weight_empty[i], kWarps * kGroups);
+    }
+    for (int i = 0; i < s.input_stages; ++i) {
+      mbarrier_init(&input_full[i], boxes_only ? 1 : kLoaders);
+      mbarrier_init(&input_empty[i], kWarps * kGroups * 32);
+      mbarrier_init(&box_full[i], 1);
+    }
+    mbarrier_init(&marked, 32);
+    mbarrier_init(&started, 1);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  wait_for_predecessor();
+
+  if (warp >= kWarps * kGroups) {
+    if constexpr (Traits::kMoveRegisters)
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kProducerRegisters));
+    // The last warp puts marks where this block's moments will be, and those that it merges.
+    const bool marks = s.resident && warp == kWarps * kGroups + kLoaderWarps;
+    uint32_t token = 0;
+    const auto put_marks = [&] {
+      float2* own = p.moments + (static_cast<int64_t>(n) * partials(s) + blockIdx.x) * p.out_channels + first_column;
+      for (int c = lane; c < kColumns && first_column + c < p.out_channels; c += 32) retract(own + c);
+      if (s.merge_apart) {
+        const int slices = p.batch * (p.out_channels / kMergeSlice);  // one after the other in memory
+        const int blocks = gridDim.x * gridDim.y * gridDim.z;
+        for (int i = linear_block(); i < slices; i += blocks) {
+          if (lane < kMergeSlice) retract(merged(p, s, 0) + i * kMergeSlice + lane);
+        }
+      }
+      __syncwarp();
+      if (lane == 0) token = grid_arrive();
+    };
+    if (warp == kWarps * kGroups) {
+      if (lane == 0) {
+        int stage = 0;
+        uint32_t parity = 1;
+        for (int tile = begin;;) {
+          const int row = at.phase * p.out_channels + first_column;
+          int tap = 0, channel = 0;
+          for (int i = 0; i < steps; ++i) {
+            mbarrier_wait(&weight_empty[stage], parity);
+            mbarrier_arrive_expect(&weight_full[stage], Traits::kWeightBytes);
+            const uint32_t to = weight_ring + stage * Traits::kWeightBytes;
+            load_weights(to, &weights, channel, tap, row, &weight_full[stage]);
+            if constexpr (kSplit)
+              load_weights(to + kColumns * kChunk, &weights_lo, channel, tap, row, &weight_full[stage]);
+            if (++tap == taps) {
+              tap = 0;
+              channel += kElements;
+            }
+            if (++stage == s.weight_stages) {
+              stage = 0;
+              parity ^= 1;
+            }
+          }
+          if (++tile == end) break;
+          at = conv_tile(p, s, tile);
+        }
+      }
+      __syncwarp();
+    } else if (warp == kWarps * kGroups + 1 || !boxes_only) {
+      // The first thread brings the box, or all 96 move 12 pixels at a time, each its 16 bytes within the pixel.
+      // Or the box, and then what lies outside of the picture from within the box.
+      const int loader = threadIdx.x - Traits::kConsumers - 32;
+      const int piece = loader % 8;
+      const int pixels = s.halo_height * s.halo_width;
+      int stage = 0;
+      uint32_t parity = 1, box_parities = 0;
+      for (int tile = begin;;) {
+        const int top = top_of(), left = left_of();
+        const bool boxes = takes_boxes();
+        HaloEdges edges;
+        if (!boxes) edges.set(p, s, at, top, left);
+        // Found before the first box is there: of a tile of 16 x 8 pixels and a padding of 1 these are all.
+        constexpr int kMended = Traits::kBlocks == 2 ? 0 : 3;
+        uint32_t mended[kMended + 1];  // no array is empty
+#pragma unroll
+        for (int i = 0; i < kMended; ++i) {
+          mended[i] = boxes ? HaloEdges::kNone : edges.find(p, s, loader / 8 + i * (kLoaders / 8));
+        }
+        const T* sample = static_cast<const T*>(p.input) + static_cast<int64_t>(n) * p.height * p.width * p.in_channels;
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+          const uint32_t to = input_ring + stage * s.halo_bytes;
+          mbarrier_wait(&input_empty[stage], parity);
+          __syncwarp();
+          if (!boxes && edges.within) {
+            if (loader == 0) {
+              mbarrier_arrive_expect(&box_full[stage], pixels * kChunk);
+              load_box(to, &input, chunk * kElements, left, top, n, &box_full[stage]);
+            }
+            mbarrier_wait(&box_full[stage], box_parities >> stage & 1);
+            box_parities ^= 1u << stage;
+            unsigned char* box = ring + (to - weight_ring);
+#pragma unroll
+            for (int i = 0; i < kMended; ++i) HaloEdges::copy(box, mended[i], piece);
+            for (int i = loader / 8 + kMended * (kLoaders / 8); i < edges.outside(s); i += kLoaders / 8) {
+              HaloEdges::copy(box, edges.find(p, s, i), piece);
+            }
+            fence_async_shared();
+            mbarrier_arrive(&input_full[stage]);
+          } else if (!boxes) {
+            const int channel = chunk * kElements + piece * (16 / static_cast<int>(sizeof(T)));
+            const bool valid = channel < p.in_channels;
+            const T* from = sample + (valid ? channel : 0);
+#pragma unroll 2
+            for (int pixel = loader / 8; pixel < pixels; pixel += kLoaders / 8) {
+              const int y = __umulhi(pixel, s.halo_divisor);
+              const int x = pixel - y * s.halo_width;
+              const int sy = padded_source(top + y, p.height, p.mode);
+              const int sx = padded_source(left + x, p.width, p.mode);
+              copy_async(to + pixel * kChunk + ((piece ^ (pixel & 7)) << 4), from + (sy * p.width + sx) * p.in_channels,
+                         valid);
+            }
+            copy_async_arrive(&input_full[stage]);
+          } else if (loader == 0) {
+            mbarrier_arrive_expect(&input_full[stage], pixels * kChunk);
+            load_box(to, &input, chunk * kElements, left, top, n, &input_full[stage]);
+          } else if (!boxes_only) {
+            mbarrier_arrive(&input_full[stage]);
+          }
+          if (++stage == s.input_stages) {
+            stage = 0;
+            parity ^= 1;
+          }
+          // Loads first: the others wait for them, and the marks' way to memory is waited for.
+          if (marks && chunk == 0 && tile == begin) put_marks();
+        }
+        if (++tile == end) break;
+        at = conv_tile(p, s, tile);
+      }
+    } else if (marks) {
+      // First loads would have to wait for the marks' way to memory: 0.3 us.
+      mbarrier_wait(&started, 0);
+      put_marks();
+    }
+    __syncwarp();
+    if (marks) {
+      for (int c = lane; c < kColumns && first_column + c < p.out_channels; c += 32) {
+        const int64_t param = n * norm.param_batch_stride + first_column + c;
+        scales[c] = load_param(norm.weight, norm.param_dtype, param, 1.0f);
+        shifts[c] = load_param(norm.bias, norm.param_dtype, param, 0.0f);
+      }
+    }
+    release_successor();
+    if (marks) {
+      if (lane == 0) grid_wait(token);
+      mbarrier_arrive(&marked);
+    }
+  } else {
+    if constexpr (Traits::kMoveRegisters)
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Traits::kConsumerRegisters));
+    using Mma = Wgmma<KindOf<T>::kKind, kColumns>;
+    float d[kColumns / 2];
+    uint32_t fragments[Traits::kSets][4][4];
+    uint32_t rest[kSplit ? 2 : 1][4][4];  // kSplit: what the fragments' TF32 numbers leave out
+    const int half = lane / 16;
+    const int halo_width = kSide > 0 ? ConvSchedule::kTileWidth - 1 + kSide : s.halo_width;
+    const int base =
+        kSide > 0 ? warp * halo_width + lane % 16 : warp * p.stride_h * halo_width + lane % 16 * p.stride_w;
+    const uint32_t weight_full_at = shared_address(weight_full), weight_empty_at = shared_address(weight_empty);
+    const uint32_t input_full_at = shared_address(input_full), input_empty_at = shared_address(input_empty);
+    int input_stage = 0, weight_stage = 0, last_stage = 0;
+    uint32_t input_parity = 0, weight_parity = 0;
+    // Where the warp's row of tile `i` of the block lies. The last tile's take the place of the rings; without the norm
+    // the others come after each other in one place.
+    const auto stash = [&](int tile) {
+      const int held = s.resident ? tile - begin : 0;
+      const int offset = tile + 1 == end ? 0 : s.stash_offset + held * Traits::kRows * Traits::kStoreBytes;
+      return ring + offset + warp * Traits::kStoreBytes;
+    };
+
+    // The fragments of the tap `offset` pixels from the first one in the halo.
+    const auto load_tap = [&](uint32_t (&a)[4][4], int offset) {
+      const int pixel = base + offset;
+      // 16-byte piece 2 k + half of the pixel, swizzled: 2 k only turns bits over.
+      const uint32_t row = input_ring + input_stage * s.halo_bytes + pixel * kChunk + (((pixel & 7) ^ half) << 4);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) load_matrix(a[k], row ^ (k << 5));
+    };
+    const auto wait_for_input = [&] { mbarrier_wait(input_full_at + 8 * input_stage, input_parity); };
+    const auto has_started = [&] {
+      if (threadIdx.x == 0) mbarrier_arrive(&started);
+    };
+    const auto release_input = [&](int stage) {
+      __syncwarp();
+      mbarrier_arrive(input_empty_at + 8 * stage);  // every lane for what it has read: racecheck follows that
+    };
+    const auto next_input = [&] {
+      if (++input_stage == s.input_stages) {
+        input_stage = 0;
+        input_parity ^= 1;
+      }
+    };
+    int r = 0, c = 0;
+    const auto load_next = [&](uint32_t (&a)[4][4]) {
+      if (r == 0 && c == 0) wait_for_input();
+      load_tap(a, r * halo_width + c);
+      if (++c == p.kernel_w) {
+        c = 0;
+        if (++r == p.kernel_h) {
+          r = 0;
+          release_input(input_stage);
+          next_input();
+        }
+      }
+    };
+    const auto weight_descriptor = [&]<bool kFirstTile>() {
+      mbarrier_wait(weight_full_at + 8 * weight_stage, weight_parity);
+      uint32_t at = weight_ring + weight_stage * Traits::kWeightBytes;
+      if constexpr (!kFirstTile || (kSide == 0 && kGroups == 1 && !kSplit)) at = __shfl_sync(0xffffffffu, at, 0);
+      return wgmma_descriptor(at);
+    };
+    const auto release_weights = [&](int stage) {
+      if (lane == 0) mbarrier_arrive(weight_empty_at + 8 * stage);
+    };
+    const auto next_weights = [&] {
+      last_stage = weight_stage;
+      if (++weight_stage == s.weight_stages) {
+        weight_stage = 0;
+        weight_parity ^= 1;
+      }
+    };
+
+    const auto run_tile = [&]<bool kFirstTile>(int tile) {
+    // Not for the product, which begins anew, but for the compiler: it would keep the last tile's until here.
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) d[i] = 0;
+      if constexpr (kSplit) {
+        const auto load_split = [&](uint32_t (&hi)[4][4], uint32_t (&lo)[4][4]) {
+          load_next(hi);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float v = __uint_as_float(hi[k][i]);
+              hi[k][i] = round_tf32(v);
+              lo[k][i] = round_tf32(v - __uint_as_float(hi[k][i]));
+            }
+          }
+        };
+        float total[kColumns / 2];
+#pragma unroll
+        for (int i = 0; i < kColumns / 2; ++i) total[i] = 0;
+        const auto multiply = [&](int set, bool more) {
+          const uint64_t b = weight_descriptor.template operator()<kFirstTile>();
+          const uint64_t b_lo = b + (kColumns * kChunk >> 4);
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < 4; ++k) Mma::run(d, rest[set][k], b + 2 * k, k > 0);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) Mma::run(d, fragments[set][k], b_lo + 2 * k, true);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) Mma::run(d, fragments[set][k], b + 2 * k, true);
+          wgmma_commit();
+          if (more) load_split(fragments[set ^ 1], rest[set ^ 1]);
+          wgmma_wait<0>();
+          release_weights(weight_stage);
+          next_weights();
+#pragma unroll
+          for (int i = 0; i < kColumns / 2; ++i) total[i] += d[i];
+        };
+        load_split(fragments[0], rest[0]);
+        if constexpr (kFirstTile) has_started();
+        for (int i = 0; i < steps; i += 2) {
+          multiply(0, i + 1 < steps);
+          if (i + 1 < steps) multiply(1, i + 2 < steps);
+        }
+#pragma unroll
+        for (int i = 0; i < kColumns / 2; ++i) d[i] = total[i];
+      } else {
+        const auto multiply = [&](uint32_t (&a)[4][4], bool first) {
+          const uint64_t b = weight_descriptor.template operator()<kFirstTile>();
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b + 2 * k, k > 0 || !first);
+          wgmma_commit();
+          wgmma_wait<1>();  // the group before this one is done with its fragments and its weights
+          if (!first) release_weights(last_stage);
+          next_weights();
+        };
+        if constexpr (kSide > 0) {
+          // Unrolled over the taps; where their number is no multiple of the sets of fragments, these change roles from
+          // chunk to chunk.
+          constexpr int kTaps = kSide * kSide;
+          constexpr int kSets = Traits::kSets;
+          constexpr int kAhead = kSets - 1;
+          static_assert(kTaps % kSets == 0 || (kSets == 2 && kTaps % 2 == 1));
+          const auto multiply_chunk = [&]<int kFirst>(int chunk) {
+#pragma unroll
+            for (int tap = 0; tap < kTaps; ++tap) {
+              multiply(fragments[(kFirst + tap) % kSets], tap == 0 && chunk == 0);
+              const int next = tap + kAhead;
+              if (next == kTaps) {  // the chunk's last fragments are in registers
+                release_input(input_stage);
+                next_input();
+              }
+              if (next < kTaps) {
+                load_tap(fragments[(kFirst + next) % kSets], next / kSide * halo_width + next % kSide);
+              } else if (chunk + 1 < chunks) {
+                if (next == kTaps) wait_for_input();
+                load_tap(fragments[(kFirst + next) % kSets],
+                         (next - kTaps) / kSide * halo_width + (next - kTaps) % kSide);
+              }
+            }
+          };
+          wait_for_input();
+          if constexpr (kFirstTile) has_started();
+#pragma unroll
+          for (int tap = 0; tap < kAhead; ++tap) {
+            load_tap(fragments[tap], tap / kSide * halo_width + tap % kSide);
+          }
+          for (int chunk = 0; chunk < chunks; ++chunk) {
+            if (kTaps % kSets == 0 || chunk % 2 == 0) {
+              multiply_chunk.template operator()<0>(chunk);
+            } else {
+              multiply_chunk.template operator()<1>(chunk);
+            }
+          }
+        } else {
+          constexpr int kSets = Traits::kSets;
+#pragma unroll
+          for (int set = 0; set + 1 < kSets; ++set) {
+            if (set < steps) load_next(fragments[set]);
+          }
+          if constexpr (kFirstTile) has_started();
+          if constexpr (kSets == 2) {
+            for (int i = 0; i < steps; i += 2) {
+              multiply(fragments[0], i == 0);
+              if (i + 1 < steps) {
+                load_next(fragments[1]);
+                multiply(fragments[1], false);
+                if (i + 2 < steps) load_next(fragments[0]);
+              }
+            }
+          } else {
+            for (int i = 0; i < steps; i += kSets) {
+#pragma unroll
+              for (int set = 0; set < kSets; ++set) {
+                if (i + set >= steps) break;
+                multiply(fragments[set], set == 0 && i == 0);
+                if (i + set + kSets - 1 < steps) load_next(fragments[(set + kSets - 1) % kSets]);
+              }
+            }
+          }
+        }
+        wgmma_wait<0>();
+        release_weights(last_stage);
+      }
+
+      // This lane's two pixels and their columns: d[4 i + {0, 1}] at x = lane / 4, d[4 i + {2, 3}] at x + 8.
+      const ConvTileAt at = conv_tile(p, s, tile);
+      const int x = lane / 4;
+      const bool row_valid = warp < at.rows;
+      if (tile + 1 == end) {
+        release_successor();
+        if (s.resident) mbarrier_wait(&marked, 0);
+        // The rings are free: everything loaded has been multiplied, in every consumer warp after the barrier.
+        named_barrier(kConsumerBarrier, Traits::kConsumers);
+      }
+      unsigned char* own = stash(tile);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int i = 0; i < kColumns / 8; ++i) {
+          const float pair[2] = {d[4 * i + 2 * h], d[4 * i + 2 * h + 1]};
+          *reinterpret_cast<Vec<T, 2>*>(own + (x + 8 * h) * Traits::kStorePitch +
+                                        (8 * i + 2 * (lane % 4)) * static_cast<int>(sizeof(T))) = rounded<T>(pair);
+        }
+      }
+
+      if (p.moments != nullptr) {
+        using Moments = TileMoments<T, kColumns, Traits::kRows>;
+        float2* parts = reinterpret_cast<float2*>(ring + s.parts_offset);
+        named_barrier(kConsumerBarrier, Traits::kConsumers);
+        Moments::write_parts(own - warp * Traits::kStoreBytes, at, parts);
+        named_barrier(kConsumerBarrier, Traits::kConsumers);
+        const int column = threadIdx.x;
+        if (column < kColumns && first_column + column < p.out_channels) {
+          const float2 whole = Moments::merge(parts + column, at);
+          float tile_mean = whole.x, tile_m2 = whole.y;
+          if constexpr (!kFirstTile) {
+            if (s.resident) {
+              const float2 held = statistics[column];
+              const float before = static_cast<float>(pixels_of(p, s, begin, tile));
+              const float own = static_cast<float>(at.rows * at.columns);
+              const float d_mean = tile_mean - held.x;
+              const float share = own * __frcp_rn(before + own);
+              tile_mean = held.x + d_mean * share;
+              tile_m2 += held.y + d_mean * d_mean * (before * share);
+            }
+          }
+          if (!s.resident || tile + 1 == end) {
+            const int partial = s.resident ? static_cast<int>(blockIdx.x) : tile;
+            float2* to =
+                p.moments + (static_cast<int64_t>(n) * partials(s) + partial) * p.out_channels + first_column + column;
+            if (s.resident) {
+              publish(to, make_float2(tile_mean, tile_m2));
+            } else {
+              *to = make_float2(tile_mean, tile_m2);
+            }
+          } else {
+            statistics[column] = make_float2(tile_mean, tile_m2);
+          }
+        }
+      }
+
+      __syncwarp();
+      if (!s.resident && p.out_channels % kFullWidth<T> == 0) {
+        RowOut<T, kColumns>(p, n, first_column, at, warp).write(p, own);
+      } else if (!s.resident && row_valid) {  // out_channels is even
+        const int columns = min(kColumns, p.out_channels - first_column);
+        const RowOut<T, kColumns> out(p, n, first_column, at, warp);
+        T* output = static_cast<T*>(p.output) + out.at - out.column;
+#pragma unroll 1
+        for (int i = lane; i < kColumns / 2 * at.columns; i += 32) {
+          const int pixel = i / (kColumns / 2);
+          const int column = i % (kColumns / 2) * 2;
+          if (column >= columns) continue;
+          *reinterpret_cast<Vec<T, 2>*>(output + static_cast<int64_t>(pixel) * out.pixel_pitch + column) =
+              *reinterpret_cast<const Vec<T, 2>*>(own + pixel * Traits::kStorePitch +
+                                                  column * static_cast<int>(sizeof(T)));
+        }
+      }
+    };
+    // The first tile apart: in a loop the compiler does not know that the warps' threads stay together, and brings each
+    // descriptor to uniform registers anew, two instructions before every wgmma (8.8 -> 10.2 us on 1x128x32x32, TF32).
+    run_tile.template operator()<true>(begin);
+    for (int tile = begin + 1; tile < end; ++tile) run_tile.template operator()<false>(tile);
+    if (!s.resident) return;
+
+    // Behind the last tile's list of moments, which other warps may still read.
+    float2* sums = reinterpret_cast<float2*>(ring + s.parts_offset) + Traits::kRows * kColumns;
+    const auto barrier = [] { named_barrier(kConsumerBarrier, Traits::kConsumers); };
+    if (s.merge_apart) {
+      const int slices = p.out_channels / kMergeSlice;
+      const int blocks = gridDim.x * gridDim.y * gridDim.z;
+      // A block has one slice, or none, but for large batches.
+#pragma unroll 1
+      for (int i = linear_block(); i < p.batch * slices; i += blocks) {
+        const int of = i / slices;
+        const int first = (i - of * slices) * kMergeSlice;
+        const float scale = load_param(norm.weight, norm.param_dtype,
+                                       of * norm.param_batch_stride + first + threadIdx.x % kMergeSlice, 1.0f);
+        merge_tiles<kMergeSlice, Traits::kConsumers, true, true>(p, s, norm, of, first, scale, sums,
+                                                                 merged(p, s, of) + first, barrier);
+        barrier();
+      }
+      const int column = threadIdx.x;
+      if (column < kColumns && first_column + column < p.out_channels) {
+        statistics[column] = await(merged(p, s, n) + first_column + column);
+      }
+    } else {
+      merge_tiles<kColumns, Traits::kConsumers, true>(p, s, norm, n, first_column, scales[threadIdx.x % kColumns], sums,
+                                                      statistics, barrier);
+    }
+    barrier();
+#pragma unroll 1
+    for (int tile = begin; tile < end; ++tile) {
+      const ConvTileAt at = conv_tile(p, s, tile);
+      if (!norm.output_channels_last) {
+        const RowOutNchw<T, kColumns> out(p, n, first_column, at, warp);
+        if (p.out_width % kFullWidth<T> == 0) {
+          out.write_runs(norm, statistics, shifts, stash(tile));
+        } else {
+          out.write_elements(norm, statistics, shifts, stash(tile));
+        }
+        continue;
+      }
+      using Out = RowOut<T, kColumns>;
+      const Out out(p, n, first_column, at, warp);
+      const typename Out::Affine affine(statistics, shifts, out.column);
+      if (is_piecewise(norm.activation)) {
+        out.template normalize<false>(p, norm, affine, stash(tile));
+      } else {
+        out.template normalize<true>(p, norm, affine, stash(tile));
+      }
+    }
+  }
+#endif
+}
+
+}  // namespace
+}  // namespace styleforge::cuda
