@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import styleforge
+from _gemm import SM90, assert_same_bits, ffn_parameters, random_matrix
 from _reference import FFN_ACTIVATIONS, assert_as_accurate, ffn, ffn_activate, poison, torch_ffn
 
 OP = torch.ops.styleforge.fused_ffn
@@ -24,12 +25,7 @@ ATEN = "ffn:cuda:aten_matmul"
 KERNELS = {"large": "small=1", "whole": "small=2"}
 PATHS = {"large": LARGE, "whole": WHOLE}
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="kernels of sm_90"
-    ),
-]
+pytestmark = SM90
 
 
 @pytest.fixture(autouse=True)
@@ -46,19 +42,6 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
         monkeypatch.setenv("STYLEFORGE_GEMM_TUNE", KERNELS.get(kernel, kernel))
 
     return apply
-
-
-def _random(*sizes: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(sizes, device="cuda") * scale).to(dtype)
-
-
-def _parameters(embed: int, hidden: int, out: int, dtype: torch.dtype) -> list[Tensor]:
-    return [
-        _random(hidden, embed, dtype=dtype, scale=embed**-0.5),
-        _random(hidden, dtype=dtype, scale=0.5),
-        _random(out, hidden, dtype=dtype, scale=hidden**-0.5),
-        _random(out, dtype=dtype, scale=0.5),
-    ]
 
 
 def _check(path: str, *args: Any) -> None:
@@ -99,8 +82,8 @@ def test_sizes_and_epilogues(
     force("sm90", kernel)
     rows, embed, hidden, out = SIZES[size]
     for activation in FFN_ACTIVATIONS:
-        x, r = _random(rows, embed, dtype=dtype), _random(rows, out, dtype=dtype)
-        w1, b1, w2, b2 = _parameters(embed, hidden, out, dtype)
+        x, r = random_matrix(rows, embed, dtype=dtype), random_matrix(rows, out, dtype=dtype)
+        w1, b1, w2, b2 = ffn_parameters(embed, hidden, out, dtype)
         for parameters in ((w1, b1, w2, b2), (w1, None, w2, None)):
             for residual in (None, r):
                 _check(PATHS[kernel], x, *parameters, activation, residual)
@@ -112,8 +95,8 @@ def test_products_that_fill_the_device(dtype: torch.dtype, force: Callable[[str,
     force("sm90", "large")
     shapes = ((8192, 512, 2048, 512), (5000, 1032, 1544, 776), (2048, 4096, 1024, 2048))
     for rows, embed, hidden, out in shapes:
-        x, r = _random(rows, embed, dtype=dtype), _random(rows, out, dtype=dtype)
-        _check(LARGE, x, *_parameters(embed, hidden, out, dtype), "gelu", r)
+        x, r = random_matrix(rows, embed, dtype=dtype), random_matrix(rows, out, dtype=dtype)
+        _check(LARGE, x, *ffn_parameters(embed, hidden, out, dtype), "gelu", r)
 
 
 @pytest.mark.parametrize("part", range(8))
@@ -133,8 +116,8 @@ def test_random_shapes_and_cuts(part: int, force: Callable[[str, str], None]) ->
             cut += f",narrow={draw.randint(1, 6)},stages={draw.randint(1, 6)},band={draw.randint(1, 9)}"
         force("sm90", f"{KERNELS[kernel]},{cut}")
         dtype = draw.choice(HALF)
-        x, r = _random(rows, embed, dtype=dtype), _random(rows, out, dtype=dtype)
-        w1, b1, w2, b2 = _parameters(embed, hidden, out, dtype)
+        x, r = random_matrix(rows, embed, dtype=dtype), random_matrix(rows, out, dtype=dtype)
+        w1, b1, w2, b2 = ffn_parameters(embed, hidden, out, dtype)
         parameters = (w1, draw.choice((None, b1)), w2, draw.choice((None, b2)))
         _check(PATHS[kernel], x, *parameters, draw.choice(FFN_ACTIVATIONS), draw.choice((None, r)))
 
@@ -167,8 +150,8 @@ def test_nan_and_infinity_stay_where_they_belong(
     kernel: str, dtype: torch.dtype, force: Callable[[str, str], None]
 ) -> None:
     force("sm90", kernel)
-    x = _random(200, 64, dtype=dtype)
-    w1, b1, w2, b2 = _parameters(64, 128, 64, dtype)
+    x = random_matrix(200, 64, dtype=dtype)
+    w1, b1, w2, b2 = ffn_parameters(64, 128, 64, dtype)
     x[3, 5], x[4, 6], x[199, 5] = math.inf, math.nan, -math.inf
     w2[7, 7] = -math.inf
     ours, theirs = OP(x, w1, b1, w2, b2, "relu"), torch_ffn(x, w1, b1, w2, b2, "relu")
@@ -185,8 +168,8 @@ def test_rows_and_weights_of_any_strides(kernel: str, force: Callable[[str, str]
     """What the copy engine takes is taken as it lies; the rest goes to cuBLAS, and says so."""
     force("sm90", kernel)
     dtype = torch.bfloat16
-    w1, b1, w2, b2 = _parameters(64, 96, 48, dtype)
-    x, r = _random(3, 50, 80, dtype=dtype)[..., :64], _random(3, 50, 52, dtype=dtype)[..., :48]
+    w1, b1, w2, b2 = ffn_parameters(64, 96, 48, dtype)
+    x, r = random_matrix(3, 50, 80, dtype=dtype)[..., :64], random_matrix(3, 50, 52, dtype=dtype)[..., :48]
     offset = torch.cat([w1.new_zeros(1), w1.flatten()])[1:].view(96, 64)
     wide = torch.cat([w1, w1], 1)[:, :64]
     variants = [
@@ -198,33 +181,17 @@ def test_rows_and_weights_of_any_strides(kernel: str, force: Callable[[str, str]
     ]
     for first, second, path in variants:
         _check(path, x, first, b1, second, b2, "silu", r)
-    _check(ATEN, x, *_parameters(64, 100, 48, dtype), "gelu", r)  # a width that is no multiple of 8
-    _check(ATEN, _random(9, 60, dtype=dtype), *_parameters(60, 96, 48, dtype), "gelu", None)
+    _check(ATEN, x, *ffn_parameters(64, 100, 48, dtype), "gelu", r)  # a width that is no multiple of 8
+    _check(ATEN, random_matrix(9, 60, dtype=dtype), *ffn_parameters(60, 96, 48, dtype), "gelu", None)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_same_bits_on_every_call_and_in_a_graph(kernel: str, force: Callable[[str, str], None]) -> None:
     force("sm90", kernel)
     dtype = torch.float16
-    x, other = (_random(700, 256, dtype=dtype) for _ in range(2))
-    parameters = _parameters(256, 1024, 256, dtype)
-    first, expected = OP(x, *parameters, "gelu", x), OP(other, *parameters, "gelu", other)
-    for _ in range(5):
-        poison(700 * 1024, dtype, "cuda")
-        assert torch.equal(OP(x, *parameters, "gelu", x), first)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        assert torch.equal(OP(x, *parameters, "gelu", x), first)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph, given = torch.cuda.CUDAGraph(), x.clone()
-    with torch.cuda.graph(graph):
-        result = OP(given, *parameters, "gelu", given)
-    for values, wanted in ((x, first), (other, expected), (x, first)):
-        given.copy_(values)
-        result.fill_(math.nan)
-        graph.replay()
-        assert torch.equal(result, wanted)
+    x, other = (random_matrix(700, 256, dtype=dtype) for _ in range(2))
+    parameters = ffn_parameters(256, 1024, 256, dtype)
+    assert_same_bits(x, other, parameters)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -232,8 +199,8 @@ def test_calls_that_follow_each_other_closely(kernel: str, force: Callable[[str,
     """A kernel starts while the one before it drains: what it reads of that one must be there."""
     force("sm90", kernel)
     dtype = torch.bfloat16
-    parameters = _parameters(128, 512, 128, dtype)
-    a = b = _random(512, 128, dtype=dtype)
+    parameters = ffn_parameters(128, 512, 128, dtype)
+    a = b = random_matrix(512, 128, dtype=dtype)
     for _ in range(30):
         a = OP(a, *parameters, "relu", a).clamp(-4, 4)
         torch.cuda.synchronize()
@@ -247,7 +214,7 @@ def test_a_weight_changed_in_place_is_noticed(kernel: str, force: Callable[[str,
     """Also by the second product, whose weight is loaded before the first one has ended."""
     force("sm90", kernel)
     dtype = torch.bfloat16
-    x, parameters = _random(256, 128, dtype=dtype), _parameters(128, 512, 128, dtype)
+    x, parameters = random_matrix(256, 128, dtype=dtype), ffn_parameters(128, 512, 128, dtype)
     for _ in range(10):
         for parameter in parameters:
             parameter.mul_(-1)
@@ -278,8 +245,8 @@ def test_gradients(
 ) -> None:
     force("sm90", "")
     rows, embed, hidden, out = size
-    given = [_random(rows, embed, dtype=dtype), *_parameters(embed, hidden, out, dtype)]
-    upstream = _random(rows, out, dtype=dtype)
+    given = [random_matrix(rows, embed, dtype=dtype), *ffn_parameters(embed, hidden, out, dtype)]
+    upstream = random_matrix(rows, out, dtype=dtype)
     poison(2 * rows * hidden, dtype, "cuda")
     ours = _gradients(OP, given, upstream, activation, dtype)
     assert styleforge.last_path() == BACKWARD
@@ -297,8 +264,11 @@ def test_gradients_where_the_kernel_does_not_fit(force: Callable[[str, str], Non
     force("sm90", "")
     for sizes in ((50, 60, 100, 36), (50, 64, 128, 36)):
         rows, embed, hidden, out = sizes
-        given = [_random(rows, embed, dtype=torch.float16), *_parameters(embed, hidden, out, torch.float16)]
-        upstream = _random(rows, out, dtype=torch.float16)
+        given = [
+            random_matrix(rows, embed, dtype=torch.float16),
+            *ffn_parameters(embed, hidden, out, torch.float16),
+        ]
+        upstream = random_matrix(rows, out, dtype=torch.float16)
         ours = _gradients(OP, given, upstream, "gelu", torch.float16)
         assert styleforge.last_path() == ATEN_BACKWARD
         theirs = _gradients(torch_ffn, given, upstream, "gelu", torch.float16)
@@ -309,8 +279,8 @@ def test_gradients_where_the_kernel_does_not_fit(force: Callable[[str, str], Non
 
 def test_gradients_have_the_same_bits(force: Callable[[str, str], None]) -> None:
     force("sm90", "")
-    given = [_random(1000, 256, dtype=torch.bfloat16), *_parameters(256, 1024, 256, torch.bfloat16)]
-    upstream = _random(1000, 256, dtype=torch.bfloat16)
+    given = [random_matrix(1000, 256, dtype=torch.bfloat16), *ffn_parameters(256, 1024, 256, torch.bfloat16)]
+    upstream = random_matrix(1000, 256, dtype=torch.bfloat16)
     first = _gradients(OP, given, upstream, "gelu", torch.bfloat16)
     for _ in range(3):
         poison(2 * 1000 * 1024, torch.bfloat16, "cuda")
@@ -339,13 +309,13 @@ def test_gradients_have_the_same_bits(force: Callable[[str, str], None]) -> None
 def test_the_path_follows_from_the_call(
     rows: int, embed: int, hidden: int, path: str, dtype: torch.dtype
 ) -> None:
-    OP(_random(rows, embed, dtype=dtype), *_parameters(embed, hidden, embed, dtype))
+    OP(random_matrix(rows, embed, dtype=dtype), *ffn_parameters(embed, hidden, embed, dtype))
     assert styleforge.last_path() == path
 
 
 def test_a_path_can_be_forced(force: Callable[[str, str], None]) -> None:
     dtype = torch.bfloat16
-    x, parameters = _random(256, 128, dtype=dtype), _parameters(128, 512, 128, dtype)
+    x, parameters = random_matrix(256, 128, dtype=dtype), ffn_parameters(128, 512, 128, dtype)
     for path, kernel, expected in (
         ("", "", WHOLE),
         ("sm90", "large", LARGE),

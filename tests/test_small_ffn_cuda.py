@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import styleforge
+from _gemm import SM90, assert_same_bits, ffn_parameters, random_matrix
 from _reference import FFN_ACTIVATIONS, assert_as_accurate, ffn, poison, torch_ffn
 
 OP = torch.ops.styleforge.fused_ffn
@@ -19,12 +20,7 @@ FORWARD = torch.ops.styleforge._fused_ffn_forward
 PATH = "ffn:cuda:sm90:3xtf32:one_launch"
 ONE = "one=2"  # STYLEFORGE_GEMM_TUNE: this kernel wherever it can
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="kernels of sm_90"
-    ),
-]
+pytestmark = SM90
 
 
 @pytest.fixture(autouse=True)
@@ -42,19 +38,6 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setenv("STYLEFORGE_GEMM_TUNE", tune)
 
     return apply
-
-
-def _random(*sizes: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(sizes, device="cuda") * scale
-
-
-def _parameters(embed: int, hidden: int, out: int) -> list[Tensor]:
-    return [
-        _random(hidden, embed, scale=embed**-0.5),
-        _random(hidden, scale=0.5),
-        _random(out, hidden, scale=hidden**-0.5),
-        _random(out, scale=0.5),
-    ]
 
 
 def _check(*args: Any) -> None:
@@ -89,8 +72,8 @@ def test_sizes_and_epilogues(size: str, force: Callable[..., None]) -> None:
     force()
     rows, embed, hidden, out = SIZES[size]
     for activation in FFN_ACTIVATIONS:
-        x, r = _random(rows, embed), _random(rows, out)
-        w1, b1, w2, b2 = _parameters(embed, hidden, out)
+        x, r = random_matrix(rows, embed), random_matrix(rows, out)
+        w1, b1, w2, b2 = ffn_parameters(embed, hidden, out)
         for parameters in ((w1, b1, w2, b2), (w1, None, w2, None)):
             for residual in (None, r):
                 _check(x, *parameters, activation, residual)
@@ -103,8 +86,8 @@ def test_random_shapes_and_cuts(part: int, force: Callable[..., None]) -> None:
         rows, hidden = draw.randint(1, 500), 4 * draw.randint(1, 150)
         embed, out = 4 * draw.randint(1, 32), 4 * draw.randint(1, 32)
         force(f"{ONE},parts={draw.choice((1, 2, 4, 8))}")
-        x, r = _random(rows, embed), _random(rows, out)
-        w1, b1, w2, b2 = _parameters(embed, hidden, out)
+        x, r = random_matrix(rows, embed), random_matrix(rows, out)
+        w1, b1, w2, b2 = ffn_parameters(embed, hidden, out)
         parameters = (w1, draw.choice((None, b1)), w2, draw.choice((None, b2)))
         _check(x, *parameters, draw.choice(FFN_ACTIVATIONS), draw.choice((None, r)))
 
@@ -135,8 +118,8 @@ def test_float32_products_are_as_accurate_as_sgemm(kind: str, force: Callable[..
 def test_nan_and_infinity_stay_where_they_belong(force: Callable[..., None]) -> None:
     """Also beyond the hidden width, which is no whole number of turns."""
     force()
-    x = _random(200, 64)
-    w1, b1, w2, b2 = _parameters(64, 136, 64)
+    x = random_matrix(200, 64)
+    w1, b1, w2, b2 = ffn_parameters(64, 136, 64)
     x[3, 5], x[4, 6], x[199, 5] = math.inf, math.nan, -math.inf
     x[5, 7] = 3.4028e38
     w2[7, 7] = -math.inf
@@ -149,8 +132,8 @@ def test_nan_and_infinity_stay_where_they_belong(force: Callable[..., None]) -> 
 def test_rows_of_any_strides(force: Callable[..., None]) -> None:
     """Rows that are whole 16 bytes apart are taken as they lie; others go elsewhere, and say so."""
     force()
-    w1, b1, w2, b2 = _parameters(64, 96, 48)
-    x, r = _random(3, 50, 80)[..., :64], _random(3, 50, 56)[..., :48]
+    w1, b1, w2, b2 = ffn_parameters(64, 96, 48)
+    x, r = random_matrix(3, 50, 80)[..., :64], random_matrix(3, 50, 56)[..., :48]
     wide = torch.cat([w1, w1], 1)[:, :64]
     for first, second in ((w1, w2), (wide, torch.cat([w2, w2], 1)[:, :96])):
         _check(x, first, b1, second, b2, "silu", r)
@@ -162,39 +145,23 @@ def test_rows_of_any_strides(force: Callable[..., None]) -> None:
 
 def test_the_same_bits_on_every_call_and_in_a_graph(force: Callable[..., None]) -> None:
     force()
-    x, other = (_random(256, 128) for _ in range(2))
-    parameters = _parameters(128, 512, 128)
-    first, expected = OP(x, *parameters, "gelu", x), OP(other, *parameters, "gelu", other)
-    for _ in range(5):
-        poison(256 * 512, x.dtype, "cuda")
-        assert torch.equal(OP(x, *parameters, "gelu", x), first)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        assert torch.equal(OP(x, *parameters, "gelu", x), first)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph, given = torch.cuda.CUDAGraph(), x.clone()
-    with torch.cuda.graph(graph):
-        result = OP(given, *parameters, "gelu", given)
-    for values, wanted in ((x, first), (other, expected), (x, first)):
-        given.copy_(values)
-        result.fill_(math.nan)
-        graph.replay()
-        assert torch.equal(result, wanted)
+    x, other = (random_matrix(256, 128) for _ in range(2))
+    parameters = ffn_parameters(128, 512, 128)
+    assert_same_bits(x, other, parameters)
 
 
 def test_calls_that_follow_each_other_closely(force: Callable[..., None]) -> None:
     """A kernel starts while the one before it drains: what it reads of that one must be there."""
     force()
-    parameters = _parameters(128, 512, 128)
-    a = b = _random(256, 128)
+    parameters = ffn_parameters(128, 512, 128)
+    a = b = random_matrix(256, 128)
     for _ in range(30):
         a = OP(a, *parameters, "relu")
         torch.cuda.synchronize()
     for _ in range(30):
         b = OP(b, *parameters, "relu")
     assert torch.equal(a, b)
-    x = _random(256, 128)
+    x = random_matrix(256, 128)
     for _ in range(6):  # weights that change in place are noticed
         for parameter in parameters:
             parameter.mul_(-1)
@@ -203,8 +170,8 @@ def test_calls_that_follow_each_other_closely(force: Callable[..., None]) -> Non
 
 def test_gradients_of_what_the_kernel_kept(force: Callable[..., None]) -> None:
     force()
-    given = [_random(197, 104), *_parameters(104, 328, 72)]
-    upstream = _random(197, 72)
+    given = [random_matrix(197, 104), *ffn_parameters(104, 328, 72)]
+    upstream = random_matrix(197, 72)
 
     def gradients(function: Callable[..., Tensor], wanted: torch.dtype) -> list[Tensor]:
         leaves = [t.to(wanted).requires_grad_() for t in given]
@@ -221,5 +188,5 @@ def test_gradients_of_what_the_kernel_kept(force: Callable[..., None]) -> None:
 
 
 def test_it_is_the_choice_for_small_networks() -> None:
-    OP(_random(256, 128), *_parameters(128, 512, 128))
+    OP(random_matrix(256, 128), *ffn_parameters(128, 512, 128))
     assert styleforge.last_path() == PATH
