@@ -1,6 +1,6 @@
 """The cases of the performance tables.
 
-    python -m styleforge.bench.operators [norm conv ffn net host backward cpu] [--no-compile]
+    python -m styleforge.bench.operators [norm conv ffn heads net host backward cpu] [--no-compile]
 
 Prints one line a case: microseconds of GPU time for eager PyTorch, ``torch.compile`` and styleforge, and the
 ratios. Every styleforge result is compared with eager before it is timed.
@@ -9,6 +9,7 @@ ratios. Every styleforge result is compared with eager before it is timed.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import styleforge
 from styleforge.bench.floors import copy_rate
@@ -42,6 +44,15 @@ FFN_CASES = [
     (2, 4096, 1024, 4096),
     (1, 2048, 4096, 11008),
     (1, 256, 128, 512),
+]
+
+# batch, length, heads, head_dim; float32
+HEADS_CASES = [
+    (8, 1024, 16, 64),
+    (1, 4096, 32, 128),
+    (1, 4096, 8, 256),
+    (8, 1024, 4, 256),
+    (4, 2048, 4, 160),
 ]
 
 Baselines = dict[str, float]
@@ -227,6 +238,47 @@ def bench_ffn(
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def _kernel_time(call: Callable[[], Any], name: str, calls: int = 5) -> float:
+    """Microseconds a call spends in the kernels of that name: the operator has no way to the heads alone."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type.name == "CUDA" and name in e.name]
+    return float(sum(e.device_time for e in events)) / calls
+
+
+def bench_heads() -> None:
+    """Attention of float32 heads against PyTorch's ``scaled_dot_product_attention`` of the same numbers."""
+    for (batch, length, heads, head_dim), is_causal in itertools.product(HEADS_CASES, (False, True)):
+        embed = heads * head_dim
+        x = torch.randn(batch, length, embed, device="cuda")
+        sizes = ((3 * embed, embed), (3 * embed,), (embed, embed), (embed,))
+        parameters = [torch.randn(s, device="cuda") / embed**0.5 for s in sizes]
+        call = partial(
+            torch.ops.styleforge._fused_attention_forward,
+            *(x, *parameters, heads, None, is_causal, None, "ieee", 2),
+        )
+        _, qkv, result, _ = call()
+        path = styleforge.last_path()
+        packed = qkv.view(batch, length, 3, heads, head_dim)
+        q, k, v = packed.permute(2, 0, 3, 1, 4).contiguous()
+        first = F.scaled_dot_product_attention(
+            q[:1, :1].double(), k[:1, :1].double(), v[:1, :1].double(), is_causal=is_causal
+        )
+        _check(result.view(batch, length, heads, head_dim)[:1, :, 0], first[:, 0], 1e-6)
+        theirs = graph_time(
+            [partial(F.scaled_dot_product_attention, q, k, v, is_causal=is_causal)],
+            repeats=5,
+            calls_per_graph=2,
+        )
+        name = f"heads {batch}x{length}x{heads}x{head_dim} {'causal' if is_causal else ''}"
+        _line(name, _kernel_time(call, "attention_kernel"), {"sdpa": theirs}, path)
+
+
 def bench_net(compile: bool, cases: Sequence[tuple[int, int, int]] = ((1, 512, 512),)) -> None:
     """TransformerNet in half precision and float32 (TF32)."""
     from styleforge.models import TransformerNet
@@ -373,10 +425,13 @@ def bench_cpu() -> None:
 
 def main() -> None:
     """Runs the groups named on the command line, all GPU groups by default."""
-    groups = ("norm", "conv", "ffn", "net", "host", "backward", "cpu")
+    groups = ("norm", "conv", "ffn", "heads", "net", "host", "backward", "cpu")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "groups", nargs="*", choices=groups, default=["norm", "conv", "ffn", "net", "host", "backward"]
+        "groups",
+        nargs="*",
+        choices=groups,
+        default=["norm", "conv", "ffn", "heads", "net", "host", "backward"],
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     arguments = parser.parse_args()
@@ -390,6 +445,8 @@ def main() -> None:
             bench_conv(compile)
     if "ffn" in arguments.groups:
         bench_ffn(compile)
+    if "heads" in arguments.groups:
+        bench_heads()
     if "net" in arguments.groups:
         bench_net(compile)
     if "host" in arguments.groups:
