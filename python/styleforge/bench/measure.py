@@ -19,7 +19,7 @@ from styleforge.bench.cases import Case
 from styleforge.bench.contenders import OURS, Contender, Problem, Unavailable, build
 from styleforge.bench.correctness import Check, check, exact_results, tolerance
 from styleforge.bench.stats import Statistics, summarize
-from styleforge.bench.timing import graph_times, host_times, wall_times
+from styleforge.bench.timing import graph_times, host_times, peak_memory, wall_times
 
 _MOST_BUFFERS = 32
 _CALLS_OF_A_GRAPH = 20
@@ -329,7 +329,7 @@ def _time_on_gpu(contender: Contender, timing: Timing, settings: Settings) -> No
             calls = calls[: max(2, count)]
         samples = graph_times(calls, settings.iterations, count, settings.warmup, settings.seconds)
         timing.gpu, timing.gpu_clock = summarize(samples), "graph"
-        timing.peak_bytes = _peak(calls[0])
+        timing.peak_bytes = peak_memory(calls[0])
     elif not contender.synchronous:
         timing.gpu, timing.gpu_clock = summarize(_event_times(calls, settings)), "events"
     if not contender.synchronous:
@@ -337,16 +337,6 @@ def _time_on_gpu(contender: Contender, timing: Timing, settings: Settings) -> No
         burst = max(2, min(20, int(_GRAPH_MICROSECONDS / max(estimate, 1))))
         timing.host = summarize(host_times(calls[0], 15 if burst == 20 else 3, burst))
     timing.wall = summarize(wall_times([finished], settings.iterations, settings.warmup, settings.seconds)[0])
-
-
-def _peak(call: Callable[[], Any]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    del result
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _event_times(calls: Sequence[Callable[[], Any]], settings: Settings) -> list[float]:

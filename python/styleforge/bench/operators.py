@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import styleforge
 from styleforge.bench.floors import copy_rate
-from styleforge.bench.timing import cpu_times, graph_time, host_time
+from styleforge.bench.timing import cpu_times, graph_time, host_time, peak_memory
 from styleforge.ops import fused_conv_instance_norm_relu, fused_instance_norm
 
 NORM_SHAPES = [(4, 64, 256, 256), (1, 3, 512, 512), (1, 64, 1024, 1024), (16, 128, 128, 128)]
@@ -179,14 +179,7 @@ def bench_conv(compile: bool, precisions: Sequence[str] = ("fp16", "tf32", "ieee
 def _peak(call: Callable[[], Any]) -> float:
     """MB that a call holds at most, beyond what was there and what cuBLAS keeps from its first call."""
     call()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = call()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    del result
-    return peak / 2**20
+    return peak_memory(call) / 2**20
 
 
 def bench_ffn(

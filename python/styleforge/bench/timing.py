@@ -124,3 +124,14 @@ def wall_times(
             call()
             own.append((time.perf_counter() - start) * 1e6)
     return times
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    """Most bytes of PyTorch's allocator on the GPU a call with its result holds beyond what was held."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
