@@ -60,7 +60,8 @@ def test_small_planes_of_a_block(side: int, dtype: torch.dtype, monkeypatch: pyt
     weight, bias = torch.rand(7, device="cuda") + 0.5, torch.randn(7, device="cuda")
     reference = instance_norm(x, weight, bias, activation="relu")
     for threads in (None, 32, 64, 128, 256, 512):
-        monkeypatch.setenv("STYLEFORGE_TUNE", f"threads={threads}" if threads else "")
+        tune = "cluster=1,registers=2" + (f",threads={threads}" if threads else "")
+        monkeypatch.setenv("STYLEFORGE_TUNE", tune)
         poison(x.numel(), dtype, "cuda")
         first = FORWARD(x, weight, bias, 1e-5, "relu", 0.01, None)
         assert styleforge.last_path() == "instance_norm:cuda:plane:block"
