@@ -231,6 +231,12 @@ void check_like(const char* op, const char* name, const TensorFacts& tensor, con
   if (sizes != nullptr) check_sizes(op, name, tensor, sizes->data(), static_cast<int64_t>(sizes->size()));
 }
 
+void check_like(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
+                std::initializer_list<int64_t> sizes) {
+  check_like(op, name, tensor, input, nullptr);
+  check_sizes(op, name, tensor, sizes.begin(), static_cast<int64_t>(sizes.size()));
+}
+
 void check_alike(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input) {
   check_like(op, name, tensor, input, nullptr);
   check_sizes(op, name, tensor, input.sizes, input.dim);

@@ -65,6 +65,8 @@ void check_device(const char* op, const char* name, const TensorFacts& tensor, c
 // A second tensor next to `input`: same device and dtype, and for `sizes` non-null exactly these sizes.
 void check_like(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
                 const std::vector<int64_t>* sizes);
+void check_like(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
+                std::initializer_list<int64_t> sizes);
 // The same, of the sizes of `input`.
 void check_alike(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input);
 

@@ -32,4 +32,11 @@ void* workspace(const Tensor& like, size_t bytes, std::optional<Tensor>& holder)
   return holder->mutable_data_ptr();
 }
 
+void* workspace(const TensorFacts& like, size_t bytes, OwnedHandle& holder) {
+  if (bytes == 0) return nullptr;
+  static const int32_t byte = aoti_torch_dtype_uint8();
+  holder = empty_contiguous(like, {static_cast<int64_t>(bytes)}, byte);
+  return mutable_data(holder);
+}
+
 }  // namespace styleforge

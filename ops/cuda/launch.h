@@ -13,6 +13,7 @@ namespace styleforge {
 class CudaScope {
  public:
   explicit CudaScope(const Tensor& tensor) : CudaScope(tensor.get_device_index()) {}
+  explicit CudaScope(const TensorFacts& tensor) : CudaScope(tensor.device_index) {}
   explicit CudaScope(int device);
   ~CudaScope();
   CudaScope(const CudaScope&) = delete;
@@ -30,5 +31,6 @@ void check_cuda(const char* op, cudaError_t error);
 
 // Device memory from PyTorch's allocator; null for 0 bytes. Kept by `holder`.
 void* workspace(const Tensor& like, size_t bytes, std::optional<Tensor>& holder);
+void* workspace(const TensorFacts& like, size_t bytes, OwnedHandle& holder);
 
 }  // namespace styleforge
