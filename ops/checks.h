@@ -52,6 +52,7 @@ Tensor in_format(const Tensor& tensor, bool channels_last);
 std::array<int64_t, 4> dense_strides_of(const TensorFacts& tensor, bool channels_last);
 std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool channels_last);
 Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes, bool channels_last, ScalarType dtype);
+Tensor empty_dense(const TensorFacts& like, const std::vector<int64_t>& sizes, bool channels_last, ScalarType dtype);
 
 // What both norm operators accept for weight and bias: [C] or [N, C], of the input's dtype or float32.
 void check_norm_params(const char* op, const char* weight_name, const char* bias_name, const Tensor& input,
