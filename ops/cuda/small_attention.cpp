@@ -77,7 +77,7 @@ std::optional<FusedAttentionResult> run_small_attention(const AttentionArgs& arg
   FusedAttentionResult result;
   result.output = empty_contiguous(tokens, {n, s, embed}, tokens.dtype);
   params.output = mutable_data(result.output);
-  OwnedHandle both;
+  OwnedHandle scratch;
   if (keep) {
     const auto fresh = [&](OptionalTensor& tensor, std::initializer_list<int64_t> sizes, int32_t of) {
       tensor = Tensor(empty_contiguous(tokens, sizes, of).release());
@@ -86,11 +86,17 @@ std::optional<FusedAttentionResult> run_small_attention(const AttentionArgs& arg
     params.qkv = fresh(result.qkv, {n, s, 3 * embed}, tokens.dtype);
     params.attended = fresh(result.attention, {n, s, embed}, tokens.dtype);
     params.logsumexp = static_cast<float*>(fresh(result.logsumexp, {n, plan.heads, s}, aoti_torch_dtype_float32()));
-  } else if (!whole) {
+  }
+  if (!whole) {
     // Beside one another: embed is a multiple of 16 bytes.
-    const size_t bytes = static_cast<size_t>(plan.rows() * embed) * cuda::size_of(dtype);
-    params.attended = workspace(tokens, 4 * bytes, both);
-    params.qkv = static_cast<unsigned char*>(params.attended) + bytes;
+    const size_t bytes = keep ? 0 : static_cast<size_t>(plan.rows() * embed) * cuda::size_of(dtype);
+    auto* memory = static_cast<unsigned char*>(
+        workspace(tokens, 4 * bytes + cuda::small_together_flag_bytes(params, schedule), scratch));
+    if (!keep) {
+      params.attended = memory;
+      params.qkv = memory + bytes;
+    }
+    if (schedule.together) params.flags = memory + 4 * bytes;
   }
   check_cuda(kOp, cuda::launch_small_attention(params, schedule, scope.stream()));
   record_path(whole               ? "attention:v1:cuda:whole"
