@@ -128,10 +128,14 @@ std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool chann
   return strides;
 }
 
-std::array<int64_t, 4> dense_strides_of(const TensorFacts& tensor, bool channels_last) {
+std::array<int64_t, 4> dense_strides_of(const int64_t* sizes, bool channels_last) {
   std::array<int64_t, 4> strides = {};
-  fill_dense_strides(tensor.sizes, 4, channels_last, strides.data());
+  fill_dense_strides(sizes, 4, channels_last, strides.data());
   return strides;
+}
+
+std::array<int64_t, 4> dense_strides_of(const TensorFacts& tensor, bool channels_last) {
+  return dense_strides_of(tensor.sizes, channels_last);
 }
 
 bool is_dense(const TensorFacts& tensor, bool channels_last) {

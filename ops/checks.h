@@ -50,6 +50,7 @@ bool has_dense_strides(const Tensor& tensor, bool channels_last);
 Tensor in_format(const Tensor& tensor, bool channels_last);
 // The strides of a dense 4-d tensor of the sizes of `tensor` in that format.
 std::array<int64_t, 4> dense_strides_of(const TensorFacts& tensor, bool channels_last);
+std::array<int64_t, 4> dense_strides_of(const int64_t* sizes, bool channels_last);
 std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool channels_last);
 Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes, bool channels_last, ScalarType dtype);
 Tensor empty_dense(const TensorFacts& like, const std::vector<int64_t>& sizes, bool channels_last, ScalarType dtype);

@@ -47,14 +47,6 @@ void fill_request(InstanceNormParams& params, const InstanceNormRequest& request
   params.output_channels_last = request.output_channels_last;
 }
 
-// The tensors of a call of fused_instance_norm; weight, bias and residual null where absent.
-struct InstanceNormTensors {
-  const TensorFacts& input;
-  const TensorFacts* weight;
-  const TensorFacts* bias;
-  const TensorFacts* residual;
-};
-
 InstanceNormRequest check_fused_instance_norm(const InstanceNormTensors& tensors, double eps, const Text& activation,
                                               double negative_slope) {
   const TensorFacts& input = tensors.input;
@@ -70,8 +62,8 @@ InstanceNormRequest check_fused_instance_norm(const InstanceNormTensors& tensors
   return request;
 }
 
-// Fills everything but the result where all tensors lie as the kernels read them, which is nearly always and costs no
-// allocation; false where one has to be copied first (prepare_instance_norm). After the checks.
+}  // namespace
+
 bool fill_dense(const InstanceNormRequest& request, const InstanceNormTensors& tensors, InstanceNormParams& params) {
   const TensorFacts& input = tensors.input;
   if (!is_dense(input, request.output_channels_last)) return false;
@@ -96,8 +88,6 @@ bool fill_dense(const InstanceNormRequest& request, const InstanceNormTensors& t
   }
   return true;
 }
-
-}  // namespace
 
 ReturnedHandle run_fused_instance_norm(const InstanceNormHandles& handles, double eps, const Text& activation,
                                        double negative_slope, InstanceNormLaunch launch) {

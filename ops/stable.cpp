@@ -34,6 +34,8 @@ int64_t TensorFacts::numel() const {
   return count;
 }
 
+size_t element_size(const TensorFacts& tensor) { return aoti_torch_dtype_element_size(tensor.dtype); }
+
 const void* const_data(const TensorFacts& tensor) {
   const void* data = nullptr;
   check_shim(torch_get_const_data_ptr(tensor.handle, &data), "get_const_data_ptr");

@@ -66,6 +66,7 @@ inline TensorFacts facts_of(const OwnedHandle& handle) { return handle ? TensorF
 
 inline OwnedHandle owned(const OptionalHandle& handle) { return OwnedHandle(handle ? *handle : nullptr); }
 
+size_t element_size(const TensorFacts& tensor);
 const void* const_data(const TensorFacts& tensor);
 void* mutable_data(const OwnedHandle& handle);
 

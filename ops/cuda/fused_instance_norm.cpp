@@ -15,8 +15,8 @@ cudaError_t launch_once(const char* op, const InstanceNormParams& params, const 
                         const CudaScope& scope, bool clusters, const char*& path) {
   cuda::InstanceNormSchedule schedule;
   check_cuda(op, cuda::schedule_instance_norm(params, schedule, clusters));
-  OwnedHandle holder;
-  void* memory = workspace(like, schedule.workspace_bytes, holder);
+  Workspace workspace;
+  void* memory = workspace.allocate(like, schedule.workspace_bytes);
   path = schedule.name;
   return cuda::launch_instance_norm(params, schedule, memory, scope.stream());
 }

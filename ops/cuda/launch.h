@@ -31,6 +31,22 @@ void check_cuda(const char* op, cudaError_t error);
 
 // Device memory from PyTorch's allocator; null for 0 bytes. Kept by `holder`.
 void* workspace(const Tensor& like, size_t bytes, std::optional<Tensor>& holder);
-void* workspace(const TensorFacts& like, size_t bytes, OwnedHandle& holder);
+
+// The same, for its own lifetime, without a tensor around it, which takes the host half a microsecond more. The device
+// is current.
+class Workspace {
+ public:
+  Workspace() = default;
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  // Null for 0 bytes. Once.
+  void* allocate(const TensorFacts& like, size_t bytes);
+
+ private:
+  void* memory_ = nullptr;
+  OwnedHandle tensor_;  // of a PyTorch that does not give memory alone
+};
 
 }  // namespace styleforge

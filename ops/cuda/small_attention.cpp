@@ -77,7 +77,7 @@ std::optional<FusedAttentionResult> run_small_attention(const AttentionArgs& arg
   FusedAttentionResult result;
   result.output = empty_contiguous(tokens, {n, s, embed}, tokens.dtype);
   params.output = mutable_data(result.output);
-  OwnedHandle scratch;
+  Workspace workspace;
   if (keep) {
     const auto fresh = [&](OptionalTensor& tensor, std::initializer_list<int64_t> sizes, int32_t of) {
       tensor = Tensor(empty_contiguous(tokens, sizes, of).release());
@@ -91,7 +91,7 @@ std::optional<FusedAttentionResult> run_small_attention(const AttentionArgs& arg
     // Beside one another: embed is a multiple of 16 bytes.
     const size_t bytes = keep ? 0 : static_cast<size_t>(plan.rows() * embed) * cuda::size_of(dtype);
     auto* memory = static_cast<unsigned char*>(
-        workspace(tokens, 4 * bytes + cuda::small_together_flag_bytes(params, schedule), scratch));
+        workspace.allocate(tokens, 4 * bytes + cuda::small_together_flag_bytes(params, schedule)));
     if (!keep) {
       params.attended = memory;
       params.qkv = memory + bytes;
