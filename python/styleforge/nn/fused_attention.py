@@ -247,7 +247,7 @@ class FusedAttention(nn.Module):
         """
         if key is None:
             if not torch.jit.is_scripting() and attn_mask is None:  # type: ignore[attr-defined]
-                output = self._infer(query, key_padding_mask, is_causal)
+                output = _infer(self, query, key_padding_mask, is_causal)
                 if output is not None:
                     return output
             return self._attend(query, query, query, key_padding_mask, False, attn_mask, False, is_causal)[0]
@@ -289,44 +289,6 @@ class FusedAttention(nn.Module):
         if self.batch_first:
             return self._operator(query, key_padding_mask, is_causal), weights
         return self._operator(query.transpose(0, 1), key_padding_mask, is_causal).transpose(0, 1), weights
-
-    def _infer(self, query: Tensor, key_padding_mask: Tensor | None, is_causal: bool) -> Tensor | None:
-        """The operator by the shortest way, for the usual call without gradients; None for any other.
-
-        On the host a short sequence costs what Python and the dispatcher cost.
-        """
-        if not autograd_is_idle(query) or key_padding_mask is not None or query.dim() != 3 or query.is_nested:
-            return None
-        own = self.__dict__  # attributes of an nn.Module take three times as long
-        if not own["batch_first"] or (own["training"] and own["dropout"] > 0.0):
-            return None
-        precision = own["precision"]
-        if query.dtype is not torch.float32:
-            precision = "ieee"
-        elif precision is None:
-            precision = matmul_precision()
-        elif precision != matmul_precision():
-            return None  # PyTorch's own products are to be told
-        try:
-            of_out = own["_modules"]["out_proj"].__dict__["_parameters"]
-            parameters = own["_parameters"]
-            qkv_weight, qkv_bias = parameters["in_proj_weight"], parameters["in_proj_bias"]
-            out_weight, out_bias = of_out["weight"], of_out["bias"]
-        except KeyError:  # a parametrization or a wrapper keeps them elsewhere
-            return None
-        operator = _OPERATORS[own["design"]]
-        guard = BelowAutograd()
-        try:
-            if precision == "ieee" and not is_causal:  # the operator's defaults, which take no conversion
-                output: Tensor = operator(
-                    query, qkv_weight, qkv_bias, out_weight, out_bias, own["num_heads"]
-                )
-            else:
-                rest = (None, is_causal, None, precision)
-                output = operator(query, qkv_weight, qkv_bias, out_weight, out_bias, own["num_heads"], *rest)
-            return output
-        finally:
-            del guard
 
     def _attend_nested(self, query: Tensor, is_causal: bool) -> Tensor:
         """Sequences of several lengths, as ``nn.TransformerEncoder`` packs them in inference."""
@@ -463,3 +425,42 @@ class FusedAttention(nn.Module):
             text += ", bias=False"
         text += f", version={self.version}"
         return text if self.batch_first else f"{text}, batch_first=False"
+
+
+def _infer(
+    module: FusedAttention, query: Tensor, key_padding_mask: Tensor | None, is_causal: bool
+) -> Tensor | None:
+    """The operator by the shortest way, for the usual call without gradients; None for any other.
+
+    On the host a short sequence costs what Python and the dispatcher cost.
+    """
+    if not autograd_is_idle(query) or key_padding_mask is not None or query.dim() != 3 or query.is_nested:
+        return None
+    own = module.__dict__  # attributes of an nn.Module take three times as long
+    if not own["batch_first"] or (own["training"] and own["dropout"] > 0.0):
+        return None
+    precision = own["precision"]
+    if query.dtype is not torch.float32:
+        precision = "ieee"
+    elif precision is None:
+        precision = matmul_precision()
+    elif precision != matmul_precision():
+        return None  # PyTorch's own products are to be told
+    try:
+        of_out = own["_modules"]["out_proj"].__dict__["_parameters"]
+        parameters = own["_parameters"]
+        qkv_weight, qkv_bias = parameters["in_proj_weight"], parameters["in_proj_bias"]
+        out_weight, out_bias = of_out["weight"], of_out["bias"]
+    except KeyError:  # a parametrization or a wrapper keeps them elsewhere
+        return None
+    operator, heads = _OPERATORS[own["design"]], own["num_heads"]
+    guard = BelowAutograd()
+    try:
+        if precision == "ieee" and not is_causal:  # the operator's defaults, which take no conversion
+            output: Tensor = operator(query, qkv_weight, qkv_bias, out_weight, out_bias, heads)
+        else:
+            rest = (None, is_causal, None, precision)
+            output = operator(query, qkv_weight, qkv_bias, out_weight, out_bias, heads, *rest)
+        return output
+    finally:
+        del guard

@@ -160,7 +160,7 @@ class FusedFFN(nn.Module):
         if self.training and (self.hidden_dropout > 0.0 or self.output_dropout > 0.0):
             return self._forward_with_dropout(input, residual)
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            inferred = self._infer(input, residual)
+            inferred = _infer(self, input, residual)
             if inferred is not None:
                 return inferred
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
@@ -174,35 +174,6 @@ class FusedFFN(nn.Module):
             input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, self.activation, residual, precision
         )
         return output
-
-    def _infer(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
-        """The operator by the shortest way, for a call without gradients; None for any other."""
-        if not autograd_is_idle(input):
-            return None
-        own = self.__dict__  # attributes of an nn.Module take three times as long
-        precision = own["precision"]
-        if input.dtype is not torch.float32:
-            precision = "ieee"
-        elif precision is None:
-            precision = matmul_precision()
-        elif precision != matmul_precision():
-            return None  # PyTorch's own products are to be told
-        parameters = own["_parameters"]
-        try:
-            fc1_weight, fc1_bias = parameters["fc1_weight"], parameters["fc1_bias"]
-            fc2_weight, fc2_bias = parameters["fc2_weight"], parameters["fc2_bias"]
-        except KeyError:  # a parametrization or a wrapper keeps them elsewhere
-            return None
-        given = (input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, own["activation"])
-        guard = BelowAutograd()
-        try:
-            if residual is None and precision == "ieee":  # the operator's defaults, which take no conversion
-                output: Tensor = _fused_ffn(*given)
-            else:
-                output = _fused_ffn(*given, residual, precision)
-            return output
-        finally:
-            del guard
 
     def _forward_with_dropout(self, input: Tensor, residual: Optional[Tensor]) -> Tensor:
         hidden = ffn_activate(F.linear(input, self.fc1_weight, self.fc1_bias), self.activation)
@@ -231,6 +202,39 @@ class FusedFFN(nn.Module):
         if self.fc1_bias is None and self.fc2_bias is None:
             text += ", bias=False"
         return f"{text}, activation={self.activation}"
+
+
+def _infer(module: FusedFFN, input: Tensor, residual: Tensor | None) -> Tensor | None:
+    """The operator by the shortest way, for a call without gradients; None for any other."""
+    if not autograd_is_idle(input):
+        return None
+    own = module.__dict__  # attributes of an nn.Module take three times as long
+    precision = own["precision"]
+    if input.dtype is not torch.float32:
+        precision = "ieee"
+    elif precision is None:
+        precision = matmul_precision()
+    elif precision != matmul_precision():
+        return None  # PyTorch's own products are to be told
+    parameters = own["_parameters"]
+    try:
+        fc1_weight, fc1_bias = parameters["fc1_weight"], parameters["fc1_bias"]
+        fc2_weight, fc2_bias = parameters["fc2_weight"], parameters["fc2_bias"]
+    except KeyError:  # a parametrization or a wrapper keeps them elsewhere
+        return None
+    activation = own["activation"]
+    guard = BelowAutograd()
+    try:
+        if residual is not None or precision != "ieee":
+            rest = (activation, residual, precision)
+            output: Tensor = _fused_ffn(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *rest)
+        elif activation == "gelu":  # the operator's defaults, which take no conversion
+            output = _fused_ffn(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        else:
+            output = _fused_ffn(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+        return output
+    finally:
+        del guard
 
 
 def _activation_of(layer: Any) -> str | None:

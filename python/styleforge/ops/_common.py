@@ -43,7 +43,8 @@ class _BelowAutograd(dict[int, Any]):
 below_autograd = _BelowAutograd()
 
 
-# While an object of this type lives, calls go past autograd's kernels. (As a context manager it takes twice the time.)
+# While an object of this type lives, calls go past autograd's kernels; as a context manager it takes twice the
+# time.
 BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
