@@ -1,4 +1,4 @@
-"""Without gradients, modules call their operators past autograd: what lies around it has to see them still."""
+"""Without gradients, modules call their operators past autograd; what lies around it has to see them."""
 
 from __future__ import annotations
 
