@@ -184,8 +184,7 @@ Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes, bool c
 Tensor empty_dense(const TensorFacts& like, const std::vector<int64_t>& sizes, bool channels_last, ScalarType dtype) {
   const auto of = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const auto strides = dense_strides(sizes, channels_last);
-  return Tensor(
-      empty_strided(like, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), of).release());
+  return Tensor(empty_strided(like, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), of).release());
 }
 
 namespace {

@@ -150,8 +150,8 @@ FusedAttentionResult run_attention(const AttentionBackend& backend, const Attent
     result.qkv = qkv;
     result.attention = tokens(backend, input, plan.embed);
     const bool wide = input.scalar_type() == ScalarType::Double;
-    result.logsumexp = empty_dense(input, {plan.batch, plan.heads, plan.length}, false,
-                                   wide ? ScalarType::Double : ScalarType::Float);
+    result.logsumexp =
+        empty_dense(input, {plan.batch, plan.heads, plan.length}, false, wide ? ScalarType::Double : ScalarType::Float);
     return result;
   }
   const bool first_own = project(backend, *qkv, as_rows(input, plan.rows()), tensor_of(args.qkv_weight.handle),

@@ -67,9 +67,8 @@ ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormOptions& opti
     }
     const int64_t room = size + 2 * plan.padding[d] - of[2 + d];
     if (room < 0) {
-      fail(kOp, "weight's kernel [", of[2], ", ", of[3],
-           "] must not be larger than the padded input, got input ", shape_text(input), " with padding [",
-           plan.padding[0], ", ", plan.padding[1], "]");
+      fail(kOp, "weight's kernel [", of[2], ", ", of[3], "] must not be larger than the padded input, got input ",
+           shape_text(input), " with padding [", plan.padding[0], ", ", plan.padding[1], "]");
     }
     plan.output_sizes[2 + d] = room / plan.stride[d] + 1;
   }

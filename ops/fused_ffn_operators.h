@@ -16,8 +16,7 @@ struct FfnOperators {
     const Tensor fc1_weight = tensor_of(facts.fc1_weight.handle), fc2_weight = tensor_of(facts.fc2_weight.handle);
     const OptionalTensor fc1_bias = optional_tensor_of(facts.fc1_bias), fc2_bias = optional_tensor_of(facts.fc2_bias);
     const OptionalTensor residual = optional_tensor_of(facts.residual);
-    const FfnArgs args{input,    fc1_weight,       fc1_bias, fc2_weight,
-                       fc2_bias, facts.activation, residual, facts.precision};
+    const FfnArgs args{input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, facts.activation, residual, facts.precision};
     if (kBackend.whole != nullptr) {
       if (auto result = kBackend.whole(args, plan, keep_hidden)) return *result;
     }

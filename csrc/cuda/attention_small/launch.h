@@ -44,8 +44,8 @@ struct SmallAttentionSchedule {
   bool halves = false;  // a block of the first projection has half of a head of 64
   int out_rows = 32;    // of a block of the second projection, 16 or 32
 
-  bool together = false;                             // the three launches as one; never in a graph
-  int whole_rows = 0;                                // of queries in a block of the one launch, 16 or 32; 0: three
+  bool together = false;  // the three launches as one; never in a graph
+  int whole_rows = 0;     // of queries in a block of the one launch, 16 or 32; 0: three
 };
 
 // Whether the three launches take this shape on the current device, and faster than ATen's do; fills the schedule if

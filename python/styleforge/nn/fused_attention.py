@@ -17,6 +17,7 @@ from styleforge.ops.fused_attention import MAX_HEAD_DIM, VERSIONS
 _DESIGNS: dict[Union[str, int], int] = {"auto": 0, 1: 1, 2: 2}
 # By design; without the Python around them that knows overloads.
 _OPERATORS = tuple(getattr(torch.ops.styleforge, name).default._op for name in VERSIONS)
+_is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 _AttentionAndWeights = tuple[Tensor, Optional[Tensor]]
 
 
@@ -246,7 +247,7 @@ class FusedAttention(nn.Module):
             num_heads, queries, keys] where they are not averaged) or None.
         """
         if key is None:
-            if not torch.jit.is_scripting() and attn_mask is None:  # type: ignore[attr-defined]
+            if not _is_scripting() and attn_mask is None:
                 output = _infer(self, query, key_padding_mask, is_causal)
                 if output is not None:
                     return output
