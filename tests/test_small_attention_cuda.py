@@ -193,6 +193,31 @@ def test_three_launches_as_one(rows: int, precision: str, monkeypatch: pytest.Mo
                 assert torch.equal(ours, wanted)
 
 
+def test_one_launch_on_many_streams_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More blocks than the GPU takes, all waiting for others of theirs: none for ever."""
+    cases = []
+    for batch, length, embed, heads in ((1, 512, 128, 4), (2, 256, 128, 4), (1, 256, 256, 4), (3, 5, 48, 2)):
+        x = random_tensor(batch, length, embed, device="cuda")
+        args = (x, *attention_parameters(embed, device="cuda"), heads)
+        monkeypatch.setenv("STYLEFORGE_PATH", "dependent")
+        expected = OP(*args)
+        monkeypatch.setenv("STYLEFORGE_PATH", "together")
+        assert torch.equal(OP(*args), expected)
+        assert styleforge.last_path() == "attention:v1:cuda:together"
+        cases.append((args, expected))
+    streams = [torch.cuda.Stream(priority=-(i % 2)) for i in range(8)]
+    for turn in range(20):
+        torch.cuda.synchronize()
+        results = []
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                for j in range(6):
+                    args, expected = cases[(turn + i + j) % len(cases)]
+                    results.append((OP(*args), expected))
+        torch.cuda.synchronize()
+        assert all(torch.equal(result, expected) for result, expected in results)
+
+
 def test_graphs_have_the_dependent_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STYLEFORGE_PATH", "")
     args = (random_tensor(1, 128, 128, device="cuda"), *attention_parameters(128, device="cuda"), 4)
