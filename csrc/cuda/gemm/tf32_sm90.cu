@@ -1,0 +1,13 @@
+// wide_sm90.cuh for float32 numbers, rounded to nearest TF32 ones by the copy engine.
+#include "wide_sm90.cuh"
+
+namespace styleforge::cuda {
+
+cudaError_t launch_tf32_gemm_sm90(const GemmParams& p, const GemmSchedule& s, cudaStream_t stream) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  return s.columns == 192 ? launch_wide_gemm<float, 192, 3, false>(p, s, facts, stream)
+                          : launch_wide_gemm<float, 256, 3, false>(p, s, facts, stream);
+}
+
+}  // namespace styleforge::cuda
