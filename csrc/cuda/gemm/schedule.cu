@@ -51,8 +51,9 @@ void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const 
   const auto tiles_of = [&](int columns) { return ceil_div(p.m, 128) * ceil_div(p.n, columns); };
   const auto time_of = [&](int columns) { return ceil_div(tiles_of(columns), room) * columns; };
   s.columns = !p.gradient && tuned("columns", time_of(192) < time_of(256) ? 192 : 256) == 192 ? 192 : 256;
-  s.lines = !half || s.columns == 192 ? 3 : p.gradient ? 4 : tuned(p.activate ? "first" : "second", 4);
-  const int shared = facts.max_shared_per_block - 2048 - s.columns * 64 * (half ? 2 : 4);
+  s.lines = s.columns == 192 ? 3 : p.gradient ? 4 : tuned(p.activate ? "first" : "second", half ? 4 : 3);
+  s.places = half ? s.columns / 64 : s.columns == 192 ? 6 : tuned("places", 4) == 8 ? 8 : 4;
+  const int shared = facts.max_shared_per_block - 2048 - s.places * 8192;
   s.stages =
       std::clamp(tuned("stages", kMaxGemmStages), 2, std::min(kMaxGemmStages, shared / ((128 + s.columns) * 128)));
   s.band = std::max(1, tuned("band", 16));

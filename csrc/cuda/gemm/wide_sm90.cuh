@@ -30,26 +30,25 @@ constexpr int kWideRows = 128;
 constexpr int kNarrowColumns = 64;  // of the last tiles, where they are cut up
 constexpr int kWideABytes = kWideRows * kBoxRowBytes;
 
-// How a block is made up, by the warps of the way out. 3: its fourth warp loads, and a tile's columns are one
-// instruction, which is not to be had with more than 384 threads. 4, 8: another warpgroup loads, and 256 columns are
-// two instructions, which read a twice.
+// How a block is made up, by the warps of the way out. 3: a fourth one loads, and a tile's columns are one instruction,
+// which is not to be had with more than 384 threads. 4: another warpgroup loads, 7: the eighth warp does; 256 columns
+// are two instructions, which read a twice.
 template <typename T, int kColumns, int kLinesWarps>
 struct Wide {
-  static constexpr bool kOwnLoader = kLinesWarps != 3;
   static constexpr int kWayOut = 256;  // its first thread
   static constexpr int kLoader = kWayOut / 32 + kLinesWarps;
-  static constexpr int kThreads = kOwnLoader ? (kLoader + 4) * 32 : 384;
-  static constexpr int kInstructions = kOwnLoader ? 2 : 1;
-  // Registers: 65536 for all threads.
-  static constexpr int kConsumerRegisters = kLinesWarps == 8 ? 168 : kLinesWarps == 4 ? 176 : 184;
-  static constexpr int kLinesRegisters = kLinesWarps == 8 ? 72 : kLinesWarps == 4 ? 120 : 136;
-  static constexpr int kLoaderRegisters = kLinesWarps == 8 ? 24 : 40;
-  static constexpr int kLines = kLinesWarps == 8 ? 2 : 4;  // a lane's at a time
+  static constexpr int kThreads = kLinesWarps == 3 ? 384 : 512;
+  static constexpr int kInstructions = kLinesWarps == 3 ? 1 : 2;
+  // Registers: all together no more than the threads have at the launch, at most 65536.
+  static constexpr int kConsumerRegisters = kLinesWarps == 3 ? 184 : 176;
+  static constexpr int kLinesRegisters = kLinesWarps == 3 ? 136 : kLinesWarps == 4 ? 120 : 80;
+  static constexpr int kLoaderRegisters = kLinesWarps == 4 ? 40 : kLinesRegisters;
+  static constexpr int kLines = kLinesWarps == 7 ? 2 : 4;  // a lane's at a time
+  static constexpr int kSplit = kLinesWarps == 7 ? 2 : 1;  // warps that share a box
 
   static constexpr int kStageBytes = kWideABytes + kColumns * kBoxRowBytes;
   static constexpr int kBoxes = kColumns / kBoxNumbers<T>;  // of a tile's 64 rows
   static constexpr int kNarrowBoxes = kNarrowColumns / kBoxNumbers<T>;
-  static constexpr int kOutBytes = kBoxes * kBoxBytes;  // both halves of a tile's rows take their turns here
 };
 
 #ifdef STYLEFORGE_HAS_WGMMA
@@ -93,7 +92,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   static_assert(kHalf || !kGradient);
   extern __shared__ unsigned char dynamic[];
   const uint32_t ring = (shared_address(dynamic) + 1023) & ~1023u;  // swizzled tiles start at multiples of 1024 bytes
-  const uint32_t slots = ring + s.stages * kStage;
+  const uint32_t places = ring + s.stages * kStage;
   __shared__ uint64_t full[kMaxGemmStages], empty[kMaxGemmStages], filled[2 * kBoxes], taken[2 * kBoxes];
   const uint32_t full_at = shared_address(full), empty_at = shared_address(empty);
   const uint32_t filled_at = shared_address(filled), taken_at = shared_address(taken);
@@ -107,6 +106,10 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   const int tiles = wide_tiles + s.narrow * kPieces;
   const int first_tile = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
   const int chunks = (p.k + kWidth - 1) / kWidth;
+  // Boxes take turns in their places: the upper half of a tile's rows first, then the lower one.
+  const auto place_of = [&](int half, int box, bool narrow) {
+    return narrow ? half * W::kNarrowBoxes + box : (half * kBoxes + box) % s.places;
+  };
   const auto tile_of = [&](int t) {
     const bool narrow = t >= wide_tiles;
     const int whole = narrow ? wide_tiles + (t - wide_tiles) / kPieces : t;
@@ -128,7 +131,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     }
     for (int i = 0; i < 2 * kBoxes; ++i) {
       mbarrier_init(&filled[i], 128);
-      mbarrier_init(&taken[i], 32);
+      mbarrier_init(&taken[i], 32 * W::kSplit);
     }
     mbarrier_init_fence();
   }
@@ -177,7 +180,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     constexpr int kLines = W::kLines;
     using Out = LinesOut<T, kLines>;
     const Out out(p, s.vectors, lane);
-    // Boxes in the order in which they are filled, by turns; what a part of one needs of global memory is loaded while
+    // Boxes, or parts of them, in the order in which they are filled, by turns; what a part of one needs of global memory is loaded while
     // the one before it is on its way.
     struct Box {
       int row, column, barrier;
@@ -186,20 +189,24 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     };
     const int turns = tiles > first_tile ? (tiles - first_tile - 1) / step + 1 : 0;
     const int wide_turns = wide_tiles > first_tile ? (wide_tiles - first_tile - 1) / step + 1 : 0;
+    constexpr int kSplit = W::kSplit, kParts = Out::kParts / kSplit;
     const auto box_at = [&](int index) {
-      int turn = index / (2 * kBoxes), half = index / kBoxes % 2, box = index % kBoxes;
+      const int whole = index / kSplit;
+      int turn = whole / (2 * kBoxes), half = whole / kBoxes % 2, box = whole % kBoxes;
       if (turn >= wide_turns) {
         constexpr int kFew = W::kNarrowBoxes;
-        const int after = index - wide_turns * 2 * kBoxes;
+        const int after = whole - wide_turns * 2 * kBoxes;
         turn = wide_turns + after / (2 * kFew);
         half = after / kFew % 2;
         box = after % kFew;
       }
+      const int down = index % kSplit * (64 / kSplit);
       const WideTile tile = tile_of(first_tile + turn * step);
-      return Box{tile.row + half * 64, tile.column + box * kWidth, half * kBoxes + box, slots + box * kBoxBytes,
+      return Box{tile.row + half * 64 + down, tile.column + box * kWidth, half * kBoxes + box,
+                 places + place_of(half, box, tile.narrow) * kBoxBytes + down * kBoxRowBytes,
                  static_cast<uint32_t>(turn & 1)};
     };
-    const int count = (wide_turns * kBoxes + (turns - wide_turns) * W::kNarrowBoxes) * 2;
+    const int count = (wide_turns * kBoxes + (turns - wide_turns) * W::kNarrowBoxes) * 2 * kSplit;
     Box next = box_at(lines_warp);
     uint4 other[kLines] = {};
     if (p.residual != nullptr && lines_warp < count) out.load(other, next.row, next.column);
@@ -210,10 +217,10 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       const uint4 bias = kHalf ? uint4{} : out.load_bias(box.column);
       mbarrier_wait(filled_at + 8 * box.barrier, box.parity);
 #pragma unroll 1
-      for (int part = 0; part < Out::kParts; ++part) {
+      for (int part = 0; part < kParts; ++part) {
         uint4 v[kLines], ahead[kLines] = {};
         out.take(v, box.address, part);
-        const bool last = part == Out::kParts - 1;
+        const bool last = part == kParts - 1;
         if (last) {
           mbarrier_arrive(taken_at + 8 * box.barrier);
           next = box_at(index + kLinesWarps);
@@ -301,16 +308,17 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       } else {
         multiply_all(std::false_type{});
       }
-      [[maybe_unused]] uint32_t bias[kBoxes][8];
-      if constexpr (kHalf) {
-        const int column = tile.column + lane % 4 * 2;
+      // A box's bias is loaded before the box in front of it goes out.
+      [[maybe_unused]] uint32_t bias[2][8];
+      [[maybe_unused]] const auto load_bias = [&](int box) {
 #pragma unroll
-        for (int i = 0; i < kBoxes * 8; ++i) {
-          const int at = column + 8 * i;
+        for (int i = 0; i < 8; ++i) {
+          const int at = tile.column + lane % 4 * 2 + box * kWidth + 8 * i;
           const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.bias) + at);
-          bias[i / 8][i % 8] = p.bias != nullptr && at < p.n ? __ldg(from) : 0;
+          bias[box % 2][i] = p.bias != nullptr && at < p.n ? __ldg(from) : 0;
         }
-      }
+      };
+      if constexpr (kHalf) load_bias(0);
       wgmma_wait<0>();
       release(done);
 #pragma unroll
@@ -319,16 +327,21 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       for (int box = 0; box < kBoxes; ++box) {
         if (box >= W::kNarrowBoxes && tile.narrow) continue;
         const float* sums = d[box * kWidth / kMmaWidth] + box * kWidth % kMmaWidth / 2;
-        // Both warpgroups share a place: the upper rows come first, then this tile's lower ones.
-        const auto wait_for_place = [&] {
-          mbarrier_wait(taken_at + 8 * ((group ^ 1) * kBoxes + box), group == 1 ? turn : turn ^ 1);
+        const int place = place_of(group, box, tile.narrow);
+        const auto wait_for_place = [&] {  // for the last box there
+          const int own = group * kBoxes + box;
+          const bool earlier = tile.narrow || own < s.places;  // in the turn before this one
+          const int last = tile.narrow ? (t - step >= wide_tiles ? own : 2 * kBoxes - s.places + place)
+                                       : own - s.places + (earlier ? 2 * kBoxes : 0);
+          mbarrier_wait(taken_at + 8 * last, earlier ? turn ^ 1 : turn);
         };
-        const uint32_t to = slots + box * kBoxBytes + piece;
+        const uint32_t to = places + place * kBoxBytes + piece;
         if constexpr (kHalf) {
+          if (box + 1 < kBoxes) load_bias(box + 1);
           uint32_t pairs[16];
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            const float2 b = unpack<T>(bias[box][i]);
+            const float2 b = unpack<T>(bias[box % 2][i]);
             const float* x = sums + 4 * i;
             pairs[2 * i] = pack<T>(x[0] + b.x, x[1] + b.y);
             pairs[2 * i + 1] = pack<T>(x[2] + b.x, x[3] + b.y);
@@ -352,7 +365,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       }
       turn ^= 1;
     }
-  } else if (!W::kOwnLoader || warp < W::kLoader) {
+  } else if (warp < W::kWayOut / 32 + (kLinesWarps == 7 ? 8 : 4)) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(W::kLinesRegisters));
     if (warp < W::kLoader) {
       send_lines(warp - W::kWayOut / 32);
@@ -383,7 +396,7 @@ cudaError_t launch_wide_gemm(const GemmParams& p, const GemmSchedule& s, const D
   if (s.narrow > 0 && !kGradient) {
     if (const auto error = box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kNarrowColumns, narrow)) return error;
   }
-  const size_t shared = 1024 + static_cast<size_t>(s.stages) * W::kStageBytes + W::kOutBytes;
+  const size_t shared = 1024 + static_cast<size_t>(s.stages) * W::kStageBytes + s.places * size_t{kBoxBytes};
   return launch(wide_gemm_kernel<T, kColumns, kLinesWarps, kGradient>, dim3(static_cast<unsigned>(s.blocks)),
                 dim3(W::kThreads), shared, 1, facts, stream, p, s, a, b, narrow);
 }
