@@ -4,6 +4,7 @@
 #include "../../csrc/cuda/gemm/launch.h"
 #include "../matrix.h"
 #include "launch.h"
+#include "matmul.h"
 
 #include <limits>
 
@@ -137,7 +138,9 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
     second.residual_stride = residual->stride(0);
   }
   const auto second_schedule = schedule(second);
-  if (!second_schedule) return {};
+  // A TF32 product that is cuBLAS's is the second one at most, and what it adds one tensor.
+  const bool mixed = !second_schedule && plan.tf32 && first_schedule->wide && !(args.fc2_bias && args.residual);
+  if (!second_schedule && !mixed) return {};
 
   FfnResult result{empty_dense(args.input, plan.output_sizes, false, dtype), {}};
   if (keep_hidden) {
@@ -149,6 +152,18 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
   second.a = activated.const_data_ptr();
   second.output = result.output.mutable_data_ptr();
   run(first, *first_schedule, args.input, scope);
+  if (mixed) {
+    const Tensor product = strided_view(result.output, {plan.rows, plan.out}, {plan.out, 1});
+    const Tensor weight = strided_view(args.fc2_weight, {plan.hidden, plan.out},
+                                       {args.fc2_weight.stride(1), args.fc2_weight.stride(0)});
+    if (args.fc2_bias || residual) {
+      cublas_addmm(product, args.fc2_bias ? *args.fc2_bias : *residual, activated, weight);
+    } else {
+      cublas_mm(product, activated, weight);
+    }
+    record_path("ffn:cuda:sm90:tf32", "aten_matmul");
+    return result;
+  }
   second.b_is_ready = !second_schedule->prepare_b();
   run(second, *second_schedule, args.input, scope);
   record_path(dtype != ScalarType::Float ? "ffn:cuda:sm90:16bit"

@@ -47,6 +47,8 @@ void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const 
   s = {};
   s.wide = true;
   s.vectors = aligned16(p.residual) && p.residual_stride % vector == 0;
+  s.once = tuned("once", 2) == 2;
+  s.share = tuned("share", 1) == 2;
   const int64_t room = facts.multiprocessors;
   const auto tiles_of = [&](int columns) { return ceil_div(p.m, 128) * ceil_div(p.n, columns); };
   const auto time_of = [&](int columns) { return ceil_div(tiles_of(columns), room) * columns; };
@@ -69,6 +71,7 @@ void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const 
   s.blocks = static_cast<int>(std::min<int64_t>(tiles + s.narrow * int64_t{pieces - 1}, room));
   const double rounds = static_cast<double>(ceil_div(tiles, room)) - (s.narrow > 0 ? 0.5 : 0.0);
   const double needed = static_cast<double>(p.m) / 128 * p.n / facts.multiprocessors;
+  if (!half && !p.activate && overrides.tuned("mix", 1) == 2) return;
   supported = overrides.forced() || half_pays(p, rounds * s.columns, needed);
 }
 
@@ -87,7 +90,7 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
   }
   if (p.precision == GemmPrecision::kTF32 && p.m > 0 && p.n > 0 && p.k > 0 && overrides.tuned("wide", 1) == 2) {
     schedule_wide(p, s, supported, facts, overrides);
-    if (supported) return cudaSuccess;
+    return cudaSuccess;
   }
   if (p.m < 1 || p.n < 1 || p.k < 4 || (!overrides.forced() && !pays(p))) return cudaSuccess;
   // What the copy engine takes: rows of a that begin at multiples of 16 bytes.
