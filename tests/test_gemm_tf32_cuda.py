@@ -1,6 +1,6 @@
 """The wide TF32 products under ``fused_ffn`` on sm_90: accuracy, epilogues, layouts, choice of path.
 
-The yardstick is exact sums of operands rounded to nearest TF32 numbers: cuBLAS may well take float32 for small matrices.
+The yardstick is exact sums of operands rounded to nearest TF32 ones: cuBLAS takes float32 for small matrices.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from _reference import FFN_ACTIVATIONS, assert_as_accurate, ffn, ffn_activate, p
 OP = torch.ops.styleforge.fused_ffn
 FORWARD = torch.ops.styleforge._fused_ffn_forward
 OWN, ATEN = "ffn:cuda:sm90:tf32", "ffn:cuda:aten_matmul"
+MIXED = "ffn:cuda:sm90:tf32+aten_matmul"
 WIDE = "wide=2"  # STYLEFORGE_GEMM_TUNE: these kernels wherever they can
 
 pytestmark = SM90
@@ -110,9 +111,13 @@ def test_sizes_and_epilogues(size: str, columns: int, force: Callable[[str, str]
 def test_products_that_fill_the_device(force: Callable[[str, str], None]) -> None:
     """Several tiles a block, so that warpgroups take turns; as accurate as PyTorch's TF32."""
     force("sm90", WIDE)
-    for rows, embed, hidden, out in ((8192, 512, 2048, 512), (5000, 1028, 1540, 772), (2048, 4096, 1024, 2048)):
+    for rows, embed, hidden, out in (
+        (8192, 512, 2048, 512),
+        (5000, 1028, 1540, 772),
+        (2048, 4096, 1024, 2048),
+    ):
         x, r = random_matrix(rows, embed), random_matrix(rows, out)
-        args = (x, *ffn_parameters(embed, hidden, out), "gelu", r)
+        args: tuple[Any, ...] = (x, *ffn_parameters(embed, hidden, out), "gelu", r)
         _check(*args)
         assert_as_accurate(OP(*args, "tf32"), torch_ffn(*args), ffn(*args), factor=1.2)
 
@@ -172,6 +177,18 @@ def test_rows_biases_and_weights_of_any_strides(force: Callable[[str, str], None
     wide1, wide2 = torch.cat([w1, w1], 1)[:, :64], torch.cat([w2, w2], 1)[:, :96]
     for args in ((x, w1, b1, w2, b2, "silu", r), (x, wide1, odd1, wide2, odd2, "gelu", r)):
         _check(*args)
+
+
+def test_the_second_product_can_be_cublas(force: Callable[[str, str], None]) -> None:
+    force("sm90", f"{WIDE},mix=2")
+    x, r = random_matrix(3, 50, 64), random_matrix(3, 50, 48)
+    w1, b1, w2, b2 = ffn_parameters(64, 96, 48)
+    for bias, residual, path in ((b2, None, MIXED), (None, r, MIXED), (None, None, MIXED), (b2, r, ATEN)):
+        args: tuple[Any, ...] = (x, w1, b1, w2, bias, "gelu", residual)
+        poison(2 * 150 * 96, x.dtype, "cuda")
+        result = OP(*args, "tf32")
+        assert styleforge.last_path() == path
+        assert_as_accurate(result, _rounded_ffn(*args), ffn(*args), factor=1.2, ulps=8192.0)
 
 
 def test_the_same_bits_on_every_call_and_in_a_graph(force: Callable[[str, str], None]) -> None:

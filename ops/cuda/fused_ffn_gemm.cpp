@@ -154,8 +154,7 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
   run(first, *first_schedule, args.input, scope);
   if (mixed) {
     const Tensor product = strided_view(result.output, {plan.rows, plan.out}, {plan.out, 1});
-    const Tensor weight = strided_view(args.fc2_weight, {plan.hidden, plan.out},
-                                       {args.fc2_weight.stride(1), args.fc2_weight.stride(0)});
+    const Tensor weight = transposed(args.fc2_weight);
     if (args.fc2_bias || residual) {
       cublas_addmm(product, args.fc2_bias ? *args.fc2_bias : *residual, activated, weight);
     } else {
@@ -200,7 +199,7 @@ bool run_linear(const Tensor& out, const Tensor& rows, const Tensor& weight, con
   params.bias = bias_data(bias, held);
   params.output = out.mutable_data_ptr();
   const auto found = schedule(params);
-  if (!found) return false;
+  if (!found || found->wide) return false;  // cuBLAS's are as fast without an activation
   run(params, *found, rows, scope);
   return true;
 }

@@ -14,8 +14,7 @@ template <int kDims>
 cudaError_t tensor_map(DType dtype, const void* data, const cuuint64_t (&sizes)[kDims],
                        const cuuint64_t (&strides)[kDims - 1], const cuuint32_t (&box)[kDims], CUtensorMap& map,
                        CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B,
-                       CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                       bool to_tf32 = false) {
+                       CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B, bool to_tf32 = false) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;

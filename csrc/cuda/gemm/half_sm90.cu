@@ -8,8 +8,6 @@ template <typename T>
 cudaError_t launch_dtype(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
   if (p.gradient) return launch_wide_gemm<T, 256, 4, true>(p, s, facts, stream);
   if (s.columns == 192) return launch_wide_gemm<T, 192, 3, false>(p, s, facts, stream);
-  if (s.lines == 3) return launch_wide_gemm<T, 256, 3, false>(p, s, facts, stream);
-  if (s.lines == 7) return launch_wide_gemm<T, 256, 7, false>(p, s, facts, stream);
   return launch_wide_gemm<T, 256, 4, false>(p, s, facts, stream);
 }
 

@@ -59,8 +59,6 @@ struct GemmSchedule {
   int narrow = 0;        // wide: how many of the last tiles are cut into tiles of 64 columns
   int lines = 4;         // wide: a block's warps on the way out
   int places = 4;        // wide: boxes of products that find room on their way out; divides the boxes of a tile
-  bool once = true;
-  bool share = false;
   bool prepare_b() const { return !small && !wide; }
 };
 

@@ -21,16 +21,17 @@ bool pays(const GemmParams& p) {
   return p.precision == GemmPrecision::kIeee || int64_t{p.m} * p.n * p.k < kTF32Most;
 }
 
-// Where the 16-bit kernel with all that follows is at least as fast as cuBLAS with passes after it: read off one H200.
+// Where the wide kernel with all that follows is at least as fast as cuBLAS with passes after it: read off one H200.
 // `taken` and `needed`: columns of 128 rows on all multiprocessors, one after the other, and without any idle.
-bool half_pays(const GemmParams& p, double taken, double needed) {
+bool wide_pays(const GemmParams& p, double taken, double needed) {
   constexpr int kShortest = 512, kLongestGradient = 1024;
   if (p.k < kShortest || (p.gradient && p.k > kLongestGradient)) return false;
   return needed >= 0.8 * taken;
 }
 
 // Products of wide_sm90.cuh: 16-bit, and float32 rounded to TF32.
-// STYLEFORGE_GEMM_TUNE="columns=192,lines=3,stages=3,band=8,narrow=4" (narrow: 1 none, else one more than how many tiles)
+// STYLEFORGE_GEMM_TUNE="columns=192,lines=3,stages=3,band=8,narrow=4,wide=2" (narrow: 1 none, else one more than how
+// many tiles; wide, of TF32: 1 never, 2 always)
 void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const DeviceFacts& facts,
                    const Overrides& overrides) {
   const bool half = p.dtype != DType::kFloat32;
@@ -47,14 +48,12 @@ void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const 
   s = {};
   s.wide = true;
   s.vectors = aligned16(p.residual) && p.residual_stride % vector == 0;
-  s.once = tuned("once", 2) == 2;
-  s.share = tuned("share", 1) == 2;
   const int64_t room = facts.multiprocessors;
   const auto tiles_of = [&](int columns) { return ceil_div(p.m, 128) * ceil_div(p.n, columns); };
   const auto time_of = [&](int columns) { return ceil_div(tiles_of(columns), room) * columns; };
   s.columns = !p.gradient && tuned("columns", time_of(192) < time_of(256) ? 192 : 256) == 192 ? 192 : 256;
-  s.lines = s.columns == 192 ? 3 : p.gradient ? 4 : tuned(p.activate ? "first" : "second", half ? 4 : 3);
-  s.places = half ? s.columns / 64 : s.columns == 192 ? 6 : tuned("places", 4) == 8 ? 8 : 4;
+  s.lines = s.columns == 192 ? 3 : p.gradient ? 4 : tuned("lines", half || p.activate ? 4 : 3) == 3 ? 3 : 4;
+  s.places = half ? s.columns / 64 : s.columns == 192 ? 6 : 4;
   const int shared = facts.max_shared_per_block - 2048 - s.places * 8192;
   s.stages =
       std::clamp(tuned("stages", kMaxGemmStages), 2, std::min(kMaxGemmStages, shared / ((128 + s.columns) * 128)));
@@ -72,7 +71,7 @@ void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const 
   const double rounds = static_cast<double>(ceil_div(tiles, room)) - (s.narrow > 0 ? 0.5 : 0.0);
   const double needed = static_cast<double>(p.m) / 128 * p.n / facts.multiprocessors;
   if (!half && !p.activate && overrides.tuned("mix", 1) == 2) return;
-  supported = overrides.forced() || half_pays(p, rounds * s.columns, needed);
+  supported = overrides.forced() || wide_pays(p, rounds * s.columns, needed);
 }
 
 }  // namespace
@@ -88,9 +87,11 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
     if (p.m > 0 && p.n > 0 && p.k > 0) schedule_wide(p, s, supported, facts, overrides);
     return cudaSuccess;
   }
-  if (p.precision == GemmPrecision::kTF32 && p.m > 0 && p.n > 0 && p.k > 0 && overrides.tuned("wide", 1) == 2) {
-    schedule_wide(p, s, supported, facts, overrides);
-    return cudaSuccess;
+  if (p.precision == GemmPrecision::kTF32 && p.m > 0 && p.n > 0 && p.k > 0) {
+    const auto wide = overrides.tuned("wide", 0);
+    if (wide == 2 || (wide == 0 && !overrides.forced())) schedule_wide(p, s, supported, facts, overrides);
+    if (supported) return cudaSuccess;
+    if (wide == 2 && overrides.forced()) return cudaSuccess;  // nothing else stands in for it
   }
   if (p.m < 1 || p.n < 1 || p.k < 4 || (!overrides.forced() && !pays(p))) return cudaSuccess;
   // What the copy engine takes: rows of a that begin at multiples of 16 bytes.

@@ -56,43 +56,6 @@ __device__ __forceinline__ uint4 halved(const uint4& v) {
   return result;
 }
 
-// x = activation(v), or v alone, of lines of the same columns; to float32 numbers their bias is added before.
-template <typename T, int kLines>
-__device__ __forceinline__ void activate_lines(float (&x)[kLineNumbers<T> * kLines], const uint4 (&v)[kLines],
-                                               const uint4& bias, FfnActivation activation, bool activate) {
-  constexpr int kNumbers = kLineNumbers<T>;
-  constexpr bool kSingle = sizeof(T) == 4;
-  using Rounded = std::conditional_t<kSingle, TF32, T>;  // here, or by the next product
-  float b[kNumbers];
-  if constexpr (kSingle) unpack_line<T>(b, bias);
-  if (activate && activation == FfnActivation::kGelu) {
-    if constexpr (kSingle) {
-#pragma unroll
-      for (int i = 0; i < kNumbers; ++i) b[i] *= 0.5f;
-    }
-#pragma unroll
-    for (int i = 0; i < kLines; ++i) {
-      if constexpr (kSingle) {
-        unpack_line<T>(x + kNumbers * i, v[i]);
-#pragma unroll
-        for (int j = 0; j < kNumbers; ++j) x[kNumbers * i + j] = fmaf(0.5f, x[kNumbers * i + j], b[j]);
-      } else {
-        unpack_line<T>(x + kNumbers * i, halved<T>(v[i]));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kNumbers * kLines; ++i) x[i] = gelu_of_twice<Rounded>(x[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kLines; ++i) {
-      unpack_line<T>(x + kNumbers * i, v[i]);
-#pragma unroll
-      for (int j = 0; kSingle && j < kNumbers; ++j) x[kNumbers * i + j] += b[j];
-    }
-    if (activate) ffn_activate<true>(x, activation);
-  }
-}
-
 // Where 16 bytes of a row lie in a box of float32 numbers on its way out, from the box's beginning. Writing lanes have
 // two numbers each of four rows, reading ones four each of one row: both without two in a bank.
 __device__ __forceinline__ uint32_t float_box_place(int row, int sixteen) {
@@ -104,6 +67,8 @@ template <typename T, int kLines>
 class LinesOut {
  public:
   static constexpr int kNumbers = kLineNumbers<T>;
+  // What an activation's results are rounded to, here or by the next product.
+  using Rounded = std::conditional_t<sizeof(T) == 4, TF32, T>;
   static constexpr int kPartRows = 4 * kLines, kParts = 64 / kPartRows;
 
   __device__ __forceinline__ LinesOut(const GemmParams& p, bool vectors, int lane) : p_(p), vectors_(vectors) {
@@ -144,10 +109,37 @@ class LinesOut {
   }
 
   __device__ __forceinline__ void forward(const uint4 (&v)[kLines], const uint4& bias, const uint4 (&residual)[kLines],
-                                          int row, int column, bool activate) const {
+                                          int row, int column) const {
     if (p_.product != nullptr) store(p_.product, v, row, column);
-    float x[kNumbers * kLines];
-    activate_lines<T>(x, v, bias, p_.activation, activate);
+    constexpr bool kSingle = sizeof(T) == 4;
+    float x[kNumbers * kLines], b[kNumbers];
+    if constexpr (kSingle) unpack_line<T>(b, bias);
+    if (p_.activate && p_.activation == FfnActivation::kGelu) {
+      if constexpr (kSingle) {
+#pragma unroll
+        for (int i = 0; i < kNumbers; ++i) b[i] *= 0.5f;
+      }
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+        if constexpr (kSingle) {
+          unpack_line<T>(x + kNumbers * i, v[i]);
+#pragma unroll
+          for (int j = 0; j < kNumbers; ++j) x[kNumbers * i + j] = fmaf(0.5f, x[kNumbers * i + j], b[j]);
+        } else {
+          unpack_line<T>(x + kNumbers * i, halved<T>(v[i]));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kNumbers * kLines; ++i) x[i] = gelu_of_twice<Rounded>(x[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+        unpack_line<T>(x + kNumbers * i, v[i]);
+#pragma unroll
+        for (int j = 0; kSingle && j < kNumbers; ++j) x[kNumbers * i + j] += b[j];
+      }
+      if (p_.activate) ffn_activate<true>(x, p_.activation);
+    }
     if (p_.residual != nullptr) {
 #pragma unroll
       for (int i = 0; i < kLines; ++i) {

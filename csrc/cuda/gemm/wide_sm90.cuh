@@ -31,8 +31,8 @@ constexpr int kNarrowColumns = 64;  // of the last tiles, where they are cut up
 constexpr int kWideABytes = kWideRows * kBoxRowBytes;
 
 // How a block is made up, by the warps of the way out. 3: a fourth one loads, and a tile's columns are one instruction,
-// which is not to be had with more than 384 threads. 4: another warpgroup loads, 7: the eighth warp does; 256 columns
-// are two instructions, which read a twice.
+// which is not to be had with more than 384 threads. 4: another warpgroup loads, and 256 columns are two instructions,
+// which read a twice.
 template <typename T, int kColumns, int kLinesWarps>
 struct Wide {
   static constexpr int kWayOut = 256;  // its first thread
@@ -41,10 +41,8 @@ struct Wide {
   static constexpr int kInstructions = kLinesWarps == 3 ? 1 : 2;
   // Registers: all together no more than the threads have at the launch, at most 65536.
   static constexpr int kConsumerRegisters = kLinesWarps == 3 ? 184 : 176;
-  static constexpr int kLinesRegisters = kLinesWarps == 3 ? 136 : kLinesWarps == 4 ? 120 : 80;
-  static constexpr int kLoaderRegisters = kLinesWarps == 4 ? 40 : kLinesRegisters;
-  static constexpr int kLines = kLinesWarps == 7 ? 2 : 4;  // a lane's at a time
-  static constexpr int kSplit = kLinesWarps == 7 || sizeof(T) == 4 ? 2 : 1;  // warps that share a box
+  static constexpr int kLinesRegisters = kLinesWarps == 3 ? 136 : 120;
+  static constexpr int kLoaderRegisters = 40;  // of a warpgroup of its own
 
   static constexpr int kStageBytes = kWideABytes + kColumns * kBoxRowBytes;
   static constexpr int kBoxes = kColumns / kBoxNumbers<T>;  // of a tile's 64 rows
@@ -110,10 +108,6 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   const auto place_of = [&](int half, int box, bool narrow) {
     return narrow ? half * W::kNarrowBoxes + box : (half * kBoxes + box) % s.places;
   };
-  // Of a block's last tile the consumers, which have nothing else to do, activate the last boxes themselves.
-  const auto consumers_activate = [&](int box, bool narrow) {
-    return kLinesWarps != 7 && !kGradient && s.share && p.activate && p.product == nullptr && !narrow && box >= kBoxes / 2;
-  };
   const auto tile_of = [&](int t) {
     const bool narrow = t >= wide_tiles;
     const int whole = narrow ? wide_tiles + (t - wide_tiles) / kPieces : t;
@@ -135,7 +129,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     }
     for (int i = 0; i < 2 * kBoxes; ++i) {
       mbarrier_init(&filled[i], 128);
-      mbarrier_init(&taken[i], 32 * W::kSplit);
+      mbarrier_init(&taken[i], 32);
     }
     mbarrier_init_fence();
   }
@@ -181,37 +175,33 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   };
   const auto send_lines = [&](int lines_warp) {
     wait_for_predecessor();
-    constexpr int kLines = W::kLines;
+    constexpr int kLines = 4;
     using Out = LinesOut<T, kLines>;
     const Out out(p, s.vectors, lane);
-    // Boxes, or parts of them, in the order in which they are filled, by turns; what a part of one needs of global memory is loaded while
+    // Boxes in the order in which they are filled, by turns; what a part of one needs of global memory is loaded while
     // the one before it is on its way.
     struct Box {
       int row, column, barrier;
       uint32_t address;
       uint32_t parity;
-      bool activate;
     };
     const int turns = tiles > first_tile ? (tiles - first_tile - 1) / step + 1 : 0;
     const int wide_turns = wide_tiles > first_tile ? (wide_tiles - first_tile - 1) / step + 1 : 0;
-    constexpr int kSplit = W::kSplit, kParts = Out::kParts / kSplit;
+    constexpr int kParts = Out::kParts;
     const auto box_at = [&](int index) {
-      const int whole = index / kSplit;
-      int turn = whole / (2 * kBoxes), half = whole / kBoxes % 2, box = whole % kBoxes;
+      int turn = index / (2 * kBoxes), half = index / kBoxes % 2, box = index % kBoxes;
       if (turn >= wide_turns) {
         constexpr int kFew = W::kNarrowBoxes;
-        const int after = whole - wide_turns * 2 * kBoxes;
+        const int after = index - wide_turns * 2 * kBoxes;
         turn = wide_turns + after / (2 * kFew);
         half = after / kFew % 2;
         box = after % kFew;
       }
-      const int down = index % kSplit * (64 / kSplit);
       const WideTile tile = tile_of(first_tile + turn * step);
-      return Box{tile.row + half * 64 + down, tile.column + box * kWidth, half * kBoxes + box,
-                 places + place_of(half, box, tile.narrow) * kBoxBytes + down * kBoxRowBytes,
-                 static_cast<uint32_t>(turn & 1), p.activate && !(turn == turns - 1 && consumers_activate(box, tile.narrow))};
+      return Box{tile.row + half * 64, tile.column + box * kWidth, half * kBoxes + box,
+                 places + place_of(half, box, tile.narrow) * kBoxBytes, static_cast<uint32_t>(turn & 1)};
     };
-    const int count = (wide_turns * kBoxes + (turns - wide_turns) * W::kNarrowBoxes) * 2 * kSplit;
+    const int count = (wide_turns * kBoxes + (turns - wide_turns) * W::kNarrowBoxes) * 2;
     Box next = box_at(lines_warp);
     uint4 other[kLines] = {};
     if (p.residual != nullptr && lines_warp < count) out.load(other, next.row, next.column);
@@ -219,28 +209,8 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     for (int index = lines_warp; index < count; index += kLinesWarps) {
       const Box box = next;
       float sums[8] = {};
-      // Where there is something to add after what the consumers did, they did it.
-      const uint4 bias = kHalf || (p.activate && !box.activate) ? uint4{} : out.load_bias(box.column);
+      const uint4 bias = kHalf ? uint4{} : out.load_bias(box.column);
       mbarrier_wait(filled_at + 8 * box.barrier, box.parity);
-      if constexpr (!kGradient) {
-        if (s.once && p.residual == nullptr) {  // all of it, so that its place is free again before the activation
-          uint4 held[kParts * kLines];
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            out.take(reinterpret_cast<uint4 (&)[kLines]>(held[part * kLines]), box.address, part);
-          }
-          mbarrier_arrive(taken_at + 8 * box.barrier);
-          next = box_at(index + kLinesWarps);
-#pragma unroll 1
-          for (int part = 0; part < kParts; ++part) {
-            const auto& v = reinterpret_cast<const uint4 (&)[kLines]>(held[0]);
-            out.forward(v, bias, other, box.row + Out::kPartRows * part, box.column, box.activate);
-#pragma unroll
-            for (int i = 0; i < (kParts - 1) * kLines; ++i) held[i] = held[i + kLines];
-          }
-          continue;
-        }
-      }
 #pragma unroll 1
       for (int part = 0; part < kParts; ++part) {
         uint4 v[kLines], ahead[kLines] = {};
@@ -257,7 +227,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
         if constexpr (kGradient) {
           out.gradient(v, other, sums, row, box.column);
         } else {
-          out.forward(v, bias, other, row, box.column, box.activate);
+          out.forward(v, bias, other, row, box.column);
         }
 #pragma unroll
         for (int i = 0; i < kLines; ++i) other[i] = ahead[i];
@@ -361,64 +331,36 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
           mbarrier_wait(taken_at + 8 * last, earlier ? turn ^ 1 : turn);
         };
         const uint32_t to = places + place * kBoxBytes + piece;
-        const bool activate = box >= kBoxes / 2 && t + step >= tiles && consumers_activate(box, tile.narrow);
         if constexpr (kHalf) {
           if (box + 1 < kBoxes) load_bias(box + 1);
-          uint4 pairs[4];
-          auto* words = reinterpret_cast<uint32_t*>(pairs);
+          uint32_t pairs[16];
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
             const float2 b = unpack<T>(bias[box % 2][i]);
             const float* x = sums + 4 * i;
-            words[2 * i] = pack<T>(x[0] + b.x, x[1] + b.y);
-            words[2 * i + 1] = pack<T>(x[2] + b.x, x[3] + b.y);
-          }
-          if (activate) {
-            float x[32];
-            activate_lines<T>(x, pairs, {}, p.activation, true);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) pairs[i] = pack_line<T>(x + 8 * i);
+            pairs[2 * i] = pack<T>(x[0] + b.x, x[1] + b.y);
+            pairs[2 * i + 1] = pack<T>(x[2] + b.x, x[3] + b.y);
           }
           wait_for_place();
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const uint32_t four[4] = {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
+            const uint32_t four[4] = {pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]};
             store_matrix(to ^ (i << 5), four);
           }
         } else {
-          float x[16];
-#pragma unroll
-          for (int i = 0; i < 16; ++i) x[i] = sums[i];
-          if (activate) {
-            const float* bias_at = static_cast<const float*>(p.bias) + tile.column + box * kWidth + lane % 4 * 2;
-            const int left = p.n - (tile.column + box * kWidth + lane % 4 * 2);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const bool there = p.bias != nullptr && 8 * i < left;
-              const float first = there ? __ldg(bias_at + 8 * i) : 0.0f, second = there ? __ldg(bias_at + 8 * i + 1) : 0.0f;
-              x[4 * i] += first;
-              x[4 * i + 1] += second;
-              x[4 * i + 2] += first;
-              x[4 * i + 3] += second;
-            }
-            uint4 lines[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) lines[i] = pack_line<T>(x + 4 * i);
-            activate_lines<T>(x, lines, {}, p.activation, true);
-          }
           wait_for_place();
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const uint32_t at = to + ((i ^ (lane / 4 & 3)) << 5);
-            store_two(at, x[4 * i], x[4 * i + 1]);
-            store_two(at + 8 * kBoxRowBytes, x[4 * i + 2], x[4 * i + 3]);
+            store_two(at, sums[4 * i], sums[4 * i + 1]);
+            store_two(at + 8 * kBoxRowBytes, sums[4 * i + 2], sums[4 * i + 3]);
           }
         }
         mbarrier_arrive(filled_at + 8 * (group * kBoxes + box));
       }
       turn ^= 1;
     }
-  } else if (warp < W::kWayOut / 32 + (kLinesWarps == 7 ? 8 : 4)) {
+  } else if (warp < W::kWayOut / 32 + 4) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(W::kLinesRegisters));
     if (warp < W::kLoader) {
       send_lines(warp - W::kWayOut / 32);
