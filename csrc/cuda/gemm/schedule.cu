@@ -13,7 +13,7 @@ constexpr const char* kTuneVariable = "STYLEFORGE_GEMM_TUNE";
 
 // Where these kernels are faster than cuBLAS with its passes around it, and not less accurate: read off one H200. A few
 // rows alone are a matter of reading the weights once; below 64 numbers a sum of float32 is hard to beat in accuracy;
-// in TF32 only what launches and latencies bound is won.
+// in TF32 only what launches and latencies bound is won, and what the wide kernel takes before.
 bool pays(const GemmParams& p) {
   constexpr int kFewestRows = 32, kShortestSum = 64;
   constexpr int64_t kTF32Most = int64_t{1} << 25;
@@ -31,7 +31,7 @@ bool wide_pays(const GemmParams& p, double taken, double needed) {
 
 // Products of wide_sm90.cuh: 16-bit, and float32 rounded to TF32.
 // STYLEFORGE_GEMM_TUNE="columns=192,lines=3,stages=3,band=8,narrow=4,wide=2" (narrow: 1 none, else one more than how
-// many tiles; wide, of TF32: 1 never, 2 always)
+// many tiles; of TF32: wide 1 never, 2 always; mix 2 leaves products without activation to cuBLAS, at most 1% faster)
 void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const DeviceFacts& facts,
                    const Overrides& overrides) {
   const bool half = p.dtype != DType::kFloat32;
