@@ -110,10 +110,8 @@ def test_random_shapes_and_cuts(part: int, force: Callable[[str, str], None]) ->
         if kernel == "whole":
             cut = f"parts={draw.choice((1, 2, 4, 8))},stages={draw.randint(1, 6)}"
         else:
-            cut = (
-                f"columns={draw.choice((192, 256))},halves={draw.randint(1, 2)},cluster={draw.randint(1, 2)}"
-            )
-            cut += f",narrow={draw.randint(1, 6)},stages={draw.randint(1, 6)},band={draw.randint(1, 9)}"
+            cut = f"columns={draw.choice((192, 256))},narrow={draw.randint(1, 6)}"
+            cut += f",stages={draw.randint(1, 6)},band={draw.randint(1, 9)}"
         force("sm90", f"{KERNELS[kernel]},{cut}")
         dtype = draw.choice(HALF)
         x, r = random_matrix(rows, embed, dtype=dtype), random_matrix(rows, out, dtype=dtype)

@@ -4,6 +4,7 @@
 #include "../../csrc/cuda/gemm/launch.h"
 #include "../matrix.h"
 #include "launch.h"
+#include "matmul.h"
 
 #include <limits>
 
@@ -147,7 +148,9 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
     second.residual_stride = residual->stride(0);
   }
   const auto second_schedule = schedule(second);
-  if (!second_schedule) return {};
+  // A TF32 product that is cuBLAS's is the second one at most, and what it adds one tensor.
+  const bool mixed = !second_schedule && plan.tf32 && first_schedule->wide && !(args.fc2_bias && args.residual);
+  if (!second_schedule && !mixed) return {};
 
   FfnResult result{empty_dense(args.input, plan.output_sizes, false, dtype), {}};
   if (keep_hidden) {
@@ -159,6 +162,17 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
   second.a = activated.const_data_ptr();
   second.output = result.output.mutable_data_ptr();
   run(first, *first_schedule, args.input, scope);
+  if (mixed) {
+    const Tensor product = strided_view(result.output, {plan.rows, plan.out}, {plan.out, 1});
+    const Tensor weight = transposed(args.fc2_weight);
+    if (args.fc2_bias || residual) {
+      cublas_addmm(product, args.fc2_bias ? *args.fc2_bias : *residual, activated, weight);
+    } else {
+      cublas_mm(product, activated, weight);
+    }
+    record_path("ffn:cuda:sm90:tf32", "aten_matmul");
+    return result;
+  }
   second.b_is_ready = !second_schedule->prepare_b();
   run(second, *second_schedule, args.input, scope);
   record_path(dtype != ScalarType::Float ? "ffn:cuda:sm90:16bit"
@@ -195,7 +209,7 @@ bool run_linear(const Tensor& out, const Tensor& rows, const Tensor& weight, con
   params.bias = bias_data(bias, held);
   params.output = out.mutable_data_ptr();
   const auto found = schedule(params);
-  if (!found) return false;
+  if (!found || found->wide) return false;  // cuBLAS's are as fast without an activation
   run(params, *found, rows, scope);
   return true;
 }

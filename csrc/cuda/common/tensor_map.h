@@ -9,12 +9,12 @@
 namespace styleforge::cuda {
 
 // A tensor in boxes; what lies beyond its ends is zeros. Strides are in bytes. `promotion`: what the L2 cache fetches
-// at once, which should not be more than a box takes of a row.
+// at once, which should not be more than a box takes of a row. `to_tf32`: float32 numbers arrive rounded to TF32.
 template <int kDims>
 cudaError_t tensor_map(DType dtype, const void* data, const cuuint64_t (&sizes)[kDims],
                        const cuuint64_t (&strides)[kDims - 1], const cuuint32_t (&box)[kDims], CUtensorMap& map,
                        CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B,
-                       CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
+                       CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B, bool to_tf32 = false) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -31,6 +31,7 @@ cudaError_t tensor_map(DType dtype, const void* data, const cuuint64_t (&sizes)[
   if (encode == nullptr) return cudaErrorNotSupported;
   const auto type = dtype == DType::kFloat16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                     : dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                    : to_tf32                   ? CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   cuuint32_t steps[kDims];
   for (auto& step : steps) step = 1;

@@ -1,5 +1,5 @@
 // Sums over the rows of a matrix, which gradients of biases are, in a fixed order: first of 128 rows each, then of
-// those sums. The products that write such a matrix may give the first ones (gemm/half_out.cuh).
+// those sums. The products that write such a matrix may give the first ones (gemm/wide_out.cuh).
 #include <algorithm>
 
 #include "../common/cluster.cuh"

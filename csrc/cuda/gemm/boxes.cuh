@@ -1,24 +1,29 @@
-// Boxes of 16-bit matrices by the copy engine, and pieces of them between registers and shared memory. A box is rows of
-// 64 numbers, 128 bytes, with the 128-byte swizzle.
+// Boxes of matrices by the copy engine, and pieces of them between registers and shared memory. A box is rows of 128
+// bytes (64 numbers of 16 bits, 32 float32 numbers, which the copy engine rounds to TF32) with the 128-byte swizzle.
 #pragma once
 
 #include "../common/cluster.cuh"
 #include "../common/tensor_map.h"
+#include "../common/types.cuh"
 #include "../common/wgmma.cuh"
 
 namespace styleforge::cuda {
 
-constexpr int kBoxColumns = 64;
+constexpr int kBoxColumns = 64;  // of 16 bits
 constexpr int kBoxRowBytes = 128;
+template <typename T>
+constexpr int kBoxNumbers = kBoxRowBytes / static_cast<int>(sizeof(T));
 constexpr int kBoxBytes = 64 * kBoxRowBytes;  // of 64 rows
 
-// [rows, columns], rows `stride` numbers apart, in boxes of `box_rows` x 64.
+// [rows, columns], rows `stride` numbers apart, in boxes of `box_rows` rows.
 inline cudaError_t box_map(DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows,
                            CUtensorMap& map) {
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
-  const cuuint32_t box[2] = {kBoxColumns, static_cast<cuuint32_t>(box_rows)};
-  return tensor_map(dtype, data, sizes, strides, box, map);
+  const bool single = dtype == DType::kFloat32;
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * (single ? 4 : 2)};
+  const cuuint32_t box[2] = {kBoxRowBytes / (single ? 4u : 2u), static_cast<cuuint32_t>(box_rows)};
+  return tensor_map(dtype, data, sizes, strides, box, map, CU_TENSOR_MAP_SWIZZLE_128B,
+                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, single);
 }
 
 #ifdef STYLEFORGE_HAS_WGMMA

@@ -55,10 +55,11 @@ struct GemmSchedule {
   int band = 16;         // tiles of rows that are done before the next ones: what the L2 cache is to hold of a
   int blocks = 0;        // of the grid
   bool vectors = false;  // rows of the results are whole vectors of 16 bytes
-  bool half = false;     // 16-bit
-  int narrow = 0;        // 16-bit: how many of the last tiles are cut into tiles of 64 columns
-  int halves = 2;        // 16-bit: how many halves of a tile's rows find room on their way out
-  bool prepare_b() const { return !small && !half; }
+  bool wide = false;     // 16-bit, and TF32 that fills the device: tiles of 192 or 256 columns
+  int narrow = 0;        // wide: how many of the last tiles are cut into tiles of 64 columns
+  int lines = 4;         // wide: a block's warps on the way out
+  int places = 4;        // wide: boxes of products that find room on their way out; divides the boxes of a tile
+  bool prepare_b() const { return !small && !wide; }
 };
 
 // Numbers of k in a row of the prepared b: a multiple of 16 bytes.

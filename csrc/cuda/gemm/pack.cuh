@@ -7,7 +7,9 @@
 namespace styleforge::cuda {
 
 template <typename T>
-constexpr MmaKind kMmaKind = std::is_same_v<T, __half> ? MmaKind::kF16 : MmaKind::kBF16;
+constexpr MmaKind kMmaKind = std::is_same_v<T, float>    ? MmaKind::kTF32
+                             : std::is_same_v<T, __half> ? MmaKind::kF16
+                                                         : MmaKind::kBF16;
 
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second) {

@@ -13,7 +13,7 @@ constexpr const char* kTuneVariable = "STYLEFORGE_GEMM_TUNE";
 
 // Where these kernels are faster than cuBLAS with its passes around it, and not less accurate: read off one H200. A few
 // rows alone are a matter of reading the weights once; below 64 numbers a sum of float32 is hard to beat in accuracy;
-// in TF32 only what launches and latencies bound is won.
+// in TF32 only what launches and latencies bound is won, and what the wide kernel takes before.
 bool pays(const GemmParams& p) {
   constexpr int kFewestRows = 32, kShortestSum = 64;
   constexpr int64_t kTF32Most = int64_t{1} << 25;
@@ -21,54 +21,57 @@ bool pays(const GemmParams& p) {
   return p.precision == GemmPrecision::kIeee || int64_t{p.m} * p.n * p.k < kTF32Most;
 }
 
-// Where the 16-bit kernel with all that follows is at least as fast as cuBLAS with passes after it: read off one H200.
+// Where the wide kernel with all that follows is at least as fast as cuBLAS with passes after it: read off one H200.
 // `taken` and `needed`: columns of 128 rows on all multiprocessors, one after the other, and without any idle.
-bool half_pays(const GemmParams& p, double taken, double needed) {
+bool wide_pays(const GemmParams& p, double taken, double needed) {
   constexpr int kShortest = 512, kLongestGradient = 1024;
   if (p.k < kShortest || (p.gradient && p.k > kLongestGradient)) return false;
   return needed >= 0.8 * taken;
 }
 
-// 16-bit products that fill the device.
-// STYLEFORGE_GEMM_TUNE="columns=192,cluster=2,halves=2,stages=3,band=8,narrow=4" (narrow: 1 none, else one more than
-// how many tiles)
-void schedule_half(const GemmParams& p, GemmSchedule& s, bool& supported, const DeviceFacts& facts,
+// Products of wide_sm90.cuh: 16-bit, and float32 rounded to TF32.
+// STYLEFORGE_GEMM_TUNE="columns=192,lines=3,stages=3,band=8,narrow=4,wide=2" (narrow: 1 none, else one more than how
+// many tiles; of TF32: wide 1 never, 2 always; mix 2 leaves products without activation to cuBLAS, at most 1% faster)
+void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const DeviceFacts& facts,
                    const Overrides& overrides) {
-  const auto fits = [](int64_t stride, int width) { return stride % 8 == 0 && stride >= width; };  // the copy engine
-  if (p.k % 8 != 0 || p.n % 8 != 0 || !fits(p.a_stride, p.k)) return;
+  const bool half = p.dtype != DType::kFloat32;
+  const int vector = half ? 8 : 4;  // what the copy engine takes: rows of whole vectors of 16 bytes
+  const auto fits = [&](int64_t stride, int width) { return stride % vector == 0 && stride >= width; };
+  if (p.k % vector != 0 || p.n % vector != 0 || !fits(p.a_stride, p.k)) return;
   if (p.b_stride[p.gradient ? 0 : 1] != 1 || !fits(p.b_stride[p.gradient ? 1 : 0], p.gradient ? p.n : p.k)) return;
   if (!aligned16(p.a) || !aligned16(p.b) || !aligned16(p.output) || !aligned16(p.product)) return;
-  const auto pairs = [](const void* from, int64_t stride) {
-    return reinterpret_cast<uintptr_t>(from) % 4 == 0 && stride % 2 == 0;
+  const auto words = [&](const void* from, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(from) % 4 == 0 && (!half || stride % 2 == 0);
   };
-  if (!pairs(p.bias, 0) || !pairs(p.residual, p.residual_stride)) return;
+  if (!words(p.bias, 0) || !words(p.residual, p.residual_stride)) return;
   const auto tuned = [&](const char* key, int64_t chosen) { return static_cast<int>(overrides.tuned(key, chosen)); };
   s = {};
-  s.half = true;
-  s.vectors = aligned16(p.residual) && p.residual_stride % 8 == 0;
-  s.cluster = std::min(2, tuned("cluster", 1));
-  const int64_t room = facts.multiprocessors / s.cluster;
-  const auto tiles_of = [&](int columns) { return ceil_div(p.m, 128 * s.cluster) * ceil_div(p.n, columns); };
+  s.wide = true;
+  s.vectors = aligned16(p.residual) && p.residual_stride % vector == 0;
+  const int64_t room = facts.multiprocessors;
+  const auto tiles_of = [&](int columns) { return ceil_div(p.m, 128) * ceil_div(p.n, columns); };
   const auto time_of = [&](int columns) { return ceil_div(tiles_of(columns), room) * columns; };
   s.columns = !p.gradient && tuned("columns", time_of(192) < time_of(256) ? 192 : 256) == 192 ? 192 : 256;
-  s.halves = std::min(2, tuned("halves", 1));
-  const int shared = facts.max_shared_per_block - 2048 - s.halves * s.columns * 128;
+  s.lines = s.columns == 192 ? 3 : p.gradient ? 4 : tuned("lines", half || p.activate ? 4 : 3) == 3 ? 3 : 4;
+  s.places = half ? s.columns / 64 : s.columns == 192 ? 6 : 4;
+  const int shared = facts.max_shared_per_block - 2048 - s.places * 8192;
   s.stages =
       std::clamp(tuned("stages", kMaxGemmStages), 2, std::min(kMaxGemmStages, shared / ((128 + s.columns) * 128)));
-  s.band = std::max(1, tuned("band", 16) / s.cluster);
+  s.band = std::max(1, tuned("band", 16));
   const int64_t tiles = tiles_of(s.columns);
   if (tiles > INT32_MAX / 4) return;
   // Where the last round of tiles leaves most blocks without work, more and smaller ones take less time: half of a
   // round's, about.
   const int64_t rest = tiles % room;
-  const int boxes = s.columns / 64;
+  const int pieces = s.columns / 64;
   const int cut = tuned("narrow", 0);
-  if (s.cluster == 1 && cut == 0 && rest * boxes <= room) s.narrow = static_cast<int>(rest);
-  if (s.cluster == 1 && cut > 1) s.narrow = static_cast<int>(std::min<int64_t>(tiles, cut - 1));
-  s.blocks = static_cast<int>(std::min<int64_t>(tiles + s.narrow * int64_t{boxes - 1}, room)) * s.cluster;
+  if (cut == 0 && rest * pieces <= room) s.narrow = static_cast<int>(rest);
+  if (cut > 1) s.narrow = static_cast<int>(std::min<int64_t>(tiles, cut - 1));
+  s.blocks = static_cast<int>(std::min<int64_t>(tiles + s.narrow * int64_t{pieces - 1}, room));
   const double rounds = static_cast<double>(ceil_div(tiles, room)) - (s.narrow > 0 ? 0.5 : 0.0);
   const double needed = static_cast<double>(p.m) / 128 * p.n / facts.multiprocessors;
-  supported = overrides.forced() || half_pays(p, rounds * s.columns, needed);
+  if (!half && !p.activate && overrides.tuned("mix", 1) == 2) return;
+  supported = overrides.forced() || wide_pays(p, rounds * s.columns, needed);
 }
 
 }  // namespace
@@ -81,8 +84,14 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
   const bool wanted = !overrides.forced() || overrides.forced("sm90");
   if (!wanted || facts.major != 9 || !facts.has_cluster()) return cudaSuccess;
   if (p.dtype != DType::kFloat32) {
-    if (p.m > 0 && p.n > 0 && p.k > 0) schedule_half(p, s, supported, facts, overrides);
+    if (p.m > 0 && p.n > 0 && p.k > 0) schedule_wide(p, s, supported, facts, overrides);
     return cudaSuccess;
+  }
+  if (p.precision == GemmPrecision::kTF32 && p.m > 0 && p.n > 0 && p.k > 0) {
+    const auto wide = overrides.tuned("wide", 0);
+    if (wide == 2 || (wide == 0 && !overrides.forced())) schedule_wide(p, s, supported, facts, overrides);
+    if (supported) return cudaSuccess;
+    if (wide == 2 && overrides.forced()) return cudaSuccess;  // nothing else stands in for it
   }
   if (p.m < 1 || p.n < 1 || p.k < 4 || (!overrides.forced() && !pays(p))) return cudaSuccess;
   // What the copy engine takes: rows of a that begin at multiples of 16 bytes.
@@ -132,7 +141,10 @@ cudaError_t schedule_gemm(const GemmParams& p, GemmSchedule& s, bool& supported)
 }
 
 cudaError_t launch_gemm(const GemmParams& params, const GemmSchedule& schedule, cudaStream_t stream) {
-  if (schedule.half) return launch_half_gemm_sm90(params, schedule, stream);
+  if (schedule.wide) {
+    return params.dtype == DType::kFloat32 ? launch_tf32_gemm_sm90(params, schedule, stream)
+                                           : launch_half_gemm_sm90(params, schedule, stream);
+  }
   return schedule.small ? launch_small_gemm_sm90(params, schedule, stream) : launch_gemm_sm90(params, schedule, stream);
 }
 
