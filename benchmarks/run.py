@@ -59,7 +59,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(RUNS)}; default: all")
-    parser.add_argument("--suite", action="store_true", help="every case of styleforge bench --suite")
+    parser.add_argument(
+        "--suite",
+        action="store_true",
+        help="every case of styleforge bench --suite, in the forward runs",
+    )
     parser.add_argument("--config", default="fast", help="of styleforge bench")
     parser.add_argument("--seconds", help="of styleforge bench; default: 0.2 on a GPU, 1 on the CPU")
     parser.add_argument("--against", default="eager,compile", help="of styleforge bench")
@@ -80,7 +84,7 @@ def cases(run: str, *, suite: bool = False, goals: bool = True) -> list[Case]:
     found += cases_of(run) if goals else []
     if run == "bfloat16" and not suite:
         found = [case for case in found if case[0] not in PICTURES]
-    if suite:
+    if suite and not backward:
         from styleforge.bench.cases import SUITES
 
         for (operator, mode), texts in SUITES.items():

@@ -53,6 +53,23 @@ def test_however_a_plane_is_cut(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", [16, 32, 64])
+def test_small_planes_of_a_block(side: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads with one, two, four and eight vectors each, and too many threads."""
+    x = tensor(3, 7, side, side, dtype=dtype, device="cuda", offset=2.0)
+    weight, bias = torch.rand(7, device="cuda") + 0.5, torch.randn(7, device="cuda")
+    reference = instance_norm(x, weight, bias, activation="relu")
+    for threads in (None, 32, 64, 128, 256, 512):
+        tune = "cluster=1,registers=2" + (f",threads={threads}" if threads else "")
+        monkeypatch.setenv("STYLEFORGE_TUNE", tune)
+        poison(x.numel(), dtype, "cuda")
+        first = FORWARD(x, weight, bias, 1e-5, "relu", 0.01, None)
+        assert styleforge.last_path() == "instance_norm:cuda:plane:block"
+        assert rms_error(first[0], reference) < 4 * torch.finfo(dtype).eps
+        assert torch.equal(FORWARD(x, weight, bias, 1e-5, "relu", 0.01, None)[0], first[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_launches_in_a_row_and_from_two_streams(dtype: torch.dtype) -> None:
     """Dependent launches: a call's blocks start while those of the call before still run."""
     x = tensor(1, 3, 512, 512, dtype=dtype, device="cuda", offset=2.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from styleforge.bench.cases import Case
 from styleforge.bench.contenders import OURS, Contender, Problem, Unavailable, build
 from styleforge.bench.correctness import Check, check, exact_results, tolerance
 from styleforge.bench.stats import Statistics, summarize
-from styleforge.bench.timing import graph_times, host_times, peak_memory, wall_times
+from styleforge.bench.timing import CapturedCalls, graph_times, host_times, peak_memory, wall_times
 
 _MOST_BUFFERS = 32
 _CALLS_OF_A_GRAPH = 20
+_CALLS_OF_A_BURST = 20
 _GRAPH_MICROSECONDS = 10_000
 _LONG_CALL = 2_000  # microseconds
 
@@ -275,16 +277,7 @@ def _time(
     tell: Callable[[str], None],
 ) -> None:
     if settings.device.type == "cuda":
-        for contender, timing in ready:
-            tell(f"timing {contender.name}")
-            try:
-                _time_on_gpu(contender, timing, settings)
-            except Exception as error:  # as above: capture may refuse what eager calls allow
-                lines = str(error).strip().splitlines() or [""]
-                result.missing[contender.name] = f"failed: {type(error).__name__}: {lines[0]}"
-                if contender.name == OURS:
-                    result.failures.append(f"{timing.memory_format}: {result.missing[OURS]}")
-                torch.cuda.synchronize()
+        _time_on_gpu(ready, settings, result, tell)
     else:
         tell("timing")
         samples = wall_times(
@@ -312,31 +305,80 @@ def _time(
         result.timings.clear()
 
 
-def _time_on_gpu(contender: Contender, timing: Timing, settings: Settings) -> None:
-    calls = contender.calls
-    estimate = 0.0
+def _time_on_gpu(
+    ready: Sequence[tuple[Contender, Timing]],
+    settings: Settings,
+    result: CaseResult,
+    tell: Callable[[str], None],
+) -> None:
+    """Times all contenders in turns, but for those that cannot be captured."""
+    captured: list[tuple[Timing, CapturedCalls]] = []
+    called: list[tuple[Contender, Timing, int]] = []  # with the calls of a burst
+    for contender, timing in ready:
+        tell(f"capturing {contender.name}")
+        try:
+            burst = _prepare_on_gpu(contender, timing, settings, captured)
+        except Exception as error:  # as above: capture may refuse what eager calls allow
+            lines = str(error).strip().splitlines() or [""]
+            result.missing[contender.name] = f"failed: {type(error).__name__}: {lines[0]}"
+            if contender.name == OURS:
+                result.failures.append(f"{timing.memory_format}: {result.missing[OURS]}")
+            torch.cuda.synchronize()
+            continue
+        called.append((contender, timing, burst))
+    tell("timing")
+    samples = graph_times(
+        [graph for _, graph in captured],
+        settings.iterations,
+        settings.warmup,
+        settings.seconds * len(captured),
+    )
+    for (timing, _), own in zip(captured, samples, strict=True):
+        timing.gpu, timing.gpu_clock = summarize(own), "graph"
+    captured.clear()
+    waited = [each for each in called if not each[0].synchronous]
+    # Fewer calls of long ones: what is asked is how soon the host is through, and it may wait for none.
+    hosts = host_times(
+        [contender.calls[0] for contender, _, _ in waited],
+        [burst for _, _, burst in waited],
+        15 if all(burst == _CALLS_OF_A_BURST for _, _, burst in waited) else 3,
+    )
+    for (_, timing, _), own in zip(waited, hosts, strict=True):
+        timing.host = summarize(own)
 
-    def finished() -> None:
-        calls[0]()
+    def finished(call: Callable[[], Any]) -> None:
+        call()
         torch.cuda.synchronize()
 
+    walls = wall_times(
+        [partial(finished, contender.calls[0]) for contender, _, _ in called],
+        settings.iterations,
+        settings.warmup,
+        settings.seconds * len(called),
+    )
+    for (_, timing, _), own in zip(called, walls, strict=True):
+        timing.wall = summarize(own)
+
+
+def _prepare_on_gpu(
+    contender: Contender, timing: Timing, settings: Settings, captured: list[tuple[Timing, CapturedCalls]]
+) -> int:
+    """Captures the contender's calls, or times them where that cannot be; the calls of a burst."""
+    calls = contender.calls
+    estimate = 0.0
     if contender.capturable and not contender.synchronous:
         start = time.perf_counter()
-        finished()
+        calls[0]()
+        torch.cuda.synchronize()
         estimate = (time.perf_counter() - start) * 1e6
         count = max(1, min(_CALLS_OF_A_GRAPH, int(_GRAPH_MICROSECONDS / estimate)))
         if estimate > _LONG_CALL:  # it empties the cache itself
             calls = calls[: max(2, count)]
-        samples = graph_times(calls, settings.iterations, count, settings.warmup, settings.seconds)
-        timing.gpu, timing.gpu_clock = summarize(samples), "graph"
         timing.peak_bytes = peak_memory(calls[0])
+        captured.append((timing, CapturedCalls(calls, count)))
     elif not contender.synchronous:
         timing.gpu, timing.gpu_clock = summarize(_event_times(calls, settings)), "events"
-    if not contender.synchronous:
-        # Fewer calls of long ones: what is asked is how soon the host is through, and it may wait for none.
-        burst = max(2, min(20, int(_GRAPH_MICROSECONDS / max(estimate, 1))))
-        timing.host = summarize(host_times(calls[0], 15 if burst == 20 else 3, burst))
-    timing.wall = summarize(wall_times([finished], settings.iterations, settings.warmup, settings.seconds)[0])
+    return max(2, min(_CALLS_OF_A_BURST, int(_GRAPH_MICROSECONDS / max(estimate, 1))))
 
 
 def _event_times(calls: Sequence[Callable[[], Any]], settings: Settings) -> list[float]:

@@ -21,73 +21,103 @@ LEAST_SAMPLES = 3
 
 def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 30, calls_per_graph: int = 20) -> float:
     """GPU time of one call in microseconds: the median of ``graph_times``."""
-    return statistics.median(graph_times(calls, repeats, calls_per_graph))
+    return statistics.median(graph_times([CapturedCalls(calls, calls_per_graph)], repeats)[0])
 
 
-def graph_times(
-    calls: Sequence[Callable[[], Any]],
-    repeats: int = 30,
-    calls_per_graph: int = 20,
-    warmup: int = 3,
-    seconds: float = float("inf"),
-) -> list[float]:
-    """GPU time of one call in microseconds, for each replay of a CUDA graph that holds many calls.
+class CapturedCalls:
+    """A CUDA graph that holds many calls.
 
     Args:
         calls: what to time, taken in turn; several over different buffers keep the L2 cache from serving all.
-        repeats: timed replays.
         calls_per_graph: calls captured; rounded up to a multiple of ``len(calls)``.
-        warmup: replays before those.
-        seconds: no further replay is timed after this long, but for the first three.
     """
-    count = -(-calls_per_graph // len(calls)) * len(calls)
 
-    def run(number: int) -> None:
-        for i in range(number):
-            calls[i % len(calls)]()
+    def __init__(self, calls: Sequence[Callable[[], Any]], calls_per_graph: int = 20) -> None:
+        self._count = -(-calls_per_graph // len(calls)) * len(calls)
 
-    graph, _ = capture(partial(run, count), partial(run, len(calls)))
-    stop = time.perf_counter() + seconds
-    for _ in range(warmup):
-        graph.replay()
-        if seconds < float("inf"):
-            torch.cuda.synchronize()
-            if time.perf_counter() > stop:
-                break
-    times: list[float] = []
-    stop = time.perf_counter() + seconds
-    for _ in range(repeats):
-        if len(times) >= LEAST_SAMPLES and time.perf_counter() > stop:
-            break
+        def run(number: int) -> None:
+            for i in range(number):
+                calls[i % len(calls)]()
+
+        self._graph, _ = capture(partial(run, self._count), partial(run, len(calls)))
+
+    def time(self) -> float:
+        """GPU time of one call in microseconds, of one replay."""
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        self._graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / count)
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds * 1e3 / self._count
+
+
+def graph_times(
+    captured: Sequence[CapturedCalls], repeats: int = 30, warmup: int = 3, seconds: float = float("inf")
+) -> list[list[float]]:
+    """GPU time of one call in microseconds, for each replay of each graph.
+
+    The graphs are replayed in turns: what the GPU's power limit leaves of its clock drifts by several percent
+    within a second of full load, and so it does for all alike.
+
+    Args:
+        captured: what to replay.
+        repeats: timed replays of each.
+        warmup: rounds before those.
+        seconds: no further round is started after this long, but for the first three.
+    """
+    return _in_turns([each.time for each in captured], repeats, warmup, seconds)
+
+
+def _in_turns(
+    samplers: Sequence[Callable[[], float]], repeats: int, warmup: int, seconds: float
+) -> list[list[float]]:
+    stop = time.perf_counter() + seconds
+    for i in range(warmup):
+        if i and time.perf_counter() > stop:
+            break
+        for sample in samplers:
+            sample()
+    times: list[list[float]] = [[] for _ in samplers]
+    stop = time.perf_counter() + seconds
+    for i in range(repeats):
+        if i >= LEAST_SAMPLES and time.perf_counter() > stop:
+            break
+        for own, sample in zip(times, samplers, strict=True):
+            own.append(sample())
     return times
 
 
 def host_time(call: Callable[[], Any], repeats: int = 15, calls: int = 200) -> float:
     """Host time of one eager call in microseconds: the least of ``host_times``."""
-    return min(host_times(call, repeats, calls))
+    return min(host_times([call], [calls], repeats)[0])
 
 
-def host_times(call: Callable[[], Any], repeats: int = 15, calls: int = 200) -> list[float]:
+def host_times(
+    calls: Sequence[Callable[[], Any]], bursts: Sequence[int], repeats: int = 15
+) -> list[list[float]]:
     """Host time of one eager call in microseconds: means over short bursts, GPU idle before each.
 
-    With more ``calls`` than the GPU's queue holds, a long kernel makes the host wait: then take fewer.
+    Args:
+        calls: what to time; their bursts are taken in turns, so that a busy host hits all alike.
+        bursts: calls of a burst, for each. With more than the GPU's queue holds, a long kernel makes the host
+            wait: then take fewer.
+        repeats: bursts of each.
     """
-    for _ in range(calls):
-        call()
-    times: list[float] = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls * 1e6)
+
+    def sampler(call: Callable[[], Any], number: int) -> Callable[[], float]:
+        def sample() -> float:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(number):
+                call()
+            return (time.perf_counter() - start) / number * 1e6
+
+        return sample
+
+    samplers = [sampler(call, number) for call, number in zip(calls, bursts, strict=True)]
+    times = _in_turns(samplers, repeats, warmup=1, seconds=float("inf"))
     torch.cuda.synchronize()
     return times
 
@@ -108,22 +138,16 @@ def wall_times(
         warmup: rounds before those.
         seconds: no further round is started after this long, but for the first three.
     """
-    stop = time.perf_counter() + seconds
-    for i in range(warmup):
-        if i and time.perf_counter() > stop:
-            break
-        for call in calls:
-            call()
-    times: list[list[float]] = [[] for _ in calls]
-    stop = time.perf_counter() + seconds
-    for i in range(repeats):
-        if i >= LEAST_SAMPLES and time.perf_counter() > stop:
-            break
-        for own, call in zip(times, calls, strict=True):
+
+    def sampler(call: Callable[[], Any]) -> Callable[[], float]:
+        def sample() -> float:
             start = time.perf_counter()
             call()
-            own.append((time.perf_counter() - start) * 1e6)
-    return times
+            return (time.perf_counter() - start) * 1e6
+
+        return sample
+
+    return _in_turns([sampler(call) for call in calls], repeats, warmup, seconds)
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
