@@ -165,7 +165,8 @@ def _attention(paths: set[str]) -> None:
 def _matrix_products(paths: set[str]) -> None:
     """Our own matrix products, where the GPU has them: both kernels, whole tiles and ragged ones."""
     os.environ["STYLEFORGE_PATH"] = "sm90"
-    for tune in ("small=1", "small=2,columns=64", "small=2,columns=32,cluster=4", "one=2"):
+    pieces = "small=1,memory=16,depth=64,room=2"
+    for tune in ("small=1", "small=2,columns=64", "small=2,columns=32,cluster=4", "one=2", pieces):
         os.environ["STYLEFORGE_GEMM_TUNE"] = tune
         for precision in ("ieee", "tf32"):
             for rows, embed, hidden, out in ((130, 64, 128, 64), (197, 100, 332, 77), (40, 516, 36, 3)):
@@ -271,6 +272,17 @@ def _instance_norms(paths: set[str]) -> None:
     with torch.inference_mode():
         fused_instance_norm(torch.randn(2, 3, 64, 64, device=device))
         paths.add(styleforge.last_path())
+    with torch.inference_mode():
+        # Clusters with several units each, blocks with several tiles, and without any.
+        os.environ["STYLEFORGE_PATH"] = ""
+        for tune in ("units=2,grid=2", "units=2,lanes=2,cluster=2,grid=3"):
+            os.environ["STYLEFORGE_TUNE"] = tune
+            for dtype in (torch.float32, torch.float16):
+                for shape in ((3, 128, 40, 33), (2, 64, 5, 3)):
+                    x = torch.randn(shape, device=device, dtype=dtype)
+                    x = x.contiguous(memory_format=torch.channels_last)
+                    fused_instance_norm(x, residual=x)
+                    paths.add(styleforge.last_path())
     os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_TUNE"] = ""
 
 
