@@ -128,10 +128,14 @@ std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool chann
   return strides;
 }
 
-std::array<int64_t, 4> dense_strides_of(const TensorFacts& tensor, bool channels_last) {
+std::array<int64_t, 4> dense_strides_of(const int64_t* sizes, bool channels_last) {
   std::array<int64_t, 4> strides = {};
-  fill_dense_strides(tensor.sizes, 4, channels_last, strides.data());
+  fill_dense_strides(sizes, 4, channels_last, strides.data());
   return strides;
+}
+
+std::array<int64_t, 4> dense_strides_of(const TensorFacts& tensor, bool channels_last) {
+  return dense_strides_of(tensor.sizes, channels_last);
 }
 
 bool is_dense(const TensorFacts& tensor, bool channels_last) {
@@ -175,6 +179,12 @@ Tensor in_format(const Tensor& tensor, bool channels_last) {
 
 Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes, bool channels_last, ScalarType dtype) {
   return empty_strided(like, sizes, dense_strides(sizes, channels_last), dtype);
+}
+
+Tensor empty_dense(const TensorFacts& like, const std::vector<int64_t>& sizes, bool channels_last, ScalarType dtype) {
+  const auto of = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const auto strides = dense_strides(sizes, channels_last);
+  return Tensor(empty_strided(like, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), of).release());
 }
 
 namespace {
@@ -229,6 +239,12 @@ void check_like(const char* op, const char* name, const TensorFacts& tensor, con
          dtype_text(tensor.scalar_type()));
   }
   if (sizes != nullptr) check_sizes(op, name, tensor, sizes->data(), static_cast<int64_t>(sizes->size()));
+}
+
+void check_like(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
+                std::initializer_list<int64_t> sizes) {
+  check_like(op, name, tensor, input, nullptr);
+  check_sizes(op, name, tensor, sizes.begin(), static_cast<int64_t>(sizes.size()));
 }
 
 void check_alike(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input) {

@@ -50,8 +50,10 @@ bool has_dense_strides(const Tensor& tensor, bool channels_last);
 Tensor in_format(const Tensor& tensor, bool channels_last);
 // The strides of a dense 4-d tensor of the sizes of `tensor` in that format.
 std::array<int64_t, 4> dense_strides_of(const TensorFacts& tensor, bool channels_last);
+std::array<int64_t, 4> dense_strides_of(const int64_t* sizes, bool channels_last);
 std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool channels_last);
 Tensor empty_dense(const Tensor& like, const std::vector<int64_t>& sizes, bool channels_last, ScalarType dtype);
+Tensor empty_dense(const TensorFacts& like, const std::vector<int64_t>& sizes, bool channels_last, ScalarType dtype);
 
 // What both norm operators accept for weight and bias: [C] or [N, C], of the input's dtype or float32.
 void check_norm_params(const char* op, const char* weight_name, const char* bias_name, const Tensor& input,
@@ -65,6 +67,8 @@ void check_device(const char* op, const char* name, const TensorFacts& tensor, c
 // A second tensor next to `input`: same device and dtype, and for `sizes` non-null exactly these sizes.
 void check_like(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
                 const std::vector<int64_t>* sizes);
+void check_like(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
+                std::initializer_list<int64_t> sizes);
 // The same, of the sizes of `input`.
 void check_alike(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input);
 

@@ -43,20 +43,20 @@ void record_backward(bool cuda, AttentionKernel kernel) {
   record_path(kPaths[cuda][static_cast<int>(kernel)]);
 }
 
-void check_argument(const char* op, const char* name, const OptionalTensor& tensor, const Tensor& input,
-                    const std::vector<int64_t>& sizes) {
-  if (tensor) check_like(op, name, *tensor, input, &sizes);
+void check_argument(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
+                    std::initializer_list<int64_t> sizes) {
+  if (tensor.handle != nullptr) check_like(op, name, tensor, input, sizes);
 }
 
-void check_mask(const char* op, const OptionalTensor& mask, const Tensor& input) {
-  if (!mask) return;
-  check_device(op, "key_padding_mask", *mask, input);
-  if (mask->scalar_type() != ScalarType::Bool) {
-    fail(op, "key_padding_mask must be bool (true: the key takes no part), got ", dtype_text(mask->scalar_type()));
+void check_mask(const char* op, const TensorFacts& mask, const TensorFacts& input) {
+  if (mask.handle == nullptr) return;
+  check_device(op, "key_padding_mask", mask, input);
+  if (mask.scalar_type() != ScalarType::Bool) {
+    fail(op, "key_padding_mask must be bool (true: the key takes no part), got ", dtype_text(mask.scalar_type()));
   }
-  const int64_t n = input.size(0), s = input.size(1);
-  if (mask->dim() != 2 || mask->size(0) != n || mask->size(1) != s) {
-    fail(op, "key_padding_mask must have shape [", n, ", ", s, "], got ", shape_text(*mask));
+  const int64_t n = input.sizes[0], s = input.sizes[1];
+  if (mask.dim != 2 || mask.sizes[0] != n || mask.sizes[1] != s) {
+    fail(op, "key_padding_mask must have shape [", n, ", ", s, "], got ", shape_text(mask));
   }
 }
 
@@ -106,16 +106,16 @@ bool project(const AttentionBackend& backend, const Tensor& out, const Tensor& r
 
 AttentionPlan plan_attention(const AttentionArgs& args) {
   const char* op = operator_name(args.version);
-  const Tensor& input = args.input;
-  if (input.dim() != 3 || input.size(2) == 0) {
+  const TensorFacts& input = args.input;
+  if (input.dim != 3 || input.sizes[2] == 0) {
     fail(op, "input must have shape [N, S, embed_dim], embed_dim > 0, got ", shape_text(input));
   }
-  kernel_dtype(op, "input", input.scalar_type());
+  kernel_dtype(op, "input", input);
   AttentionPlan plan;
   plan.tf32 = parse_tf32(op, args.precision.value);
-  plan.batch = input.size(0);
-  plan.length = input.size(1);
-  plan.embed = input.size(2);
+  plan.batch = input.sizes[0];
+  plan.length = input.sizes[1];
+  plan.embed = input.sizes[2];
   plan.heads = args.heads;
   if (args.heads < 1 || plan.embed % args.heads != 0) {
     fail(op, "num_heads must divide embed_dim, ", plan.embed, ", got ", args.heads);
@@ -141,29 +141,31 @@ AttentionPlan plan_attention(const AttentionArgs& args) {
 FusedAttentionResult run_attention(const AttentionBackend& backend, const AttentionArgs& args,
                                    const AttentionPlan& plan, bool keep) {
   FusedAttentionResult result;
-  OptionalTensor qkv = tokens(backend, args.input, 3 * plan.embed);
+  const Tensor input = tensor_of(args.input.handle);
+  OptionalTensor qkv = tokens(backend, input, 3 * plan.embed);
   if (plan.rows() == 0) {
-    result.output = tokens(backend, args.input, plan.embed);
+    result.output = owned(tokens(backend, input, plan.embed));
     record(backend.cuda, plan.version, AttentionKernel::kNone);
     if (!keep) return result;
     result.qkv = qkv;
-    result.attention = tokens(backend, args.input, plan.embed);
-    const bool wide = args.input.scalar_type() == ScalarType::Double;
-    result.logsumexp = empty_dense(args.input, {plan.batch, plan.heads, plan.length}, false,
-                                   wide ? ScalarType::Double : ScalarType::Float);
+    result.attention = tokens(backend, input, plan.embed);
+    const bool wide = input.scalar_type() == ScalarType::Double;
+    result.logsumexp =
+        empty_dense(input, {plan.batch, plan.heads, plan.length}, false, wide ? ScalarType::Double : ScalarType::Float);
     return result;
   }
-  const bool first_own =
-      project(backend, *qkv, as_rows(args.input, plan.rows()), args.qkv_weight, args.qkv_bias, plan.tf32);
-  AttentionResult attention =
-      backend.attend(stage_of(*qkv, args.key_padding_mask, plan.heads, plan.scale, args.is_causal), keep);
+  const bool first_own = project(backend, *qkv, as_rows(input, plan.rows()), tensor_of(args.qkv_weight.handle),
+                                 optional_tensor_of(args.qkv_bias), plan.tf32);
+  AttentionResult attention = backend.attend(
+      stage_of(*qkv, optional_tensor_of(args.key_padding_mask), plan.heads, plan.scale, args.is_causal), keep);
   if (keep) result.qkv = qkv;
   qkv.reset();  // before the next allocation, which can have its place
   const Tensor heads =
       strided_view(attention.output, {plan.batch, plan.length, plan.embed}, {plan.length * plan.embed, plan.embed, 1});
-  result.output = tokens(backend, args.input, plan.embed);
-  const bool own =
-      project(backend, result.output, as_rows(heads, plan.rows()), args.out_weight, args.out_bias, plan.tf32);
+  const Tensor output = tokens(backend, input, plan.embed);
+  const bool own = project(backend, output, as_rows(heads, plan.rows()), tensor_of(args.out_weight.handle),
+                           optional_tensor_of(args.out_bias), plan.tf32);
+  result.output = owned(output);
   if (keep) {
     result.attention = heads;
     // Whatever strides of one-element dimensions the kernel left.

@@ -17,17 +17,15 @@ namespace styleforge {
 // Which of the three operators was called. kAuto leaves the choice between the two designs to the device.
 enum class AttentionVersion : int { kAuto = 0, kV1 = 1, kV2 = 2 };
 
+// Tensors are borrowed; those that were left out have no handle.
 struct AttentionArgs {
   AttentionVersion version;
-  const Tensor& input;  // [batch, length, embed]
-  const Tensor& qkv_weight;
-  const OptionalTensor& qkv_bias;
-  const Tensor& out_weight;
-  const OptionalTensor& out_bias;
+  TensorFacts input;  // [batch, length, embed]
+  TensorFacts qkv_weight, qkv_bias, out_weight, out_bias;
   int64_t heads;
   std::optional<double> scale;
   bool is_causal;
-  const OptionalTensor& key_padding_mask;
+  TensorFacts key_padding_mask;
   const Text& precision;
 };
 
@@ -103,7 +101,7 @@ struct AttentionBackend {
 
 // The result, and where `keep` is set what the backward needs.
 struct FusedAttentionResult {
-  Tensor output;
+  OwnedHandle output;
   OptionalTensor qkv, attention, logsumexp;  // [N, S, 3 E], [N, S, E], [N, heads, S]
 };
 FusedAttentionResult run_attention(const AttentionBackend& backend, const AttentionArgs& args,

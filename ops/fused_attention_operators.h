@@ -16,14 +16,17 @@ struct AttentionOperators {
   }
 
   template <AttentionVersion kVersion>
-  static Tensor forward(const Tensor& input, const Tensor& qkv_weight, const OptionalTensor& qkv_bias,
-                        const Tensor& out_weight, const OptionalTensor& out_bias, int64_t num_heads,
-                        std::optional<double> scale, bool is_causal, const OptionalTensor& key_padding_mask,
-                        const Text& precision) {
-    return run({kVersion, input, qkv_weight, qkv_bias, out_weight, out_bias, num_heads, scale, is_causal,
-                key_padding_mask, precision},
-               false)
-        .output;
+  static ReturnedHandle forward(AtenTensorHandle input, AtenTensorHandle qkv_weight, const OptionalHandle& qkv_bias,
+                                AtenTensorHandle out_weight, const OptionalHandle& out_bias, int64_t num_heads,
+                                std::optional<double> scale, bool is_causal, const OptionalHandle& key_padding_mask,
+                                const Text& precision) {
+    const OwnedHandle own_input(input), own_qkv_weight(qkv_weight), own_qkv_bias = owned(qkv_bias);
+    const OwnedHandle own_out_weight(out_weight), own_out_bias = owned(out_bias), own_mask = owned(key_padding_mask);
+    FusedAttentionResult result =
+        run({kVersion, facts_of(own_input), facts_of(own_qkv_weight), facts_of(own_qkv_bias), facts_of(own_out_weight),
+             facts_of(own_out_bias), num_heads, scale, is_causal, facts_of(own_mask), precision},
+            false);
+    return {result.output.release()};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> forward_for_backward(
@@ -31,11 +34,11 @@ struct AttentionOperators {
       const OptionalTensor& out_bias, int64_t num_heads, std::optional<double> scale, bool is_causal,
       const OptionalTensor& key_padding_mask, const Text& precision, int64_t version) {
     if (version < 0 || version > 2) fail("_fused_attention_forward", "version must be 0, 1 or 2, got ", version);
-    const FusedAttentionResult result =
-        run({static_cast<AttentionVersion>(version), input, qkv_weight, qkv_bias, out_weight, out_bias, num_heads,
-             scale, is_causal, key_padding_mask, precision},
+    FusedAttentionResult result =
+        run({static_cast<AttentionVersion>(version), input, qkv_weight, facts_of(qkv_bias), out_weight,
+             facts_of(out_bias), num_heads, scale, is_causal, facts_of(key_padding_mask), precision},
             true);
-    return {result.output, *result.qkv, *result.attention, *result.logsumexp};
+    return {Tensor(result.output.release()), *result.qkv, *result.attention, *result.logsumexp};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(

@@ -18,6 +18,8 @@ std::vector<int64_t> pair(const char* op, const char* name, const std::vector<in
   return result;
 }
 
+}  // namespace
+
 PaddingMode parse_padding_mode(const char* op, const std::string& name) {
   if (name == "zeros") return PaddingMode::kZeros;
   if (name == "reflect") return PaddingMode::kReflect;
@@ -25,39 +27,37 @@ PaddingMode parse_padding_mode(const char* op, const std::string& name) {
   fail(op, "padding_mode must be one of zeros, reflect, replicate, got \"", name, "\"");
 }
 
-}  // namespace
-
-ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormArgs& args) {
+ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormOptions& options,
+                                             const ConvInstanceNormFacts& tensors) {
   ConvInstanceNormPlan plan;
-  const Tensor& input = args.input;
-  const Tensor& weight = args.weight;
-  if (input.dim() != 4) fail(kOp, "input must have shape [N, C, H, W], got ", shape_text(input));
-  kernel_dtype(kOp, "input", input.scalar_type());
-  if (weight.dim() != 4 || weight.size(1) != input.size(1)) {
-    fail(kOp, "weight must have shape [out_channels, ", input.size(1), ", kernel_height, kernel_width], got ",
+  const TensorFacts& input = tensors.input;
+  const TensorFacts& weight = tensors.weight;
+  if (input.dim != 4) fail(kOp, "input must have shape [N, C, H, W], got ", shape_text(input));
+  const DType dtype = kernel_dtype(kOp, "input", input);
+  const int64_t *in = input.sizes, *of = weight.sizes;
+  if (weight.dim != 4 || of[1] != in[1]) {
+    fail(kOp, "weight must have shape [out_channels, ", in[1], ", kernel_height, kernel_width], got ",
          shape_text(weight));
   }
   check_like(kOp, "weight", weight, input, nullptr);
-  const int64_t out_channels = weight.size(0);
-  if (out_channels == 0 || input.size(1) == 0 || weight.size(2) == 0 || weight.size(3) == 0) {
+  const int64_t out_channels = of[0];
+  if (out_channels == 0 || in[1] == 0 || of[2] == 0 || of[3] == 0) {
     fail(kOp, "weight must have no empty dimension, got ", shape_text(weight));
   }
-  if (args.bias) {
-    const std::vector<int64_t> expected{out_channels};
-    check_like(kOp, "bias", *args.bias, input, &expected);
-  }
-  plan.stride = pair(kOp, "stride", args.stride, 1);
-  plan.padding = pair(kOp, "padding", args.padding, 0);
-  plan.mode = parse_padding_mode(kOp, args.padding_mode.value);
-  if (args.upsample != 1 && args.upsample != 2) fail(kOp, "upsample must be 1 or 2, got ", args.upsample);
-  plan.activation = parse_activation(kOp, args.activation.value);
-  plan.tf32 = parse_tf32(kOp, args.precision.value) && input.scalar_type() == ScalarType::Float;
-  check_norm_params(kOp, "norm_weight", "norm_bias", input, args.norm_weight, args.norm_bias, input.size(0),
-                    out_channels);
+  if (tensors.bias.handle != nullptr) check_like(kOp, "bias", tensors.bias, input, {out_channels});
+  plan.stride = pair(kOp, "stride", options.stride, 1);
+  plan.padding = pair(kOp, "padding", options.padding, 0);
+  plan.mode = parse_padding_mode(kOp, options.padding_mode.value);
+  if (options.upsample != 1 && options.upsample != 2) fail(kOp, "upsample must be 1 or 2, got ", options.upsample);
+  plan.activation = parse_activation(kOp, options.activation.value);
+  plan.tf32 = parse_tf32(kOp, options.precision.value) && dtype == DType::kFloat32;
+  const TensorFacts &norm_weight = tensors.norm_weight, &norm_bias = tensors.norm_bias;
+  check_norm_params(kOp, "norm_weight", "norm_bias", input, norm_weight.handle != nullptr ? &norm_weight : nullptr,
+                    norm_bias.handle != nullptr ? &norm_bias : nullptr, in[0], out_channels);
 
-  plan.output_sizes = {input.size(0), out_channels, 0, 0};
+  plan.output_sizes = {in[0], out_channels, 0, 0};
   for (int d = 0; d < 2; ++d) {
-    const int64_t size = input.size(2 + d) * args.upsample;
+    const int64_t size = in[2 + d] * options.upsample;
     if (plan.mode == PaddingMode::kReflect && plan.padding[d] >= size) {
       fail(kOp, "padding must be smaller than the (upsampled) input for padding_mode reflect, got padding ",
            plan.padding[d], " for input ", shape_text(input));
@@ -65,25 +65,24 @@ ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormArgs& args) {
     if (plan.mode == PaddingMode::kReplicate && plan.padding[d] > 0 && size == 0) {
       fail(kOp, "padding_mode replicate needs a non-empty input, got ", shape_text(input));
     }
-    const int64_t room = size + 2 * plan.padding[d] - weight.size(2 + d);
+    const int64_t room = size + 2 * plan.padding[d] - of[2 + d];
     if (room < 0) {
-      fail(kOp, "weight's kernel [", weight.size(2), ", ", weight.size(3),
-           "] must not be larger than the padded input, got input ", shape_text(input), " with padding [",
-           plan.padding[0], ", ", plan.padding[1], "]");
+      fail(kOp, "weight's kernel [", of[2], ", ", of[3], "] must not be larger than the padded input, got input ",
+           shape_text(input), " with padding [", plan.padding[0], ", ", plan.padding[1], "]");
     }
     plan.output_sizes[2 + d] = room / plan.stride[d] + 1;
   }
   plan.channels_last = prefers_channels_last(input);
-  if (args.residual) check_like(kOp, "residual", *args.residual, input, &plan.output_sizes);
+  if (tensors.residual.handle != nullptr) check_like(kOp, "residual", tensors.residual, input, &plan.output_sizes);
   return plan;
 }
 
-InstanceNormRequest norm_request(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+InstanceNormRequest norm_request(const ConvInstanceNormOptions& options, const ConvInstanceNormPlan& plan) {
   InstanceNormRequest request;
   request.op = kOp;
-  request.eps = args.eps;
+  request.eps = options.eps;
   request.activation = plan.activation;
-  request.negative_slope = args.negative_slope;
+  request.negative_slope = options.negative_slope;
   request.output_channels_last = plan.channels_last;
   return request;
 }

@@ -10,12 +10,8 @@
 
 namespace styleforge {
 
-struct ConvInstanceNormArgs {
-  const Tensor& input;
-  const Tensor& weight;
-  const OptionalTensor& bias;
-  const OptionalTensor& norm_weight;
-  const OptionalTensor& norm_bias;
+// All but the tensors.
+struct ConvInstanceNormOptions {
   const std::vector<int64_t>& stride;
   const std::vector<int64_t>& padding;
   const Text& padding_mode;
@@ -23,8 +19,21 @@ struct ConvInstanceNormArgs {
   double eps;
   const Text& activation;
   double negative_slope;
-  const OptionalTensor& residual;
   const Text& precision;
+};
+
+struct ConvInstanceNormArgs : ConvInstanceNormOptions {
+  const Tensor& input;
+  const Tensor& weight;
+  const OptionalTensor& bias;
+  const OptionalTensor& norm_weight;
+  const OptionalTensor& norm_bias;
+  const OptionalTensor& residual;
+};
+
+// The same tensors, asked for once; borrowed, and without a handle where left out.
+struct ConvInstanceNormFacts {
+  TensorFacts input, weight, bias, norm_weight, norm_bias, residual;
 };
 
 struct ConvInstanceNormPlan {
@@ -38,8 +47,12 @@ struct ConvInstanceNormPlan {
   bool empty() const { return output_sizes[0] * output_sizes[1] * output_sizes[2] * output_sizes[3] == 0; }
 };
 
+// "zeros", "reflect" or "replicate"; throws otherwise.
+PaddingMode parse_padding_mode(const char* op, const std::string& name);
+
 // Throws on anything the operator does not accept.
-ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormArgs& args);
+ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormOptions& options,
+                                             const ConvInstanceNormFacts& tensors);
 
 // What a device has to offer.
 struct ConvInstanceNormBackend {
@@ -51,7 +64,7 @@ struct ConvInstanceNormBackend {
 };
 
 // The norm behind the convolution as the arguments ask for it; format and place are the caller's to change.
-InstanceNormRequest norm_request(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan);
+InstanceNormRequest norm_request(const ConvInstanceNormOptions& options, const ConvInstanceNormPlan& plan);
 
 // The operator styleforge::_pad_upsample: checks, then the function below.
 Tensor checked_pad_upsample(const ConvInstanceNormBackend& backend, const Tensor& input,

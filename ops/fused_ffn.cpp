@@ -17,10 +17,8 @@ FfnActivation parse_ffn_activation(const char* op, const std::string& name) {
   fail(op, "activation must be one of gelu, gelu_tanh, relu, silu, got \"", name, "\"");
 }
 
-void check_bias(const char* name, const OptionalTensor& bias, const Tensor& input, int64_t width) {
-  if (!bias) return;
-  const std::vector<int64_t> expected{width};
-  check_like(kOp, name, *bias, input, &expected);
+void check_bias(const char* name, const TensorFacts& bias, const TensorFacts& input, int64_t width) {
+  if (bias.handle != nullptr) check_like(kOp, name, bias, input, {width});
 }
 
 bool bias_in_product(const FfnBackend& backend, const Tensor& input) {
@@ -65,34 +63,39 @@ const void* bias_data(const OptionalTensor& bias, OptionalTensor& holder) {
   return holder->const_data_ptr();
 }
 
-FfnPlan plan_ffn(const FfnArgs& args) {
+const void* bias_data(const TensorFacts& bias, OptionalTensor& holder) {
+  if (bias.handle == nullptr) return nullptr;
+  if (is_contiguous(bias)) return const_data(bias);
+  return bias_data(optional_tensor_of(bias), holder);
+}
+
+FfnPlan plan_ffn(const FfnFacts& args) {
   FfnPlan plan;
-  const Tensor& input = args.input;
-  if (input.dim() == 0) fail(kOp, "input must have shape [..., embed_dim], got ", shape_text(input));
-  kernel_dtype(kOp, "input", input.scalar_type());
+  const TensorFacts& input = args.input;
+  if (input.dim == 0) fail(kOp, "input must have shape [..., embed_dim], got ", shape_text(input));
+  kernel_dtype(kOp, "input", input);
   plan.activation = parse_ffn_activation(kOp, args.activation.value);
   plan.tf32 = parse_tf32(kOp, args.precision.value);
-  const auto sizes = input.sizes();
-  plan.embed = sizes.back();
-  if (args.fc1_weight.dim() != 2 || args.fc1_weight.size(1) != plan.embed) {
+  plan.embed = input.sizes[input.dim - 1];
+  if (args.fc1_weight.dim != 2 || args.fc1_weight.sizes[1] != plan.embed) {
     fail(kOp, "fc1_weight must have shape [hidden, ", plan.embed, "], got ", shape_text(args.fc1_weight));
   }
   check_like(kOp, "fc1_weight", args.fc1_weight, input, nullptr);
-  plan.hidden = args.fc1_weight.size(0);
+  plan.hidden = args.fc1_weight.sizes[0];
   check_bias("fc1_bias", args.fc1_bias, input, plan.hidden);
-  if (args.fc2_weight.dim() != 2 || args.fc2_weight.size(1) != plan.hidden) {
+  if (args.fc2_weight.dim != 2 || args.fc2_weight.sizes[1] != plan.hidden) {
     fail(kOp, "fc2_weight must have shape [out, ", plan.hidden, "], got ", shape_text(args.fc2_weight));
   }
   check_like(kOp, "fc2_weight", args.fc2_weight, input, nullptr);
-  plan.out = args.fc2_weight.size(0);
+  plan.out = args.fc2_weight.sizes[0];
   check_bias("fc2_bias", args.fc2_bias, input, plan.out);
 
-  plan.output_sizes.assign(sizes.begin(), sizes.end());
+  plan.output_sizes.assign(input.sizes, input.sizes + input.dim);
   for (size_t d = 0; d + 1 < plan.output_sizes.size(); ++d) plan.rows *= plan.output_sizes[d];
   plan.hidden_sizes = plan.output_sizes;
   plan.output_sizes.back() = plan.out;
   plan.hidden_sizes.back() = plan.hidden;
-  if (args.residual) check_like(kOp, "residual", *args.residual, input, &plan.output_sizes);
+  if (args.residual.handle != nullptr) check_like(kOp, "residual", args.residual, input, &plan.output_sizes);
   return plan;
 }
 

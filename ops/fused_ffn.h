@@ -26,6 +26,14 @@ struct FfnArgs {
   const Text& precision;
 };
 
+// The same, asked for once; borrowed, and without a handle where left out.
+struct FfnFacts {
+  TensorFacts input, fc1_weight, fc1_bias, fc2_weight, fc2_bias;
+  const Text& activation;
+  TensorFacts residual;
+  const Text& precision;
+};
+
 struct FfnPlan {
   int64_t rows = 1;  // all leading dimensions
   int64_t embed = 0, hidden = 0, out = 0;
@@ -35,7 +43,7 @@ struct FfnPlan {
 };
 
 // Throws on anything the operator does not accept.
-FfnPlan plan_ffn(const FfnArgs& args);
+FfnPlan plan_ffn(const FfnFacts& args);
 
 // The result, and the first product where it was to be kept (with the bias where the backend adds it there).
 struct FfnResult {
@@ -68,6 +76,8 @@ struct FfnBackend {
   // 16-bit products are rounded after the bias is added, as PyTorch's linear layers do it: where the two cancel, a
   // product rounded before would leave its rounding behind.
   bool bias_in_16_bit_products;
+  // Kernels for all of a small network, or null: where the host's time counts. As `whole`, which it comes before.
+  std::optional<FfnResult> (*small)(const FfnFacts& args, const FfnPlan& plan, bool keep_hidden);
   // Kernels for both ends of both products, or null. Records its path; nothing where it does not take the call.
   std::optional<FfnResult> (*whole)(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden);
   // For the backward: a product of its own in the place of mm, or null. Records its path; false where it does not take
@@ -82,6 +92,7 @@ FfnResult run_ffn(const FfnBackend& backend, const FfnArgs& args, const FfnPlan&
 
 // A dense bias, kept alive by `holder`, or null.
 const void* bias_data(const OptionalTensor& bias, OptionalTensor& holder);
+const void* bias_data(const TensorFacts& bias, OptionalTensor& holder);
 
 struct FfnBackwardArgs {
   const Tensor& grad_output;

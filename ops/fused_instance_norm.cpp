@@ -40,26 +40,12 @@ void fill_weight(InstanceNormParams& params, const char* op, const OptionalTenso
   params.param_dtype = param ? kernel_dtype(op, "weight", param->scalar_type()) : DType::kFloat32;
 }
 
-const void* data_of(const TensorFacts& tensor) {
-  const void* data = nullptr;
-  check_shim(torch_get_const_data_ptr(tensor.handle, &data), "get_const_data_ptr");
-  return data;
-}
-
 void fill_request(InstanceNormParams& params, const InstanceNormRequest& request) {
   params.eps = request.eps;
   params.activation = request.activation;
   params.negative_slope = request.negative_slope;
   params.output_channels_last = request.output_channels_last;
 }
-
-// The tensors of a call of fused_instance_norm; weight, bias and residual null where absent.
-struct InstanceNormTensors {
-  const TensorFacts& input;
-  const TensorFacts* weight;
-  const TensorFacts* bias;
-  const TensorFacts* residual;
-};
 
 InstanceNormRequest check_fused_instance_norm(const InstanceNormTensors& tensors, double eps, const Text& activation,
                                               double negative_slope) {
@@ -76,8 +62,8 @@ InstanceNormRequest check_fused_instance_norm(const InstanceNormTensors& tensors
   return request;
 }
 
-// Fills everything but the result where all tensors lie as the kernels read them, which is nearly always and costs no
-// allocation; false where one has to be copied first (prepare_instance_norm). After the checks.
+}  // namespace
+
 bool fill_dense(const InstanceNormRequest& request, const InstanceNormTensors& tensors, InstanceNormParams& params) {
   const TensorFacts& input = tensors.input;
   if (!is_dense(input, request.output_channels_last)) return false;
@@ -91,10 +77,10 @@ bool fill_dense(const InstanceNormRequest& request, const InstanceNormTensors& t
   params.channels = input.sizes[1];
   params.pixels = input.sizes[2] * input.sizes[3];
   params.dtype = kernel_dtype(request.op, "input", input);
-  params.input = data_of(input);
-  if (tensors.residual != nullptr) params.residual = data_of(*tensors.residual);
-  if (tensors.weight != nullptr) params.weight = data_of(*tensors.weight);
-  if (tensors.bias != nullptr) params.bias = data_of(*tensors.bias);
+  params.input = const_data(input);
+  if (tensors.residual != nullptr) params.residual = const_data(*tensors.residual);
+  if (tensors.weight != nullptr) params.weight = const_data(*tensors.weight);
+  if (tensors.bias != nullptr) params.bias = const_data(*tensors.bias);
   const TensorFacts* param = tensors.weight != nullptr ? tensors.weight : tensors.bias;
   if (param != nullptr) {
     params.param_batch_stride = param->dim == 2 ? params.channels : 0;
@@ -102,13 +88,6 @@ bool fill_dense(const InstanceNormRequest& request, const InstanceNormTensors& t
   }
   return true;
 }
-
-OwnedHandle owned(const OptionalHandle& handle) { return OwnedHandle(handle ? *handle : nullptr); }
-OptionalTensor optional_tensor_of(const OwnedHandle& handle) {
-  return handle ? OptionalTensor(tensor_of(handle.get())) : std::nullopt;
-}
-
-}  // namespace
 
 ReturnedHandle run_fused_instance_norm(const InstanceNormHandles& handles, double eps, const Text& activation,
                                        double negative_slope, InstanceNormLaunch launch) {
@@ -121,15 +100,15 @@ ReturnedHandle run_fused_instance_norm(const InstanceNormHandles& handles, doubl
   const auto request = check_fused_instance_norm(tensors, eps, activation, negative_slope);
   InstanceNormParams params;
   if (!fill_dense(request, tensors, params)) {
-    const auto call = prepare_instance_norm(request, tensor_of(input.get()), optional_tensor_of(weight),
-                                            optional_tensor_of(bias), optional_tensor_of(residual));
+    const auto call = prepare_instance_norm(request, tensor_of(input.get()), optional_tensor_of(of_weight),
+                                            optional_tensor_of(of_bias), optional_tensor_of(of_residual));
     if (!call.empty()) launch(call.params, call.output);
     return returned(call.output);
   }
   const auto strides = dense_strides_of(of_input, request.output_channels_last);
   OwnedHandle output = empty_strided(of_input, 4, of_input.sizes, strides.data(), of_input.dtype);
   if (params.batch * params.channels * params.pixels > 0) {
-    check_shim(torch_get_mutable_data_ptr(output.get(), &params.output), "get_mutable_data_ptr");
+    params.output = mutable_data(output);
     launch(params, facts_of(output));
   }
   return {output.release()};

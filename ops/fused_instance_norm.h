@@ -33,6 +33,18 @@ struct InstanceNormRequest {
   bool mixed_formats = false;
 };
 
+// The tensors of a call; weight, bias and residual null where absent.
+struct InstanceNormTensors {
+  const TensorFacts& input;
+  const TensorFacts* weight;
+  const TensorFacts* bias;
+  const TensorFacts* residual;
+};
+
+// Fills everything but the result where all tensors lie as the kernels read them, which is nearly always and costs no
+// allocation; false where one has to be copied first (prepare_instance_norm). After the checks.
+bool fill_dense(const InstanceNormRequest& request, const InstanceNormTensors& tensors, InstanceNormParams& params);
+
 InstanceNormCall prepare_instance_norm(const InstanceNormRequest& request, const Tensor& input,
                                        const OptionalTensor& weight, const OptionalTensor& bias,
                                        const OptionalTensor& residual);

@@ -2,21 +2,26 @@
 
 namespace styleforge {
 
-Tensor as_rows(const Tensor& tensor, int64_t rows) {
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  const int64_t width = sizes.back();
-  bool collapses = strides.back() == 1 || width <= 1;
-  int64_t inner = width, row_stride = width;  // of the leading dimensions looked at so far
+std::optional<int64_t> row_pitch(const TensorFacts& tensor) {
+  const int64_t* sizes = tensor.sizes;
+  const int64_t* strides = tensor.strides;
+  const int64_t last = tensor.dim - 1, width = sizes[last];
+  if (strides[last] != 1 && width > 1) return {};
+  int64_t inner = width, pitch = width;  // of the leading dimensions looked at so far
   bool first = true;
-  for (size_t d = sizes.size() - 1; collapses && d-- > 0;) {
+  for (int64_t d = last; d-- > 0;) {
     if (sizes[d] == 1) continue;
-    collapses = first ? strides[d] >= width : strides[d] == inner;
-    if (first) row_stride = strides[d];
+    if (first ? strides[d] < width : strides[d] != inner) return {};
+    if (first) pitch = strides[d];
     first = false;
     inner = strides[d] * sizes[d];
   }
-  if (collapses) return strided_view(tensor, {rows, width}, {row_stride, 1});
+  return pitch;
+}
+
+Tensor as_rows(const Tensor& tensor, int64_t rows) {
+  const int64_t width = tensor.sizes().back();
+  if (const auto pitch = row_pitch(tensor)) return strided_view(tensor, {rows, width}, {*pitch, 1});
   return strided_view(to_contiguous(tensor, false), {rows, width}, {width, 1});
 }
 

@@ -9,6 +9,9 @@ namespace styleforge {
 // the last.
 Tensor as_rows(const Tensor& tensor, int64_t rows);
 
+// How far apart those rows lie, where that takes no copy.
+std::optional<int64_t> row_pitch(const TensorFacts& tensor);
+
 // The same memory as [columns, rows].
 Tensor transposed(const Tensor& matrix);
 

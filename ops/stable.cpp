@@ -34,6 +34,20 @@ int64_t TensorFacts::numel() const {
   return count;
 }
 
+size_t element_size(const TensorFacts& tensor) { return aoti_torch_dtype_element_size(tensor.dtype); }
+
+const void* const_data(const TensorFacts& tensor) {
+  const void* data = nullptr;
+  check_shim(torch_get_const_data_ptr(tensor.handle, &data), "get_const_data_ptr");
+  return data;
+}
+
+void* mutable_data(const OwnedHandle& handle) {
+  void* data = nullptr;
+  check_shim(torch_get_mutable_data_ptr(handle.get(), &data), "get_mutable_data_ptr");
+  return data;
+}
+
 Tensor tensor_of(AtenTensorHandle handle) {
   AtenTensorHandle owned = nullptr;
   check_shim(aoti_torch_new_tensor_handle(handle, &owned), "new_tensor_handle");
@@ -52,6 +66,16 @@ OwnedHandle empty_strided(const TensorFacts& like, int64_t dim, const int64_t* s
   check_shim(aoti_torch_empty_strided(dim, sizes, strides, dtype, like.device_type, like.device_index, &handle),
              "empty_strided");
   return OwnedHandle(handle);
+}
+
+OwnedHandle empty_contiguous(const TensorFacts& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
+  std::array<int64_t, 8> strides = {};
+  int64_t next = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides.at(d) = next;
+    next *= sizes.begin()[d] > 0 ? sizes.begin()[d] : 1;
+  }
+  return empty_strided(like, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), dtype);
 }
 
 Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,

@@ -64,14 +64,27 @@ struct ReturnedHandle {
 inline TensorFacts facts_of(const OptionalTensor& tensor) { return tensor ? TensorFacts(*tensor) : TensorFacts(); }
 inline TensorFacts facts_of(const OwnedHandle& handle) { return handle ? TensorFacts(handle.get()) : TensorFacts(); }
 
+inline OwnedHandle owned(const OptionalHandle& handle) { return OwnedHandle(handle ? *handle : nullptr); }
+
+size_t element_size(const TensorFacts& tensor);
+const void* const_data(const TensorFacts& tensor);
+void* mutable_data(const OwnedHandle& handle);
+
 // A new owner of the same tensor.
 Tensor tensor_of(AtenTensorHandle handle);
+inline OptionalTensor optional_tensor_of(const TensorFacts& tensor) {
+  return tensor.handle != nullptr ? OptionalTensor(tensor_of(tensor.handle)) : std::nullopt;
+}
 ReturnedHandle returned(const Tensor& tensor);
+inline OwnedHandle owned(const Tensor& tensor) { return OwnedHandle(returned(tensor).handle); }
 
 // Uninitialised memory of `dim` sizes and strides on the device of `like`, from PyTorch's allocator; dtype as the shim
 // numbers it.
 OwnedHandle empty_strided(const TensorFacts& like, int64_t dim, const int64_t* sizes, const int64_t* strides,
                           int32_t dtype);
+
+// The same, of up to eight sizes, the last one innermost.
+OwnedHandle empty_contiguous(const TensorFacts& like, std::initializer_list<int64_t> sizes, int32_t dtype);
 
 // sizes.size() elements of `dtype` on the device of `like`, uninitialised, from PyTorch's allocator.
 Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,

@@ -125,6 +125,7 @@ def _attention(paths: set[str]) -> None:
                     paths.add(styleforge.last_path())
                     y.backward(torch.randn_like(y))
                     paths.add(styleforge.last_path())
+    # Blocks of "together" ask for each other's flags before these are written: initcheck says so, as it should.
     for forced, dtype, precision in (
         ("together", torch.float32, "ieee"),
         ("together", torch.float32, "tf32"),

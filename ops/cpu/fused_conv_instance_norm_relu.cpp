@@ -91,20 +91,34 @@ std::optional<Tensor> run_upsample_phases(const ConvInstanceNormArgs& args, cons
   return in_format(output, plan.channels_last);
 }
 
-Tensor fused_conv_instance_norm_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                     const Text& padding_mode, int64_t upsample, double eps, const Text& activation,
-                                     double negative_slope, const OptionalTensor& residual, const Text& precision) {
-  const ConvInstanceNormArgs args{input,        weight,   bias, norm_weight, norm_bias,      stride,   padding,
-                                  padding_mode, upsample, eps,  activation,  negative_slope, residual, precision};
-  const ConvInstanceNormPlan plan = plan_conv_instance_norm(args);
+OwnedHandle run(const ConvInstanceNormOptions& options, const ConvInstanceNormFacts& tensors) {
+  const ConvInstanceNormPlan plan = plan_conv_instance_norm(options, tensors);
+  const Tensor input = tensor_of(tensors.input.handle), weight = tensor_of(tensors.weight.handle);
+  const OptionalTensor bias = optional_tensor_of(tensors.bias), residual = optional_tensor_of(tensors.residual);
+  const OptionalTensor norm_weight = optional_tensor_of(tensors.norm_weight);
+  const OptionalTensor norm_bias = optional_tensor_of(tensors.norm_bias);
+  const ConvInstanceNormArgs args{options, input, weight, bias, norm_weight, norm_bias, residual};
   if (auto output = run_upsample_phases(args, plan)) {
     record_path("conv_instance_norm_relu:cpu:upsample_phases");
-    return *output;
+    return owned(*output);
   }
   record_path("conv_instance_norm_relu:cpu:aten_conv");
-  return run_conv_instance_norm(kBackend, args, plan);
+  return owned(run_conv_instance_norm(kBackend, args, plan));
+}
+
+ReturnedHandle fused_conv_instance_norm_relu(AtenTensorHandle input, AtenTensorHandle weight,
+                                             const OptionalHandle& bias, const OptionalHandle& norm_weight,
+                                             const OptionalHandle& norm_bias, const std::vector<int64_t>& stride,
+                                             const std::vector<int64_t>& padding, const Text& padding_mode,
+                                             int64_t upsample, double eps, const Text& activation,
+                                             double negative_slope, const OptionalHandle& residual,
+                                             const Text& precision) {
+  const OwnedHandle own_input(input), own_weight(weight), own_bias = owned(bias), own_residual = owned(residual);
+  const OwnedHandle own_norm_weight = owned(norm_weight), own_norm_bias = owned(norm_bias);
+  return {run({stride, padding, padding_mode, upsample, eps, activation, negative_slope, precision},
+              {facts_of(own_input), facts_of(own_weight), facts_of(own_bias), facts_of(own_norm_weight),
+               facts_of(own_norm_bias), facts_of(own_residual)})
+              .release()};
 }
 
 Tensor pad_upsample_operator(const Tensor& input, const std::vector<int64_t>& padding, const Text& padding_mode,

@@ -27,6 +27,7 @@ const FfnBackend kBackend{
     nullptr,
     nullptr,
     nullptr,
+    nullptr,
 };
 
 using Operators = FfnOperators<kBackend>;

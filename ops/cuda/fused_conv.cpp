@@ -1,5 +1,6 @@
 #include "fused_conv.h"
 
+#include "../../csrc/cuda/common/launch.h"
 #include "../../csrc/cuda/conv_instance_norm/launch.h"
 #include "../../csrc/cuda/pad/launch.h"
 #include "../../csrc/cuda/upsample/launch.h"
@@ -13,12 +14,12 @@ constexpr const char* kOp = "fused_conv_instance_norm_relu";
 
 int narrow(int64_t value) { return static_cast<int>(value); }
 
-bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0; }
+bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 // Dense, channels_last and aligned for 16-byte accesses: the tensor itself or a copy.
 Tensor channels_last_aligned(const Tensor& tensor) {
   const Tensor dense = is_dense(tensor, true) ? tensor : to_contiguous(tensor, true);
-  return aligned(dense) ? dense : torch::stable::clone(dense);
+  return aligned(dense.const_data_ptr()) ? dense : torch::stable::clone(dense);
 }
 
 // All that a call needs besides its result, in one allocation.
@@ -30,25 +31,25 @@ class Scratch {
     size_ += (bytes + 255) / 256 * 256;
     return offset;
   }
-  void allocate(const Tensor& like) { memory_ = static_cast<unsigned char*>(workspace(like, size_, holder_)); }
+  void allocate(const TensorFacts& like) { memory_ = static_cast<unsigned char*>(workspace_.allocate(like, size_)); }
   void* at(size_t offset) const { return memory_ + offset; }
 
  private:
   size_t size_ = 0;
   unsigned char* memory_ = nullptr;
-  std::optional<Tensor> holder_;
+  Workspace workspace_;
 };
 
 // Weights as the kernels read them, [rows, taps, channels], split into two TF32 numbers or not: written to scratch,
 // or the tensor itself where it lies so. `column_rows`: see ConvWeightsParams.
 class Weights {
  public:
-  Weights(const Tensor& weight, bool split, DType dtype, Scratch& scratch, int column_rows = 0) : split_(split) {
-    params_.weight = weight.const_data_ptr();
-    rewritten_ = split_ || column_rows > 0 || !is_dense(weight, true) || !aligned(weight);
+  Weights(const TensorFacts& weight, bool split, DType dtype, Scratch& scratch, int column_rows = 0) : split_(split) {
+    params_.weight = const_data(weight);
+    rewritten_ = split_ || column_rows > 0 || !is_dense(weight, true) || !aligned(params_.weight);
     if (!rewritten_) return;
-    const auto sizes = weight.sizes();
-    for (int d = 0; d < 4; ++d) params_.stride[d] = weight.stride(d);
+    const int64_t* sizes = weight.sizes;
+    for (int d = 0; d < 4; ++d) params_.stride[d] = weight.strides[d];
     params_.out_channels = narrow(sizes[0]);
     params_.in_channels = narrow(sizes[1]);
     params_.kernel_h = narrow(sizes[2]);
@@ -56,7 +57,7 @@ class Weights {
     params_.column_rows = column_rows;
     params_.dtype = dtype;
     const int64_t rows = column_rows > 0 ? column_rows : sizes[0] * sizes[3];
-    const size_t bytes = static_cast<size_t>(rows * sizes[1] * sizes[2]) * weight.element_size();
+    const size_t bytes = static_cast<size_t>(rows * sizes[1] * sizes[2]) * cuda::size_of(dtype);
     high_ = scratch.add(bytes);
     if (split_) low_ = scratch.add(bytes);
   }
@@ -85,17 +86,18 @@ void launch_pad_cuda(const PadParams& params, const Tensor& like) {
   check_cuda(kOp, cuda::launch_pad_upsample(params, scope.stream()));
 }
 
-InstanceNormRequest channels_last_in_place(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
-  InstanceNormRequest request = norm_request(args, plan);
+InstanceNormRequest channels_last_in_place(const ConvInstanceNormOptions& options, const ConvInstanceNormPlan& plan) {
+  InstanceNormRequest request = norm_request(options, plan);
   request.output_channels_last = true;
   request.in_place = true;
   return request;
 }
 
-bool takes_upsample_phases(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
-  const std::vector<int64_t> one{1, 1};
-  return args.upsample == 2 && args.weight.size(2) == 3 && args.weight.size(3) == 3 && plan.stride == one &&
-         plan.padding == one;
+bool takes_upsample_phases(const ConvInstanceNormOptions& options, const TensorFacts& weight,
+                           const ConvInstanceNormPlan& plan) {
+  const auto ones = [](const std::vector<int64_t>& pair) { return pair[0] == 1 && pair[1] == 1; };
+  return options.upsample == 2 && weight.sizes[2] == 3 && weight.sizes[3] == 3 && ones(plan.stride) &&
+         ones(plan.padding);
 }
 
 Tensor upsample_phase_weights(const Tensor& weight, bool round_tf32) {
@@ -116,14 +118,21 @@ Tensor upsample_phase_weights(const Tensor& weight, bool round_tf32) {
 
 namespace {
 
-cuda::ConvPrecision precision_of(const Tensor& input, bool tf32) {
-  if (input.scalar_type() != ScalarType::Float) return cuda::ConvPrecision::kNative;
+cuda::ConvPrecision precision_of(DType dtype, bool tf32) {
+  if (dtype != DType::kFloat32) return cuda::ConvPrecision::kNative;
   return tf32 ? cuda::ConvPrecision::kTF32 : cuda::ConvPrecision::kIeee;
 }
 
 // cuDNN runs layers of a few input or output channels in float32 also where TF32 is allowed; ours are as accurate.
 cuda::ConvPrecision float32_where_cudnn_has_it(cuda::ConvPrecision precision) {
   return precision == cuda::ConvPrecision::kTF32 ? cuda::ConvPrecision::kIeee : precision;
+}
+
+// The result, or what the second of two passes reads.
+OwnedHandle empty_pixels(const TensorFacts& input, const ConvInstanceNormPlan& plan, bool channels_last) {
+  const auto& sizes = plan.output_sizes;
+  const auto strides = dense_strides_of(sizes.data(), channels_last);
+  return empty_strided(input, 4, sizes.data(), strides.data(), input.dtype);
 }
 
 // How the fused kernels run it, or nothing where they do not. The tensors' device is current.
@@ -135,14 +144,14 @@ std::optional<cuda::ConvSchedule> fused_schedule(const cuda::ConvParams& params)
 }
 
 // Sizes that both kinds of call share.
-cuda::ConvParams output_params(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
+cuda::ConvParams output_params(const TensorFacts& input, const ConvInstanceNormPlan& plan) {
   cuda::ConvParams params;
-  params.batch = narrow(args.input.size(0));
+  params.batch = narrow(input.sizes[0]);
   params.out_channels = narrow(plan.output_sizes[1]);
   params.out_height = narrow(plan.output_sizes[2]);
   params.out_width = narrow(plan.output_sizes[3]);
-  params.dtype = kernel_dtype(kOp, "input", args.input.scalar_type());
-  params.precision = precision_of(args.input, plan.tf32);
+  params.dtype = kernel_dtype(kOp, "input", input);
+  params.precision = precision_of(params.dtype, plan.tf32);
   return params;
 }
 
@@ -161,20 +170,39 @@ Tensor pad_picture(const Tensor& picture, PaddingMode mode, const std::vector<in
   return padded;
 }
 
+// The norm over `output` in place; what has to be copied for it is in `call`.
+const InstanceNormParams& prepare_norm(const InstanceNormRequest& request, const OwnedHandle& output,
+                                       const ConvInstanceNormFacts& tensors, InstanceNormParams& params,
+                                       std::optional<InstanceNormCall>& call) {
+  const auto given = [](const TensorFacts& tensor) { return tensor.handle != nullptr ? &tensor : nullptr; };
+  const TensorFacts of_output = facts_of(output);
+  if (fill_dense(request, {of_output, given(tensors.norm_weight), given(tensors.norm_bias), given(tensors.residual)},
+                 params)) {
+    params.output = mutable_data(output);
+    return params;
+  }
+  call = prepare_instance_norm(request, tensor_of(output.get()), optional_tensor_of(tensors.norm_weight),
+                               optional_tensor_of(tensors.norm_bias), optional_tensor_of(tensors.residual));
+  return call->params;
+}
+
 // Convolution and norm, with the input, the weights and the moments in place.
-Tensor launch_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan, cuda::ConvParams& params,
-                         const cuda::ConvSchedule& schedule, const CudaScope& scope) {
-  const auto dtype = args.input.scalar_type();
-  const Tensor output = empty_dense(args.input, plan.output_sizes, plan.channels_last, dtype);
-  InstanceNormRequest request = norm_request(args, plan);
+OwnedHandle launch_fused_conv(const ConvInstanceNormOptions& options, const ConvInstanceNormFacts& tensors,
+                              const ConvInstanceNormPlan& plan, cuda::ConvParams& params,
+                              const cuda::ConvSchedule& schedule, const CudaScope& scope) {
+  OwnedHandle output = empty_pixels(tensors.input, plan, plan.channels_last);
+  InstanceNormRequest request = norm_request(options, plan);
   request.in_place = true;
-  const auto call = prepare_instance_norm(request, output, args.norm_weight, args.norm_bias, args.residual);
+  InstanceNormParams own;
+  std::optional<InstanceNormCall> call;
+  const InstanceNormParams& norm = prepare_norm(request, output, tensors, own, call);
   const char* name = nullptr;
-  check_cuda(kOp, cuda::launch_conv_one_pass(params, schedule, call.params, scope.stream(), name));
+  check_cuda(kOp, cuda::launch_conv_one_pass(params, schedule, norm, scope.stream(), name));
   if (name == nullptr) {
-    const Tensor raw = plan.channels_last ? output : empty_dense(args.input, plan.output_sizes, true, dtype);
-    params.output = raw.mutable_data_ptr();
-    check_cuda(kOp, cuda::launch_conv_two_passes(params, schedule, call.params, scope.stream(), name));
+    OwnedHandle raw;
+    if (!plan.channels_last) raw = empty_pixels(tensors.input, plan, true);
+    params.output = mutable_data(plan.channels_last ? output : raw);
+    check_cuda(kOp, cuda::launch_conv_two_passes(params, schedule, norm, scope.stream(), name));
   }
   record_path("conv_instance_norm_relu:cuda", name);
   return output;
@@ -182,15 +210,16 @@ Tensor launch_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNor
 
 }  // namespace
 
-std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
-  const bool phases = takes_upsample_phases(args, plan);
-  if (args.input.scalar_type() == ScalarType::Double || (args.upsample != 1 && !phases)) return {};
-  cuda::ConvParams params = output_params(args, plan);
-  params.in_channels = narrow(args.input.size(1));
-  params.height = narrow(args.input.size(2));
-  params.width = narrow(args.input.size(3));
-  params.kernel_h = phases ? 2 : narrow(args.weight.size(2));
-  params.kernel_w = phases ? 2 : narrow(args.weight.size(3));
+std::optional<OwnedHandle> run_fused_conv(const ConvInstanceNormOptions& options, const ConvInstanceNormFacts& tensors,
+                                          const ConvInstanceNormPlan& plan) {
+  const bool phases = takes_upsample_phases(options, tensors.weight, plan);
+  cuda::ConvParams params = output_params(tensors.input, plan);
+  if (params.dtype == DType::kFloat64 || (options.upsample != 1 && !phases)) return {};
+  params.in_channels = narrow(tensors.input.sizes[1]);
+  params.height = narrow(tensors.input.sizes[2]);
+  params.width = narrow(tensors.input.sizes[3]);
+  params.kernel_h = phases ? 2 : narrow(tensors.weight.sizes[2]);
+  params.kernel_w = phases ? 2 : narrow(tensors.weight.sizes[3]);
   params.stride_h = narrow(plan.stride[0]);
   params.stride_w = narrow(plan.stride[1]);
   params.pad_top = narrow(plan.padding[0]);
@@ -198,20 +227,25 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
   params.mode = phases && plan.mode == PaddingMode::kReflect ? PaddingMode::kReplicate : plan.mode;
   params.phases = phases ? 4 : 1;
 
-  const CudaScope scope(args.input);
+  const CudaScope scope(tensors.input);
   const auto schedule = fused_schedule(params);
   if (!schedule) return {};
 
   Scratch scratch;
   const size_t moments = scratch.add(schedule->moments_bytes(params));
-  auto transpose = transposition(args.input, true);
-  const Tensor input = transpose ? args.input : channels_last_aligned(args.input);
-  const size_t transposed = transpose ? scratch.add(static_cast<size_t>(input.numel()) * input.element_size()) : 0;
-  const Tensor weight = phases ? upsample_phase_weights(args.weight, plan.tf32) : args.weight;
+  auto transpose = transposition(tensors.input, true);
+  const bool as_it_lies = !transpose && is_dense(tensors.input, true) && aligned(const_data(tensors.input));
+  OptionalTensor copy;
+  if (!transpose && !as_it_lies) copy = channels_last_aligned(tensor_of(tensors.input.handle));
+  const size_t bytes = static_cast<size_t>(tensors.input.numel()) * cuda::size_of(params.dtype);
+  const size_t transposed = transpose ? scratch.add(bytes) : 0;
+  OptionalTensor of_phases;
+  if (phases) of_phases = upsample_phase_weights(tensor_of(tensors.weight.handle), plan.tf32);
+  const TensorFacts weight = phases ? facts_of(of_phases) : tensors.weight;
   Weights weights(weight, schedule->takes_split_weights(params), params.dtype, scratch);
-  scratch.allocate(args.input);
+  scratch.allocate(tensors.input);
   params.moments = static_cast<float2*>(scratch.at(moments));
-  params.input = transpose ? scratch.at(transposed) : input.const_data_ptr();
+  params.input = transpose ? scratch.at(transposed) : copy ? copy->const_data_ptr() : const_data(tensors.input);
   const cuda::ConvWeightsParams& rewrite = weights.place(params, scratch);
   if (transpose) transpose->output = scratch.at(transposed);
   if (transpose && weights.rewritten()) {
@@ -221,12 +255,12 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
   } else if (weights.rewritten()) {
     check_cuda(kOp, cuda::launch_conv_weights(rewrite, scope.stream()));
   }
-  return launch_fused_conv(args, plan, params, *schedule, scope);
+  return launch_fused_conv(options, tensors, plan, params, *schedule, scope);
 }
 
 std::optional<Tensor> run_picture_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
   if (args.upsample != 1) return {};
-  cuda::ConvParams params = output_params(args, plan);
+  cuda::ConvParams params = output_params(args.input, plan);
   params.in_channels = narrow(args.input.size(1));
   params.height = narrow(args.input.size(2));
   params.width = narrow(args.input.size(3));
@@ -272,7 +306,7 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
   const int64_t full = 16 / static_cast<int64_t>(args.input.element_size());
   const int64_t kernel_w = args.weight.size(3);
   if (args.input.scalar_type() == ScalarType::Double || args.upsample != 1 || args.input.size(1) >= full) return {};
-  cuda::ConvParams params = output_params(args, plan);
+  cuda::ConvParams params = output_params(args.input, plan);
   params.precision = float32_where_cudnn_has_it(params.precision);
   const int64_t padded_width = args.input.size(3) + 2 * plan.padding[1];
   params.in_channels = narrow(full * kernel_w);
@@ -297,7 +331,13 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
   params.moments = static_cast<float2*>(scratch.at(moments));
   const cuda::ConvWeightsParams& rewrite = weights.place(params, scratch);
   if (weights.rewritten()) check_cuda(kOp, cuda::launch_conv_weights(rewrite, scope.stream()));
-  return launch_fused_conv(args, plan, params, *schedule, scope);
+  const ConvInstanceNormFacts tensors{args.input,
+                                      weight,
+                                      facts_of(args.bias),
+                                      facts_of(args.norm_weight),
+                                      facts_of(args.norm_bias),
+                                      facts_of(args.residual)};
+  return Tensor(launch_fused_conv(args, tensors, plan, params, *schedule, scope).release());
 }
 
 std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
@@ -329,7 +369,7 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   params.mode = PaddingMode::kReflect;
   params.dtype = sum.dtype;
   params.norm_follows = false;
-  params.precision = float32_where_cudnn_has_it(precision_of(input, tf32));
+  params.precision = float32_where_cudnn_has_it(precision_of(params.dtype, tf32));
   const CudaScope scope(input);
   auto schedule = fused_schedule(params);
   if (!schedule) return {};

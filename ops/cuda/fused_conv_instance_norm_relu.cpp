@@ -40,7 +40,7 @@ const ConvInstanceNormBackend kTf32Backend{launch_pad_tf32, convolution, norm<kP
 // csrc/cuda/upsample/launch.h. Nothing where it does not apply.
 std::optional<Tensor> run_upsample_phases(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
   const std::vector<int64_t> one{1, 1}, none{0, 0};
-  if (!takes_upsample_phases(args, plan)) return {};
+  if (!takes_upsample_phases(args, args.weight, plan)) return {};
   const Tensor phases = upsample_phase_weights(args.weight, plan.tf32);
   const bool zeros = plan.mode == PaddingMode::kZeros;
   const ConvInstanceNormBackend& backend = plan.tf32 ? kTf32Backend : kBackend;
@@ -77,22 +77,39 @@ std::optional<Tensor> run_padded_channels(const ConvInstanceNormArgs& args, cons
   return in_format(call.output, plan.channels_last);
 }
 
-Tensor fused_conv_instance_norm_relu(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
-                                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                     const Text& padding_mode, int64_t upsample, double eps, const Text& activation,
-                                     double negative_slope, const OptionalTensor& residual, const Text& precision) {
-  const ConvInstanceNormArgs args{input,        weight,   bias, norm_weight, norm_bias,      stride,   padding,
-                                  padding_mode, upsample, eps,  activation,  negative_slope, residual, precision};
-  const ConvInstanceNormPlan plan = plan_conv_instance_norm(args);
-  if (plan.empty()) return empty_dense(input, plan.output_sizes, plan.channels_last, input.scalar_type());
-  if (auto output = run_fused_conv(args, plan)) return *output;
-  if (auto output = run_picture_conv(args, plan)) return *output;
-  if (auto output = run_fused_picture_conv(args, plan)) return *output;
-  if (auto output = run_upsample_phases(args, plan)) return *output;
-  if (auto output = run_padded_channels(args, plan)) return *output;
+OwnedHandle run(const ConvInstanceNormOptions& options, const ConvInstanceNormFacts& tensors) {
+  const ConvInstanceNormPlan plan = plan_conv_instance_norm(options, tensors);
+  if (plan.empty()) {
+    const TensorFacts& like = tensors.input;
+    return owned(empty_dense(like, plan.output_sizes, plan.channels_last, like.scalar_type()));
+  }
+  if (auto output = run_fused_conv(options, tensors, plan)) return std::move(*output);
+  const Tensor input = tensor_of(tensors.input.handle), weight = tensor_of(tensors.weight.handle);
+  const OptionalTensor bias = optional_tensor_of(tensors.bias), residual = optional_tensor_of(tensors.residual);
+  const OptionalTensor norm_weight = optional_tensor_of(tensors.norm_weight);
+  const OptionalTensor norm_bias = optional_tensor_of(tensors.norm_bias);
+  const ConvInstanceNormArgs args{options, input, weight, bias, norm_weight, norm_bias, residual};
+  if (auto output = run_picture_conv(args, plan)) return owned(*output);
+  if (auto output = run_fused_picture_conv(args, plan)) return owned(*output);
+  if (auto output = run_upsample_phases(args, plan)) return owned(*output);
+  if (auto output = run_padded_channels(args, plan)) return owned(*output);
   const bool surely_tf32 = plan.tf32 && plan.channels_last && args.input.size(1) % 4 == 0;
-  return run_conv_instance_norm(surely_tf32 ? kTf32Backend : kBackend, args, plan);
+  return owned(run_conv_instance_norm(surely_tf32 ? kTf32Backend : kBackend, args, plan));
+}
+
+ReturnedHandle fused_conv_instance_norm_relu(AtenTensorHandle input, AtenTensorHandle weight,
+                                             const OptionalHandle& bias, const OptionalHandle& norm_weight,
+                                             const OptionalHandle& norm_bias, const std::vector<int64_t>& stride,
+                                             const std::vector<int64_t>& padding, const Text& padding_mode,
+                                             int64_t upsample, double eps, const Text& activation,
+                                             double negative_slope, const OptionalHandle& residual,
+                                             const Text& precision) {
+  const OwnedHandle own_input(input), own_weight(weight), own_bias = owned(bias), own_residual = owned(residual);
+  const OwnedHandle own_norm_weight = owned(norm_weight), own_norm_bias = owned(norm_bias);
+  return {run({stride, padding, padding_mode, upsample, eps, activation, negative_slope, precision},
+              {facts_of(own_input), facts_of(own_weight), facts_of(own_bias), facts_of(own_norm_weight),
+               facts_of(own_norm_bias), facts_of(own_residual)})
+              .release()};
 }
 
 Tensor pad_upsample_operator(const Tensor& input, const std::vector<int64_t>& padding, const Text& padding_mode,

@@ -29,6 +29,7 @@ const FfnBackend kBackend{
     launch_on_current_stream<cuda::launch_bias_residual>,
     [](const Tensor&) {},
     true,
+    run_small_ffn,
     run_ffn_gemm,
     run_gemm,
     run_activation_gradient,

@@ -54,26 +54,31 @@ void run(const cuda::GemmParams& params, const cuda::GemmSchedule& schedule, con
 // Of a float32 matrix.
 size_t matrix_bytes(int64_t rows, int64_t columns) { return static_cast<size_t>(rows * columns) * sizeof(float); }
 
+// Rows of that width, `pitch` apart; of a copy, kept by `holder`, where the tensor has none.
+const void* row_data(const TensorFacts& tensor, int64_t width, int64_t& pitch, OptionalTensor& holder) {
+  const auto found = row_pitch(tensor);
+  pitch = found.value_or(width);
+  if (found) return const_data(tensor);
+  holder = to_contiguous(tensor_of(tensor.handle), false);
+  return holder->const_data_ptr();
+}
+
 // A small network in one launch.
-std::optional<FfnResult> run_whole_ffn(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden,
+std::optional<FfnResult> run_whole_ffn(const FfnFacts& args, const FfnPlan& plan, bool keep_hidden,
                                        const CudaScope& scope) {
-  if (args.fc1_weight.stride(1) != 1 || args.fc2_weight.stride(1) != 1) return {};
+  if (args.fc1_weight.strides[1] != 1 || args.fc2_weight.strides[1] != 1) return {};
   const ScalarType dtype = args.input.scalar_type();
-  OptionalTensor held_fc1_bias, held_fc2_bias, residual;
-  const Tensor input = as_rows(args.input, plan.rows);
+  OptionalTensor input, held_fc1_bias, held_fc2_bias, residual;
   cuda::WholeFfnParams params;
-  params.input = input.const_data_ptr();
-  params.input_stride = input.stride(0);
-  params.fc1_weight = args.fc1_weight.const_data_ptr();
-  params.fc1_stride = args.fc1_weight.stride(0);
+  params.input = row_data(args.input, plan.embed, params.input_stride, input);
+  params.fc1_weight = const_data(args.fc1_weight);
+  params.fc1_stride = args.fc1_weight.strides[0];
   params.fc1_bias = bias_data(args.fc1_bias, held_fc1_bias);
-  params.fc2_weight = args.fc2_weight.const_data_ptr();
-  params.fc2_stride = args.fc2_weight.stride(0);
+  params.fc2_weight = const_data(args.fc2_weight);
+  params.fc2_stride = args.fc2_weight.strides[0];
   params.fc2_bias = bias_data(args.fc2_bias, held_fc2_bias);
-  if (args.residual) {
-    residual = as_rows(*args.residual, plan.rows);
-    params.residual = residual->const_data_ptr();
-    params.residual_stride = residual->stride(0);
+  if (args.residual.handle != nullptr) {
+    params.residual = row_data(args.residual, plan.out, params.residual_stride, residual);
   }
   params.rows = static_cast<int>(plan.rows);
   params.embed = static_cast<int>(plan.embed);
@@ -99,6 +104,14 @@ std::optional<FfnResult> run_whole_ffn(const FfnArgs& args, const FfnPlan& plan,
 
 }  // namespace
 
+std::optional<FfnResult> run_small_ffn(const FfnFacts& args, const FfnPlan& plan, bool keep_hidden) {
+  const DType dtype = kernel_dtype(kOp, "input", args.input);
+  if (dtype == DType::kFloat64 || (dtype == DType::kFloat32 && plan.tf32)) return {};
+  if (!narrow(plan.rows) || !narrow(plan.embed) || !narrow(plan.hidden) || !narrow(plan.out)) return {};
+  const CudaScope scope(args.input);
+  return run_whole_ffn(args, plan, keep_hidden, scope);
+}
+
 std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden) {
   const ScalarType dtype = args.input.scalar_type();
   if (dtype == ScalarType::Double || !narrow(plan.rows) || !narrow(plan.embed) || !narrow(plan.hidden) ||
@@ -109,9 +122,6 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
   const int64_t vector = 16 / static_cast<int64_t>(args.input.element_size());
   if (plan.embed % vector != 0 || plan.hidden % vector != 0) return {};
   const CudaScope scope(args.input);
-  if (dtype != ScalarType::Float || !plan.tf32) {
-    if (auto result = run_whole_ffn(args, plan, keep_hidden, scope)) return result;
-  }
   OptionalTensor held_fc1_bias, held_fc2_bias, residual;
   const Tensor input = as_rows(args.input, plan.rows);
 

@@ -5,6 +5,9 @@
 
 namespace styleforge {
 
+// In one launch; nothing where the kernels for that do not take it, or more launches are faster.
+std::optional<FfnResult> run_small_ffn(const FfnFacts& args, const FfnPlan& plan, bool keep_hidden);
+
 // Nothing where the kernels do not take both products: dtype, shape, device, or cuBLAS is faster.
 std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden);
 

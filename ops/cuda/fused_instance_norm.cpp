@@ -15,15 +15,8 @@ cudaError_t launch_once(const char* op, const InstanceNormParams& params, const 
                         const CudaScope& scope, bool clusters, const char*& path) {
   cuda::InstanceNormSchedule schedule;
   check_cuda(op, cuda::schedule_instance_norm(params, schedule, clusters));
-  OwnedHandle holder;
-  void* memory = nullptr;
-  if (schedule.workspace_bytes > 0) {
-    static const int32_t bytes = aoti_torch_dtype_uint8();
-    const auto count = static_cast<int64_t>(schedule.workspace_bytes);
-    const int64_t stride = 1;
-    holder = empty_strided(like, 1, &count, &stride, bytes);
-    check_shim(torch_get_mutable_data_ptr(holder.get(), &memory), "get_mutable_data_ptr");
-  }
+  Workspace workspace;
+  void* memory = workspace.allocate(like, schedule.workspace_bytes);
   path = schedule.name;
   return cuda::launch_instance_norm(params, schedule, memory, scope.stream());
 }

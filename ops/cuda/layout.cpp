@@ -5,15 +5,16 @@
 
 namespace styleforge {
 
-std::optional<cuda::TransposeParams> transposition(const Tensor& tensor, bool to_channels_last) {
-  const size_t element = tensor.element_size();
-  if (tensor.dim() != 4 || (element != 2 && element != 4)) return {};
+std::optional<cuda::TransposeParams> transposition(const TensorFacts& tensor, bool to_channels_last) {
+  if (tensor.dim != 4) return {};
+  const size_t element = element_size(tensor);
+  if (element != 2 && element != 4) return {};
   if (is_dense(tensor, to_channels_last) || !is_dense(tensor, !to_channels_last)) return {};
-  const auto sizes = tensor.sizes();
+  const int64_t* sizes = tensor.sizes;
   constexpr int64_t kMost = INT32_MAX / 2;  // what the kernel counts in 32 bits
   if (sizes[0] > kMost || sizes[1] > kMost || sizes[2] * sizes[3] > kMost) return {};
   cuda::TransposeParams params;
-  params.input = tensor.const_data_ptr();
+  params.input = const_data(tensor);
   params.batch = static_cast<int>(sizes[0]);
   params.channels = static_cast<int>(sizes[1]);
   params.pixels = static_cast<int>(sizes[2] * sizes[3]);

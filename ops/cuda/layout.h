@@ -11,6 +11,6 @@ namespace styleforge {
 
 // How the kernel brings a 4-d tensor to the other format; nothing where it does not: of neither format or already of
 // the wanted one, or of other element sizes. The output is the caller's to fill.
-std::optional<cuda::TransposeParams> transposition(const Tensor& tensor, bool to_channels_last);
+std::optional<cuda::TransposeParams> transposition(const TensorFacts& tensor, bool to_channels_last);
 
 }  // namespace styleforge

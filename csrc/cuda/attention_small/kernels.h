@@ -22,7 +22,7 @@ int small_whole_rows(const SmallAttentionParams& params, const DeviceFacts& fact
 cudaError_t launch_small_whole(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
                                cudaStream_t stream);
 
-// The three launches as one (together.cuh); cudaErrorCooperativeLaunchTooLarge where not all blocks find room at once.
+// The three launches as one (together.cuh).
 bool small_together_takes(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,
                           const DeviceFacts& facts);
 cudaError_t launch_small_together(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule,

@@ -27,6 +27,7 @@ struct SmallAttentionParams {
   void* attended = nullptr;          // [batch, length, heads, head_dim], dense
   float* logsumexp = nullptr;        // [batch, heads, length], dense, or null
   void* output = nullptr;            // [batch, length, embed], dense
+  void* flags = nullptr;             // small_together_flag_bytes()
 
   int64_t input_stride[2] = {0, 0};   // of samples and rows, in elements
   int64_t hidden_stride[2] = {0, 0};  // of samples and keys
@@ -43,8 +44,8 @@ struct SmallAttentionSchedule {
   bool halves = false;  // a block of the first projection has half of a head of 64
   int out_rows = 32;    // of a block of the second projection, 16 or 32
 
-  bool together = false, together_captured = false;  // the three launches as one; in a graph as well
-  int whole_rows = 0;                                // of queries in a block of the one launch, 16 or 32; 0: three
+  bool together = false;  // the three launches as one; never in a graph
+  int whole_rows = 0;     // of queries in a block of the one launch, 16 or 32; 0: three
 };
 
 // Whether the three launches take this shape on the current device, and faster than ATen's do; fills the schedule if
@@ -56,6 +57,9 @@ cudaError_t schedule_small_attention(const SmallAttentionParams& params, SmallAt
 bool small_attention_takes_memory(const SmallAttentionParams& params);
 // The same for the one launch, which neither reads nor writes `qkv`, `attended` and `logsumexp`.
 bool small_whole_takes_memory(const SmallAttentionParams& params);
+
+// Of memory that the three launches as one need besides, of any contents; 0 where they are three.
+size_t small_together_flag_bytes(const SmallAttentionParams& params, const SmallAttentionSchedule& schedule);
 
 // The schedule is afterwards what ran.
 cudaError_t launch_small_attention(const SmallAttentionParams& params, SmallAttentionSchedule& schedule,

@@ -8,8 +8,8 @@
 namespace styleforge::cuda {
 namespace {
 
-// STYLEFORGE_SMALL_ATTENTION_TUNE="rows=16,out_rows=16,halves=2,together=1,whole=1,block=16" (halves, together, whole:
-// 1 never, 2 always)
+// STYLEFORGE_SMALL_ATTENTION_TUNE="rows=16,out_rows=16,halves=2,together=1,whole=1,block=16" (halves, whole: 1 never,
+// 2 always; together: 1 never)
 constexpr int kReserved = 4096;             // what the kernel declares by itself, and what the system takes
 constexpr int64_t kMostRows = 1 << 19;      // a grid has 65535 tiles of them
 constexpr int kMostBlocks = 65535;          // in a grid's second and third dimension
@@ -78,9 +78,7 @@ cudaError_t schedule_small_attention(const SmallAttentionParams& p, SmallAttenti
   const bool few = p.dtype == DType::kFloat32 || int64_t{p.batch} * p.length * p.embed <= kFewNumbers;
   s.out_rows = tuned("out_rows", few ? 16 : 32);
   supported = (forced || pays(p, s.rows, facts)) && shared_bytes(p, s) <= facts.max_shared_per_block - kReserved;
-  const auto wish = tuned("together", together ? 2 : 0);  // 1 never, 2 always
-  s.together = wish != 1 && !overrides.forced("dependent") && small_together_takes(p, s, facts);
-  s.together_captured = wish == 2;
+  s.together = tuned("together", 2) != 1 && !overrides.forced("dependent") && small_together_takes(p, s, facts);
   if (together) supported = supported && s.together;
   return cudaSuccess;
 }
@@ -94,17 +92,12 @@ bool small_attention_takes_memory(const SmallAttentionParams& p) {
 
 cudaError_t launch_small_attention(const SmallAttentionParams& p, SmallAttentionSchedule& s, cudaStream_t stream) {
   if (s.whole_rows > 0) return launch_small_whole(p, s, stream);
-  if (s.together && !s.together_captured) {
+  if (s.together) {
     auto status = cudaStreamCaptureStatusNone;
     if (const auto error = cudaStreamIsCapturing(stream, &status)) return error;
     s.together = status == cudaStreamCaptureStatusNone;
   }
-  if (s.together) {
-    const auto error = launch_small_together(p, s, stream);
-    if (error != cudaErrorCooperativeLaunchTooLarge) return error;
-    cudaGetLastError();  // it is dealt with: part of the device is another's
-    s.together = false;
-  }
+  if (s.together) return launch_small_together(p, s, stream);
   const auto heads = p.dtype == DType::kFloat32 ? launch_small_heads_float32 : launch_small_heads_16_bit;
   if (const auto error = heads(p, s, stream)) return error;
   return launch_small_output(p, s, stream);

@@ -11,10 +11,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from styleforge.nn._checks import check_choice
 from styleforge.ops import matmul_precision
-from styleforge.ops._common import PRECISIONS
-from styleforge.ops.fused_attention import MAX_HEAD_DIM
+from styleforge.ops._common import PRECISIONS, BelowAutograd, autograd_is_idle
+from styleforge.ops.fused_attention import MAX_HEAD_DIM, VERSIONS
 
 _DESIGNS: dict[Union[str, int], int] = {"auto": 0, 1: 1, 2: 2}
+# By design; without the Python around them that knows overloads.
+_OPERATORS = tuple(getattr(torch.ops.styleforge, name).default._op for name in VERSIONS)
+_is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 _AttentionAndWeights = tuple[Tensor, Optional[Tensor]]
 
 
@@ -244,6 +247,10 @@ class FusedAttention(nn.Module):
             num_heads, queries, keys] where they are not averaged) or None.
         """
         if key is None:
+            if not _is_scripting() and attn_mask is None:
+                output = _infer(self, query, key_padding_mask, is_causal)
+                if output is not None:
+                    return output
             return self._attend(query, query, query, key_padding_mask, False, attn_mask, False, is_causal)[0]
         if value is None:
             raise TypeError("FusedAttention: value must be given where key is")
@@ -419,3 +426,42 @@ class FusedAttention(nn.Module):
             text += ", bias=False"
         text += f", version={self.version}"
         return text if self.batch_first else f"{text}, batch_first=False"
+
+
+def _infer(
+    module: FusedAttention, query: Tensor, key_padding_mask: Tensor | None, is_causal: bool
+) -> Tensor | None:
+    """The operator by the shortest way, for the usual call without gradients; None for any other.
+
+    On the host a short sequence costs what Python and the dispatcher cost.
+    """
+    if not autograd_is_idle(query) or key_padding_mask is not None or query.dim() != 3 or query.is_nested:
+        return None
+    own = module.__dict__  # attributes of an nn.Module take three times as long
+    if not own["batch_first"] or (own["training"] and own["dropout"] > 0.0):
+        return None
+    precision = own["precision"]
+    if query.dtype is not torch.float32:
+        precision = "ieee"
+    elif precision is None:
+        precision = matmul_precision()
+    elif precision != matmul_precision():
+        return None  # PyTorch's own products are to be told
+    try:
+        of_out = own["_modules"]["out_proj"].__dict__["_parameters"]
+        parameters = own["_parameters"]
+        qkv_weight, qkv_bias = parameters["in_proj_weight"], parameters["in_proj_bias"]
+        out_weight, out_bias = of_out["weight"], of_out["bias"]
+    except KeyError:  # a parametrization or a wrapper keeps them elsewhere
+        return None
+    operator, heads = _OPERATORS[own["design"]], own["num_heads"]
+    guard = BelowAutograd()
+    try:
+        if precision == "ieee" and not is_causal:  # the operator's defaults, which take no conversion
+            output: Tensor = operator(query, qkv_weight, qkv_bias, out_weight, out_bias, heads)
+        else:
+            rest = (None, is_causal, None, precision)
+            output = operator(query, qkv_weight, qkv_bias, out_weight, out_bias, heads, *rest)
+        return output
+    finally:
+        del guard

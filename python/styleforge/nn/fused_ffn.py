@@ -10,8 +10,10 @@ from torch import Tensor
 
 from styleforge.nn._checks import check_choice
 from styleforge.ops import matmul_precision
-from styleforge.ops._common import FFN_ACTIVATIONS, PRECISIONS
+from styleforge.ops._common import FFN_ACTIVATIONS, PRECISIONS, BelowAutograd, autograd_is_idle
 from styleforge.ops._composite import ffn_activate
+
+_fused_ffn = torch.ops.styleforge.fused_ffn.default._op
 
 
 class FusedFFN(nn.Module):
@@ -157,6 +159,10 @@ class FusedFFN(nn.Module):
         """Input and residual [..., embed_dim] to the same shape."""
         if self.training and (self.hidden_dropout > 0.0 or self.output_dropout > 0.0):
             return self._forward_with_dropout(input, residual)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            inferred = _infer(self, input, residual)
+            if inferred is not None:
+                return inferred
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             precision = self.scripted_precision
             fc1_weight, fc1_bias = self.fc1_weight, self.fc1_bias
@@ -196,6 +202,39 @@ class FusedFFN(nn.Module):
         if self.fc1_bias is None and self.fc2_bias is None:
             text += ", bias=False"
         return f"{text}, activation={self.activation}"
+
+
+def _infer(module: FusedFFN, input: Tensor, residual: Tensor | None) -> Tensor | None:
+    """The operator by the shortest way, for a call without gradients; None for any other."""
+    if not autograd_is_idle(input):
+        return None
+    own = module.__dict__  # attributes of an nn.Module take three times as long
+    precision = own["precision"]
+    if input.dtype is not torch.float32:
+        precision = "ieee"
+    elif precision is None:
+        precision = matmul_precision()
+    elif precision != matmul_precision():
+        return None  # PyTorch's own products are to be told
+    parameters = own["_parameters"]
+    try:
+        fc1_weight, fc1_bias = parameters["fc1_weight"], parameters["fc1_bias"]
+        fc2_weight, fc2_bias = parameters["fc2_weight"], parameters["fc2_bias"]
+    except KeyError:  # a parametrization or a wrapper keeps them elsewhere
+        return None
+    activation = own["activation"]
+    guard = BelowAutograd()
+    try:
+        if residual is not None or precision != "ieee":
+            rest = (activation, residual, precision)
+            output: Tensor = _fused_ffn(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *rest)
+        elif activation == "gelu":  # the operator's defaults, which take no conversion
+            output = _fused_ffn(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        else:
+            output = _fused_ffn(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+        return output
+    finally:
+        del guard
 
 
 def _activation_of(layer: Any) -> str | None:

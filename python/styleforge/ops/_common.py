@@ -43,6 +43,27 @@ class _BelowAutograd(dict[int, Any]):
 below_autograd = _BelowAutograd()
 
 
+# While an object of this type lives, calls go past autograd's kernels.
+# (As a context manager it takes twice the time.)
+BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
+
+
+def autograd_is_idle(input: Tensor) -> bool:
+    """Whether autograd's kernel would find nothing to do, so that a module may call its operator past it.
+
+    That kernel is in Python, which takes the host more time than the rest of a call. All other dispatch keys
+    see the call as ever. Not where somebody looks on: modes and subclasses of tensors, who may want gradients
+    after all, TorchScript's tracing, which notes where a call stands, and dynamo, which knows no such guard.
+    """
+    if _is_dynamo_compiling() or _is_grad_enabled():
+        return False
+    return type(input) is Tensor and not _dispatch_modes() and not _is_tracing()
+
+
 def prefers_channels_last(input: Tensor) -> bool:
     """Whether an operator on this [N, C, H, W] tensor gives a channels_last result.
 

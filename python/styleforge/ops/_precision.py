@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _get_cublas_allow_tf32 = torch._C._get_cublas_allow_tf32
 _get_cudnn_allow_tf32 = torch._C._get_cudnn_allow_tf32
 
@@ -29,7 +30,7 @@ def conv_precision(precision: str | None = None) -> str:
         return precision
     try:
         # Both read the same flag: the property is what torch.compile knows, the function takes no time.
-        compiling = torch.compiler.is_dynamo_compiling()
+        compiling = _is_dynamo_compiling()
         tf32: bool = torch.backends.cudnn.allow_tf32 if compiling else _get_cudnn_allow_tf32()
     except RuntimeError:
         # The newer flags were set, and convolutions differ from RNNs: the older one has no answer.
@@ -67,7 +68,7 @@ def matmul_precision(precision: str | None = None) -> str:
     if precision is not None:
         return precision
     try:
-        compiling = torch.compiler.is_dynamo_compiling()
+        compiling = _is_dynamo_compiling()
         tf32: bool = torch.backends.cuda.matmul.allow_tf32 if compiling else _get_cublas_allow_tf32()
     except RuntimeError:
         # The newer flags were set, and the older ones have no answer.
