@@ -329,6 +329,7 @@ PATHS: list[tuple[str, str, tuple[int, ...], str]] = [
     ("", "channels_last", (4, 64, 256, 256), "stream:channels_last"),
     ("", "channels_last", (16, 128, 128, 128), "stream:channels_last:cluster"),
     ("", "channels_last", (17, 128, 129, 129), "stream:channels_last:cluster"),
+    ("", "channels_last", (32, 64, 96, 96), "stream:channels_last:cluster"),
     ("stream", "channels_last", (1, 4, 3, 4), "stream:channels_last"),
     ("stream", "channels_last", (2, 16, 64, 64), "stream:channels_last"),
     ("stream", "channels_last", (1, 16, 301, 299), "stream:channels_last"),

@@ -51,7 +51,9 @@ constexpr int64_t kLeastLanes = 8;
 constexpr int64_t kLeastChannelStream = 32 << 20;
 constexpr int64_t kLeastUnit = 4 << 20;
 constexpr int64_t kChannelStreamStatic = 35 * 1024;
-constexpr int64_t kChannelClusterStatic = 30 * 1024;  // of cluster_channels.cu
+// In clusters: the smallest unit that it is chosen for, and shared memory that is declared statically.
+constexpr int64_t kLeastClusterUnit = 1 << 20;
+constexpr int64_t kChannelClusterStatic = 30 * 1024;
 constexpr int64_t kFewChannels = 6;
 constexpr int64_t kTilesAhead = 3;
 constexpr int64_t kLine = 8;  // vectors of a cache line: tiles begin where the plane's lines do
@@ -267,11 +269,14 @@ bool schedule_channel_cluster(const InstanceNormParams& p, const DeviceFacts& fa
   return true;
 }
 
-// Measured (H200): 16x128x128x128 in half 59 -> 49 us, in float 95 -> 82; with slices of half a line no better (50).
+// Measured (H200) against the stream of all blocks: 16x128x128x128 in half 58.8 -> 48.2 us, in float 96.1 -> 81.3;
+// 8x128x128x128 in half 34.6 -> 29.8, 16x64x128x128 in float 50.5 -> 45.8; slices of half a line are no better. Against
+// slabs, where samples are smaller: 16x128x96x96 in half 46.4 -> 30.6, 32x64x128x128 82.6 -> 46.0.
 bool prefers_channel_cluster(const InstanceNormParams& p, const InstanceNormSchedule& s) {
-  const int64_t element = static_cast<int64_t>(size_of(p.dtype));
+  const auto element = static_cast<int64_t>(size_of(p.dtype));
   const int64_t units = p.batch * (p.channels * element / 16 / s.lanes);
-  return s.cluster == 16 && units * s.cluster >= 2 * s.blocks;
+  return s.cluster == 16 && units * s.cluster >= 2 * s.blocks && p.pixels * s.lanes * 16 >= kLeastClusterUnit &&
+         p.batch * p.channels * p.pixels * element >= kLeastChannelStream;
 }
 
 // Measured (H200): 4x64x256x256 in float 64 -> 50 us, in half 48 -> 32; 16x128x128x128 120 -> 98 and 73 -> 60;
@@ -452,14 +457,15 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
   if (free && params.channels_last) {
     InstanceNormSchedule other;
     other.vectorized = shape.vectorized;
+    if (by_clusters != 1 && schedule_channel_cluster(params, facts, overrides, other) &&
+        prefers_channel_cluster(params, other)) {
+      schedule = other;
+      return cudaSuccess;
+    }
+    other = {};
+    other.vectorized = shape.vectorized;
     if (schedule_channel_stream(params, facts, overrides, other) && prefers_channel_stream(params, other)) {
       schedule = other;
-      InstanceNormSchedule in_clusters;
-      in_clusters.vectorized = shape.vectorized;
-      if (by_clusters != 1 && schedule_channel_cluster(params, facts, overrides, in_clusters) &&
-          prefers_channel_cluster(params, in_clusters)) {
-        schedule = in_clusters;
-      }
       return cudaSuccess;
     }
   }
