@@ -168,7 +168,8 @@ def _matrix_products(paths: set[str]) -> None:
     os.environ["STYLEFORGE_PATH"] = "sm90"
     shapes = ((130, 64, 128, 64), (197, 100, 332, 77), (40, 516, 36, 3))
     wide = ((130, 64, 128, 64), (197, 100, 332, 76), (2200, 36, 1024, 132))
-    for tune in ("small=1", "small=2,columns=64", "small=2,columns=32,cluster=4", "one=2", "wide=2"):
+    pieces = "small=1,memory=16,depth=64,room=2"
+    for tune in ("small=1", "small=2,columns=64", "small=2,columns=32,cluster=4", "one=2", "wide=2", pieces):
         os.environ["STYLEFORGE_GEMM_TUNE"] = tune
         for precision in ("ieee", "tf32"):
             for rows, embed, hidden, out in wide if tune == "wide=2" else shapes:
@@ -274,6 +275,17 @@ def _instance_norms(paths: set[str]) -> None:
     with torch.inference_mode():
         fused_instance_norm(torch.randn(2, 3, 64, 64, device=device))
         paths.add(styleforge.last_path())
+    with torch.inference_mode():
+        # Clusters with several units each, blocks with several tiles, and without any.
+        os.environ["STYLEFORGE_PATH"] = ""
+        for tune in ("units=2,grid=2", "units=2,lanes=2,cluster=2,grid=3"):
+            os.environ["STYLEFORGE_TUNE"] = tune
+            for dtype in (torch.float32, torch.float16):
+                for shape in ((3, 128, 40, 33), (2, 64, 5, 3)):
+                    x = torch.randn(shape, device=device, dtype=dtype)
+                    x = x.contiguous(memory_format=torch.channels_last)
+                    fused_instance_norm(x, residual=x)
+                    paths.add(styleforge.last_path())
     os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_TUNE"] = ""
 
 

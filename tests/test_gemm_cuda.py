@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,13 +17,20 @@ from torch import Tensor
 import styleforge
 from _gemm import SM90, assert_same_bits, ffn_parameters, random_matrix
 from _reference import FFN_ACTIVATIONS, assert_as_accurate, ffn, poison, torch_ffn
+from styleforge.bench.timing import peak_memory
 
 OP = torch.ops.styleforge.fused_ffn
 FORWARD = torch.ops.styleforge._fused_ffn_forward
 OWN = {"ieee": "ffn:cuda:sm90:3xtf32", "tf32": "ffn:cuda:sm90:tf32"}
 ATEN = "ffn:cuda:aten_matmul"
-# STYLEFORGE_GEMM_TUNE: tiles of 64 rows with k cut up in a cluster, and persistent blocks of 128.
-KERNELS = {"small 64": "small=2,columns=64", "small 32": "small=2,columns=32", "large": "small=1"}
+# STYLEFORGE_GEMM_TUNE: tiles of 64 rows with k cut up in a cluster, and persistent blocks of 128, also with
+# weights prepared in pieces.
+KERNELS = {
+    "small 64": "small=2,columns=64",
+    "small 32": "small=2,columns=32",
+    "large": "small=1",
+    "pieces": "small=1,memory=16,depth=64,room=4",
+}
 
 pytestmark = SM90
 
@@ -295,6 +303,32 @@ def test_gradients(activation: str, kernel: str, force: Callable[[str, str], Non
     theirs, exact = gradients(torch_ffn, torch.float32), gradients(ffn, torch.float64)
     for result, yardstick, reference in zip(ours, theirs, exact, strict=True):
         assert_as_accurate(result, yardstick, reference, ulps=4.0)
+
+
+@pytest.mark.parametrize(("rows", "embed", "hidden"), [(8192, 512, 2048), (2048, 4096, 11008)])
+def test_inference_takes_no_more_memory_than_plain_layers(rows: int, embed: int, hidden: int) -> None:
+    """The second: weights that, prepared, are several times the activations."""
+    x, parameters = random_matrix(rows, embed), ffn_parameters(embed, hidden, embed)
+    ours, theirs = (peak_memory(partial(function, x, *parameters, "gelu")) for function in (OP, torch_ffn))
+    assert styleforge.last_path() == OWN["ieee"]
+    assert ours <= theirs, f"{ours >> 20} MB against {theirs >> 20}"
+
+
+def test_weights_in_pieces_give_what_they_give_whole(force: Callable[[str, str], None]) -> None:
+    """Columns alone do not touch the sums; sums in pieces are rounded once more a piece."""
+    x, r, parameters = random_matrix(700, 512), random_matrix(700, 516), ffn_parameters(512, 1300, 516)
+    force("sm90", "large")
+    whole, kept = FORWARD(x, *parameters, "gelu", r, "ieee")
+    force("sm90", "small=1,memory=16,room=6,depth=4096")
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(FORWARD(x, *parameters, "gelu", r, "ieee"), (whole, kept), strict=True)
+    )
+    force("sm90", "small=1,memory=16,room=6,depth=96")
+    result, first = FORWARD(x, *parameters, "gelu", r, "ieee")
+    assert torch.equal(first, kept)
+    assert not torch.equal(result, whole), "sums were not cut"
+    assert (result - whole).norm() < 1e-6 * whole.norm()
 
 
 # --- which path -----------------------------------------------------------------------------------

@@ -38,28 +38,22 @@ std::optional<cuda::GemmSchedule> schedule(const cuda::GemmParams& params) {
   return supported ? std::optional<cuda::GemmSchedule>(found) : std::nullopt;
 }
 
-// The weights of one product as its kernel reads them, in memory that is free again once the product is launched.
-void prepare_weights(cuda::GemmParams& params, const Tensor& like, const CudaScope& scope,
-                     std::optional<Tensor>& holder) {
-  cuda::GemmWeightsParams prepare;
-  prepare.weight = static_cast<const float*>(params.b);
-  prepare.stride[0] = params.b_stride[0];
-  prepare.stride[1] = params.b_stride[1];
-  prepare.rows = params.n;
-  prepare.k = params.k;
-  const bool split = params.precision == cuda::GemmPrecision::kIeee;
-  const size_t count = static_cast<size_t>(params.n) * static_cast<size_t>(cuda::gemm_padded_k(params.k));
-  auto* memory = static_cast<float*>(workspace(like, count * sizeof(float) * (split ? 2 : 1), holder));
-  params.b_hi = prepare.hi = memory;
-  params.b_lo = prepare.lo = split ? memory + count : nullptr;
-  check_cuda(kOp, cuda::launch_gemm_weights(prepare, scope.stream()));
+// `most_bytes`: of the weights as the product's kernel reads them, where that is to be had without losing time.
+void run(const cuda::GemmParams& params, const cuda::GemmSchedule& schedule, const Tensor& like, const CudaScope& scope,
+         size_t most_bytes) {
+  if (!schedule.prepare_b()) {
+    check_cuda(kOp, cuda::launch_gemm(params, schedule, scope.stream()));
+    return;
+  }
+  cuda::GemmSlabs slabs;
+  check_cuda(kOp, cuda::cut_gemm(params, most_bytes, slabs));
+  std::optional<Tensor> holder;
+  void* memory = workspace(like, slabs.bytes, holder);
+  check_cuda(kOp, cuda::launch_gemm_slabs(params, schedule, slabs, memory, scope.stream()));
 }
 
-void run(cuda::GemmParams& params, const cuda::GemmSchedule& schedule, const Tensor& like, const CudaScope& scope) {
-  std::optional<Tensor> holder;
-  if (schedule.prepare_b()) prepare_weights(params, like, scope, holder);
-  check_cuda(kOp, cuda::launch_gemm(params, schedule, scope.stream()));
-}
+// Of a float32 matrix.
+size_t matrix_bytes(int64_t rows, int64_t columns) { return static_cast<size_t>(rows * columns) * sizeof(float); }
 
 // Rows of that width, `pitch` apart; of a copy, kept by `holder`, where the tensor has none.
 const void* row_data(const TensorFacts& tensor, int64_t width, int64_t& pitch, OptionalTensor& holder) {
@@ -152,16 +146,20 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
   const bool mixed = !second_schedule && plan.tf32 && first_schedule->wide && !(args.fc2_bias && args.residual);
   if (!second_schedule && !mixed) return {};
 
-  FfnResult result{empty_dense(args.input, plan.output_sizes, false, dtype), {}};
+  // Plain layers have the hidden activations twice at a time, we once: what is left is room for prepared weights. The
+  // output's memory is taken after those of the first product are free again.
+  const size_t hidden_bytes = matrix_bytes(plan.rows, plan.hidden), output_bytes = matrix_bytes(plan.rows, plan.out);
+  OptionalTensor hidden;
   if (keep_hidden) {
-    result.hidden = empty_dense(args.input, plan.hidden_sizes, false, dtype);
-    first.product = result.hidden->mutable_data_ptr();
+    hidden = empty_dense(args.input, plan.hidden_sizes, false, dtype);
+    first.product = hidden->mutable_data_ptr();
   }
   const Tensor activated = empty_dense(args.input, {plan.rows, plan.hidden}, false, dtype);
   first.output = activated.mutable_data_ptr();
   second.a = activated.const_data_ptr();
+  run(first, *first_schedule, args.input, scope, hidden_bytes);
+  FfnResult result{empty_dense(args.input, plan.output_sizes, false, dtype), hidden};
   second.output = result.output.mutable_data_ptr();
-  run(first, *first_schedule, args.input, scope);
   if (mixed) {
     const Tensor product = strided_view(result.output, {plan.rows, plan.out}, {plan.out, 1});
     const Tensor weight = transposed(args.fc2_weight);
@@ -174,7 +172,7 @@ std::optional<FfnResult> run_ffn_gemm(const FfnArgs& args, const FfnPlan& plan, 
     return result;
   }
   second.b_is_ready = !second_schedule->prepare_b();
-  run(second, *second_schedule, args.input, scope);
+  run(second, *second_schedule, args.input, scope, hidden_bytes > output_bytes ? hidden_bytes - output_bytes : 0);
   record_path(dtype != ScalarType::Float ? "ffn:cuda:sm90:16bit"
               : plan.tf32                ? "ffn:cuda:sm90:tf32"
                                          : "ffn:cuda:sm90:3xtf32");
@@ -192,7 +190,7 @@ bool run_gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool tf32) {
   params.output = out.mutable_data_ptr();
   const auto found = schedule(params);
   if (!found) return false;
-  run(params, *found, a, scope);
+  run(params, *found, a, scope, matrix_bytes(m, n));
   record_path(tf32 ? "ffn_backward:cuda:sm90:tf32" : "ffn_backward:cuda:sm90:3xtf32", "aten_matmul");
   return true;
 }
@@ -210,7 +208,7 @@ bool run_linear(const Tensor& out, const Tensor& rows, const Tensor& weight, con
   params.output = out.mutable_data_ptr();
   const auto found = schedule(params);
   if (!found || found->wide) return false;  // cuBLAS's are as fast without an activation
-  run(params, *found, rows, scope);
+  run(params, *found, rows, scope, matrix_bytes(m, n));
   return true;
 }
 

@@ -70,6 +70,7 @@ __device__ __forceinline__ void finish(const GemmParams& p, Four (&v)[kCount], i
       if (at < p.m) residual[i] = load_four(p.residual, at * p.residual_stride + column, valid, vectors);
     }
   }
+  const int pitch = p.pitch == 0 ? p.n : p.pitch;
   float x[4 * kCount];
   float sum = 0;
 #pragma unroll
@@ -84,7 +85,7 @@ __device__ __forceinline__ void finish(const GemmParams& p, Four (&v)[kCount], i
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int64_t at = row + i * row_step;
-      if (at < p.m) store_four(p.product, at * p.n + column, v[i], valid, vectors);
+      if (at < p.m) store_four(p.product, at * pitch + column, v[i], valid, vectors);
     }
   }
 #pragma unroll
@@ -95,7 +96,7 @@ __device__ __forceinline__ void finish(const GemmParams& p, Four (&v)[kCount], i
     const int64_t at = row + i * row_step;
 #pragma unroll
     for (int j = 0; j < 4; ++j) v[i].data[j] = x[4 * i + j] + residual[i].data[j];
-    if (at < p.m) store_four(p.output, at * p.n + column, v[i], valid, vectors);
+    if (at < p.m) store_four(p.output, at * pitch + column, v[i], valid, vectors);
   }
 }
 

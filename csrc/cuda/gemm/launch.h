@@ -33,6 +33,7 @@ struct GemmParams {
   int64_t a_stride = 0, residual_stride = 0;  // in elements
   int64_t b_stride[2] = {0, 1};
   int m = 0, n = 0, k = 0;
+  int pitch = 0;  // float32: elements between rows of output and product where those are columns of more; 0: n
   // The kernel just before this one on the stream does not write b, and waited for what came before it: b may be loaded
   // while that kernel still runs.
   bool b_is_ready = false;
@@ -80,5 +81,18 @@ struct GemmWeightsParams {
   int rows = 0, k = 0;
 };
 cudaError_t launch_gemm_weights(const GemmWeightsParams& params, cudaStream_t stream);
+
+// A product with b prepared in pieces, one after the other in the same memory: see slabs.cu.
+struct GemmSlabs {
+  int columns = 0;  // of the output; the last piece may have fewer
+  int k = 0;
+  size_t bytes = 0;  // of the prepared piece
+};
+// Whole where b prepared fits `most_bytes`, else pieces that do, or nearly, and fill the device.
+cudaError_t cut_gemm(const GemmParams& params, size_t most_bytes, GemmSlabs& slabs);
+
+// For schedules that prepare b; `memory` has slabs.bytes and is free again once this is launched.
+cudaError_t launch_gemm_slabs(const GemmParams& params, const GemmSchedule& schedule, const GemmSlabs& slabs,
+                              void* memory, cudaStream_t stream);
 
 }  // namespace styleforge::cuda

@@ -26,6 +26,10 @@ constexpr int kHeldThreads = 512;
 constexpr int kHeldVectors = 8;
 cudaError_t launch_held_plane(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
                               cudaStream_t stream);
+// The same by clusters, each with units of its own.
+constexpr int kClusterChannels = 64;
+cudaError_t launch_channel_cluster(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
+                                   cudaStream_t stream);
 // channels_last with very few channels: threads of a block, and groups of pixels of a thread.
 constexpr int kFewThreads = 256;
 constexpr int kFewGroups = 2;

@@ -5,8 +5,8 @@
 //                           memory or registers: one read, one write                    held_plane.cu
 //   stream   NCHW           tiles of planes on their way through shared memory: 1 - 2    stream.cu
 //                           one read, one write, planes of any size (sm_90+)
-//            channels_last  the same of slices of the channels; all blocks       1      stream_channels_last.cu
-//                           run at once (sm_90+)
+//            channels_last  the same of slices of the channels; all blocks       1      stream_channels_last.cu,
+//                           run at once, or slices that a cluster holds (sm_90+)        cluster_channels.cu
 //   slab     channels_last  a few neighbouring channels of one sample, all       1      slab.cu
 //                           their pixels, in a block or cluster
 //   split    both           nothing: statistics of tiles, then a second pass    2 - 3   split_nchw.cu,
@@ -20,7 +20,16 @@
 
 namespace styleforge::cuda {
 
-enum class InstanceNormPath { kPlane, kHeldPlane, kStream, kChannelStream, kSlab, kFewChannels, kSplit };
+enum class InstanceNormPath {
+  kPlane,
+  kHeldPlane,
+  kStream,
+  kChannelStream,
+  kChannelCluster,
+  kSlab,
+  kFewChannels,
+  kSplit
+};
 
 // How a call is going to run. `workspace_bytes` of device memory must be given to the launch (16-byte aligned).
 struct InstanceNormSchedule {

@@ -32,9 +32,11 @@
 // statistics there, statistics read), and each stands in line behind the block's own loads and stores; about ten
 // microseconds pass from a unit's last tile to its first store, and the rings hold three units or so. Hence few tiles
 // on their way at a time (`ahead`: with all of the ring 52.1 us on 4x64x256x256 in float, with three tiles 48.4; in
-// half 32.7 and 28.2), and all statistics of a unit asked for together (16x128x128x128 in half 64.7, then 57.3). Next:
-// parts merged in clusters first, through the blocks' shared memory, so that every block can read those that are left
-// for itself: two journeys less.
+// half 32.7 and 28.2), and all statistics of a unit asked for together (16x128x128x128 in half 64.7, then 57.3). Slices
+// that a cluster holds do without those journeys: cluster_channels.cu. Tried for the others, and worse (4x64x256x256 in
+// half, 28.1): all parts read by every block, whose threads that apply merge them, 41.5 (the same 67 KB for all blocks
+// are five microseconds); one warp that merges and two that collect, 31.9; blocks in teams that take samples in turn,
+// 29.8 (16x128x128x128 in half 59.0, then 53.1, but in float 95.1, then 101).
 //
 // Few channels: rows of a tensor with C = 3 are no whole vectors. Then 2, 4 or 8 pixels in a row count as one pixel of
 // as many times more channels ("copies" of the real ones), and the copies are merged with the rows.
