@@ -208,7 +208,7 @@ std::optional<Tensor> run_fused_conv(const ConvInstanceNormArgs& args, const Con
   const Tensor input = transpose ? args.input : channels_last_aligned(args.input);
   const size_t transposed = transpose ? scratch.add(static_cast<size_t>(input.numel()) * input.element_size()) : 0;
   const Tensor weight = phases ? upsample_phase_weights(args.weight, plan.tf32) : args.weight;
-  Weights weights(weight, schedule->takes_split_weights(params), params.dtype, scratch);
+  Weights weights(weight, schedule->split_before, params.dtype, scratch);
   scratch.allocate(args.input);
   params.moments = static_cast<float2*>(scratch.at(moments));
   params.input = transpose ? scratch.at(transposed) : input.const_data_ptr();
@@ -292,7 +292,7 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
   const Tensor weight = pad_picture(args.weight, PaddingMode::kZeros, {0, 0}, scope);
   Scratch scratch;
   const size_t moments = scratch.add(schedule->moments_bytes(params));
-  Weights weights(weight, schedule->takes_split_weights(params), params.dtype, scratch);
+  Weights weights(weight, schedule->split_before, params.dtype, scratch);
   scratch.allocate(args.input);
   params.moments = static_cast<float2*>(scratch.at(moments));
   const cuda::ConvWeightsParams& rewrite = weights.place(params, scratch);
@@ -337,7 +337,7 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   const Tensor pixels = channels_last_aligned(input);
   params.input = pixels.const_data_ptr();
   Scratch scratch;
-  Weights weights(weight, schedule->takes_split_weights(params), params.dtype, scratch, sum.pitch);
+  Weights weights(weight, schedule->split_before, params.dtype, scratch, sum.pitch);
   scratch.allocate(input);
   check_cuda(kOp, cuda::launch_conv_weights(weights.place(params, scratch), scope.stream()));
   const Tensor columns =
