@@ -46,6 +46,8 @@ CASES = [
 CONVOLUTIONS = [
     ("", ""),
     ("sm90", "tiles=2,columns=32,height=4"),
+    ("sm90", "share=2,columns=32,height=4"),
+    ("sm90", "share=2,columns=64,height=8"),
     *(("mma", f"tile={tile}") for tile in range(1, 7)),
 ]
 

@@ -348,6 +348,11 @@ RESIDENT = [
     (64, 128, (90, 33), 3, 1, 1, "tiles=3,columns=64"),
     (64, 32, (40, 70), 3, 1, 2, "tiles=4,height=4"),
     (256, 256, (33, 64), 1, 1, 1, "tiles=2,columns=64"),
+    # float32: two blocks a tile
+    (64, 128, (120, 100), 3, 2, 1, "share=2,columns=64,height=8"),
+    (64, 64, (61, 50), 3, 1, 1, "share=2,columns=64,height=4"),
+    (128, 104, (32, 29), 3, 1, 1, "share=2,columns=32,height=4"),
+    (120, 64, (24, 40), 3, 1, 2, "share=2,columns=64,height=8,merged=1"),
 ]
 
 

@@ -242,7 +242,7 @@ std::optional<OwnedHandle> run_fused_conv(const ConvInstanceNormOptions& options
   OptionalTensor of_phases;
   if (phases) of_phases = upsample_phase_weights(tensor_of(tensors.weight.handle), plan.tf32);
   const TensorFacts weight = phases ? facts_of(of_phases) : tensors.weight;
-  Weights weights(weight, schedule->takes_split_weights(params), params.dtype, scratch);
+  Weights weights(weight, schedule->split_before, params.dtype, scratch);
   scratch.allocate(tensors.input);
   params.moments = static_cast<float2*>(scratch.at(moments));
   params.input = transpose ? scratch.at(transposed) : copy ? copy->const_data_ptr() : const_data(tensors.input);
@@ -326,7 +326,7 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
   const Tensor weight = pad_picture(args.weight, PaddingMode::kZeros, {0, 0}, scope);
   Scratch scratch;
   const size_t moments = scratch.add(schedule->moments_bytes(params));
-  Weights weights(weight, schedule->takes_split_weights(params), params.dtype, scratch);
+  Weights weights(weight, schedule->split_before, params.dtype, scratch);
   scratch.allocate(args.input);
   params.moments = static_cast<float2*>(scratch.at(moments));
   const cuda::ConvWeightsParams& rewrite = weights.place(params, scratch);
@@ -377,7 +377,7 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   const Tensor pixels = channels_last_aligned(input);
   params.input = pixels.const_data_ptr();
   Scratch scratch;
-  Weights weights(weight, schedule->takes_split_weights(params), params.dtype, scratch, sum.pitch);
+  Weights weights(weight, schedule->split_before, params.dtype, scratch, sum.pitch);
   scratch.allocate(input);
   check_cuda(kOp, cuda::launch_conv_weights(weights.place(params, scratch), scope.stream()));
   const Tensor columns =

@@ -10,6 +10,7 @@
 //                       it is not in the box, bring all by cp.async)
 //   producer warp 0:    weights of one (chunk, tap), kColumns x 128 bytes, by TMA -> ring of weight stages.
 //                       Multicast in clusters of two was slower: 20.5 against 12.8 thousand clocks, 1x128x128x128
+//   where weights are split by the block, warp 1 brings the input alone, and warps 2 and 3 split
 //   consumer warps:     A fragments by ldmatrix from the halo, at the tap's offset, into registers; B from the weight
 //                       stage; one wgmma group runs while the next one's fragments are loaded
 //
@@ -26,8 +27,17 @@
 // before to here, 1.2 to 1.7 until the first tile is there, 5.4 of multiplications (90% of the units' rate), 1.5 for
 // the moments of a tile, 2 until those of all are merged, 1.5 to 1.9 for what follows.
 //
-// kIeee, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo, both split to nearest; lo * hi, hi * lo,
-// then hi * hi. The units truncate when they add, so the sum of every 32 numbers moves on to float32 registers.
+// Few pixels: what counts is how much a block reads before it is done (16-bit 1x64x64x64, 6.7 us in clocks: 2000 until
+// the first input is there, 2500 of nine steps, 1300 for the marks, 950 for the moments of a tile, 2700 until all are
+// merged, 1000 on the way out). Two blocks may share a tile's input channels (float32, shared_sums.cuh), or bring the
+// input of one tile for each other (16 bits). Tried and not kept: twice as many moments on their way in the merge (the
+// unrolled code is 40% more for every kernel: 0.4 to 0.9 us slower), loads in the order of need, rings of 18 stages,
+// parameters read before they are needed (all within 0.1 us), weights for two or four tiles by one block (0.1 us; grids
+// with clusters of four may be refused a place and then wait for themselves).
+//
+// kIeee, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo; lo * hi, hi * lo, then hi * hi. The units
+// truncate when they add, so the sum of every 32 numbers moves on to float32 registers. The weights come split, or two
+// more producer warps split them (split_weights.cuh), which spares a short convolution a launch.
 #pragma once
 
 #include <cuda.h>
@@ -39,6 +49,8 @@
 #include "../common/types.cuh"
 #include "../common/wgmma.cuh"
 #include "kernels.h"
+#include "shared_sums.cuh"
+#include "split_weights.cuh"
 #include "tile_in.cuh"
 #include "tile_out.cuh"
 #include "tile_out_nchw.cuh"
@@ -52,8 +64,6 @@ constexpr int kChunk = 128;  // bytes of input channels
 
 #ifdef STYLEFORGE_HAS_WGMMA
 
-constexpr int kLoaders = 96;
-constexpr int kLoaderWarps = kLoaders / kWarp;
 constexpr int kConsumerBarrier = 1;
 
 template <typename T>
@@ -73,62 +83,85 @@ struct KindOf<float> {
 
 #endif  // STYLEFORGE_HAS_WGMMA
 
-template <typename T, int kColumns, int kGroups, bool kSplit>
+template <typename T, int kColumns, int kGroups, bool kSplit, int kShare>
 struct ConvTraits {
   static constexpr int kConsumers = 128 * kGroups;
-  static constexpr int kThreads = kConsumers + 128;
+  // Of the producers: one warp for the weights, then those that bring the input, and those that split weights.
+  static constexpr int kLoaders = kSplit ? kWarp : 3 * kWarp;
+  static constexpr int kSplitters = kSplit ? 2 * kWarp : 0;
+  static constexpr int kProducers = kWarp + kLoaders + kSplitters;
+  static constexpr int kThreads = kConsumers + kProducers;
+  static constexpr int kOut = kColumns / kShare;  // columns of the result that a block has in the end
   static constexpr int kRows = kWarps * kGroups;  // tile height: a warp has one row of 16 pixels
   static constexpr int kWeightBytes = kColumns * kChunk * (kSplit ? 2 : 1);
   static constexpr int kElements = kChunk / static_cast<int>(sizeof(T));
   // Half a multiprocessor each where the accumulators leave room.
-  static constexpr int kBlocks = kColumns <= 64 && !kSplit ? 2 : 1;
+  static constexpr int kBlocks = kColumns <= 64 && !kSplit && kShare == 1 ? 2 : 1;
   // Where the sums and the fragments are more than an even share of the registers, the producers give theirs away.
   static constexpr bool kMoveRegisters = kGroups == 2;
   // Of fragments: with a third one, ldmatrix of a tap runs beside the multiplication of the one before, and not between
   // the two; large tiles take long enough to multiply, or have no registers to spare.
-  static constexpr int kSets = (kColumns == 32 || kGroups == 1) && !kSplit ? 3 : 2;
+  static constexpr int kSets = (kColumns == 32 || kGroups == 1 || kShare > 1) && !kSplit ? 3 : 2;
   static constexpr int kConsumerRegisters = kBlocks == 2 ? 96 : 224;
   static constexpr int kProducerRegisters = kBlocks == 2 ? 48 : 56;
-  static constexpr int kStorePitch = stash_pitch(kColumns, static_cast<int>(sizeof(T)));
+  static constexpr int kStorePitch = stash_pitch(kOut, static_cast<int>(sizeof(T)));
   static constexpr int kStoreBytes = ConvSchedule::kTileWidth * kStorePitch;
   static_assert(kColumns % 32 == 0 && kColumns <= 128);
   static_assert(kStorePitch % 16 == 0 && kRows * kStoreBytes % 128 == 0, "the stash holds vectors");
   static_assert(kWeightBytes % 1024 == 0, "stages stay aligned for the swizzle");
   static_assert(kElements % 8 == 0 && kSets >= 2);
-  static_assert(!kMoveRegisters || (kConsumers * kConsumerRegisters + 128 * kProducerRegisters) * kBlocks <= 64 * 1024);
+  static_assert(!kMoveRegisters ||
+                (kConsumers * kConsumerRegisters + kProducers * kProducerRegisters) * kBlocks <= 64 * 1024);
+  static_assert(!kMoveRegisters || kProducers == 128, "registers move by warpgroups");
+  static_assert(kShare == 1 || (kShare == 2 && sizeof(T) == 4), "moments of 16 columns of 16 bits have no form");
 };
 
 // kSide: of a square kernel with stride 1 whose taps are unrolled, which is 10% faster; 0: any kernel.
-template <typename T, int kColumns, int kGroups, bool kSplit, int kSide>
-__global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThreads,
-                                  ConvTraits<T, kColumns, kGroups, kSplit>::kBlocks)
+// kShare: blocks of a cluster that share a tile's input channels, and then its columns.
+template <typename T, int kColumns, int kGroups, bool kSplit, int kSide, int kShare>
+__global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kThreads,
+                                  ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kBlocks)
     conv_kernel(const __grid_constant__ ConvParams p, const __grid_constant__ ConvSchedule s,
                 const __grid_constant__ InstanceNormParams norm, const __grid_constant__ CUtensorMap input,
                 const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap weights_lo) {
 #ifdef STYLEFORGE_HAS_WGMMA
-  using Traits = ConvTraits<T, kColumns, kGroups, kSplit>;
+  using Traits = ConvTraits<T, kColumns, kGroups, kSplit, kShare>;
   constexpr int kElements = Traits::kElements;
+  constexpr int kLoaders = Traits::kLoaders;
+  constexpr int kOut = Traits::kOut;
   extern __shared__ unsigned char dynamic[];
   // Swizzled tiles start at multiples of 1024 bytes.
   unsigned char* ring = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
   const uint32_t weight_ring = shared_address(ring);
   const uint32_t input_ring = weight_ring + s.weight_stages * Traits::kWeightBytes;
-  __shared__ uint64_t weight_full[8], weight_empty[8], input_full[4], input_empty[4];
-  __shared__ uint64_t box_full[4];                      // boxes whose edges are still to be mended
-  __shared__ uint64_t started;                          // the first input is there
-  __shared__ uint64_t marked;                           // all blocks have put marks where moments will be
-  __shared__ float2 statistics[kColumns];               // mean, rstd * the norm's weight
-  __shared__ float scales[kColumns], shifts[kColumns];  // the norm's weight and bias
+  __shared__ uint64_t weight_full[kMaxWeightStages], weight_empty[kMaxWeightStages];
+  __shared__ uint64_t input_full[kMaxInputStages], input_empty[kMaxInputStages];
+  __shared__ uint64_t box_full[kMaxInputStages];                  // boxes whose edges are still to be mended
+  __shared__ uint64_t started;                                    // the first input is there
+  __shared__ uint64_t marked;                                     // all blocks have put marks where moments will be
+  __shared__ uint64_t weight_raw[kSplit ? kMaxWeightStages : 1];  // weights that are still to be split
+  __shared__ uint64_t shared_sums;                                // kShare: what the other block has added up is there
+  __shared__ float2 statistics[kOut];                             // mean, rstd * the norm's weight
+  __shared__ float scales[kOut], shifts[kOut];                    // the norm's weight and bias
 
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int taps = p.kernel_h * p.kernel_w;
-  const int chunks = (p.in_channels + kElements - 1) / kElements;
+  // Neighbours in a cluster: the blocks that share a tile, or that have the same input for other columns.
+  const int neighbours = kShare > 1 ? kShare : s.same_input;
+  const int block = static_cast<int>(blockIdx.x) / neighbours;
+  const int neighbour = static_cast<int>(blockIdx.x) - block * neighbours;
+  const int rank = kShare > 1 ? neighbour : 0;
+  const bool in_cluster = kShare > 1 || s.same_input > 1;
+  const int chunks = (p.in_channels + kElements - 1) / kElements / kShare;
+  const int first_channel = rank * chunks * kElements;
   const int steps = chunks * taps;
   const int n = blockIdx.z;
-  const int first_column = blockIdx.y * kColumns;
+  const int multiplied_column =
+      (kShare > 1 ? static_cast<int>(blockIdx.y) : static_cast<int>(blockIdx.y) * neighbours + neighbour) * kColumns;
+  const int first_column = multiplied_column + rank * kOut;
   const auto linear_block = [] { return (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x; };
-  const int begin = blockIdx.x * s.tiles;
+  const int begin = block * s.tiles;
   const int end = min(begin + s.tiles, s.entries);
   // The producers' first tile, while the predecessor drains.
   ConvTileAt at = conv_tile(p, s, begin);
@@ -145,11 +178,11 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
   if (threadIdx.x == Traits::kConsumers) {
     prefetch_map(&weights);
     prefetch_map(&input);
-    if constexpr (kSplit) prefetch_map(&weights_lo);
   }
   if (threadIdx.x == 0) {
     for (int i = 0; i < s.weight_stages; ++i) {
-      mbarrier_init(&weight_full[i], 1);
+      if constexpr (kSplit) mbarrier_init(&weight_raw[i], 1);
+      mbarrier_init(&weight_full[i], kSplit && !s.split_before ? Traits::kSplitters : 1);
       mbarrier_init(&weight_empty[i], kWarps * kGroups);
     }
     for (int i = 0; i < s.input_stages; ++i) {
@@ -159,20 +192,28 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     }
     mbarrier_init(&marked, 32);
     mbarrier_init(&started, 1);
+    if constexpr (kShare > 1) {
+      mbarrier_init(&shared_sums, 1);
+      mbarrier_arrive_expect(&shared_sums, shared_sums_bytes(kColumns, Traits::kConsumers));
+    }
     mbarrier_init_fence();
   }
   __syncthreads();
+  if (in_cluster) cluster_arrive_without_fence();
   wait_for_predecessor();
+  if (in_cluster) cluster_wait();  // the other blocks' barriers are there
 
   if (warp >= kWarps * kGroups) {
     if constexpr (Traits::kMoveRegisters)
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kProducerRegisters));
+    const int role = warp - kWarps * kGroups;
     // The last warp puts marks where this block's moments will be, and those that it merges.
-    const bool marks = s.resident && warp == kWarps * kGroups + kLoaderWarps;
+    const bool marks = s.resident && role == Traits::kProducers / kWarp - 1;
+    const bool splits = kSplit && !s.split_before && role > 1;
     uint32_t token = 0;
     const auto put_marks = [&] {
-      float2* own = p.moments + (static_cast<int64_t>(n) * partials(s) + blockIdx.x) * p.out_channels + first_column;
-      for (int c = lane; c < kColumns && first_column + c < p.out_channels; c += 32) retract(own + c);
+      float2* own = p.moments + (static_cast<int64_t>(n) * partials(s) + block) * p.out_channels + first_column;
+      for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) retract(own + c);
       if (s.merge_apart) {
         const int slices = p.batch * (p.out_channels / kMergeSlice);  // one after the other in memory
         const int blocks = gridDim.x * gridDim.y * gridDim.z;
@@ -183,20 +224,30 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
       __syncwarp();
       if (lane == 0) token = grid_arrive();
     };
-    if (warp == kWarps * kGroups) {
+    const auto load_norm = [&] {
+      for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) {
+        const int64_t param = n * norm.param_batch_stride + first_column + c;
+        scales[c] = load_param(norm.weight, norm.param_dtype, param, 1.0f);
+        shifts[c] = load_param(norm.bias, norm.param_dtype, param, 0.0f);
+      }
+    };
+    if (role == 0) {
       if (lane == 0) {
         int stage = 0;
         uint32_t parity = 1;
         for (int tile = begin;;) {
-          const int row = at.phase * p.out_channels + first_column;
-          int tap = 0, channel = 0;
+          const int row = at.phase * p.out_channels + multiplied_column;
+          int tap = 0, channel = first_channel;
           for (int i = 0; i < steps; ++i) {
+            const bool raw = kSplit && !s.split_before;
+            uint64_t* there = raw ? &weight_raw[stage] : &weight_full[stage];
             mbarrier_wait(&weight_empty[stage], parity);
-            mbarrier_arrive_expect(&weight_full[stage], Traits::kWeightBytes);
+            mbarrier_arrive_expect(there, raw ? kColumns * kChunk : Traits::kWeightBytes);
             const uint32_t to = weight_ring + stage * Traits::kWeightBytes;
-            load_weights(to, &weights, channel, tap, row, &weight_full[stage]);
-            if constexpr (kSplit)
-              load_weights(to + kColumns * kChunk, &weights_lo, channel, tap, row, &weight_full[stage]);
+            load_weights(to, &weights, channel, tap, row, there);
+            if constexpr (kSplit) {
+              if (s.split_before) load_weights(to + kColumns * kChunk, &weights_lo, channel, tap, row, there);
+            }
             if (++tap == taps) {
               tap = 0;
               channel += kElements;
@@ -211,8 +262,30 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         }
       }
       __syncwarp();
-    } else if (warp == kWarps * kGroups + 1 || !boxes_only) {
-      // The first thread brings the box, or all 96 move 12 pixels at a time, each its 16 bytes within the pixel.
+    } else if (splits) {
+      if constexpr (kSplit) {
+        if (marks) {  // while the first weights are on their way
+          put_marks();
+          load_norm();
+          __syncwarp();
+        }
+        const int splitter = threadIdx.x - Traits::kConsumers - 2 * kWarp;
+        int stage = 0;
+        uint32_t parity = 0;
+#pragma unroll 1
+        for (int i = steps * (end - begin); i > 0; --i) {
+          mbarrier_wait(&weight_raw[stage], parity);
+          split_weights<kColumns * kChunk, Traits::kSplitters>(ring + stage * Traits::kWeightBytes, splitter);
+          fence_async_shared();
+          mbarrier_arrive(&weight_full[stage]);
+          if (++stage == s.weight_stages) {
+            stage = 0;
+            parity ^= 1;
+          }
+        }
+      }
+    } else if (role == 1 || (!kSplit && !boxes_only)) {
+      // The first thread brings the box, or all move some pixels at a time, each its 16 bytes within the pixel.
       // Or the box, and then what lies outside of the picture from within the box.
       const int loader = threadIdx.x - Traits::kConsumers - 32;
       const int piece = loader % 8;
@@ -239,7 +312,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
           if (!boxes && edges.within) {
             if (loader == 0) {
               mbarrier_arrive_expect(&box_full[stage], pixels * kChunk);
-              load_box(to, &input, chunk * kElements, left, top, n, &box_full[stage]);
+              load_box(to, &input, first_channel + chunk * kElements, left, top, n, &box_full[stage]);
             }
             mbarrier_wait(&box_full[stage], box_parities >> stage & 1);
             box_parities ^= 1u << stage;
@@ -252,7 +325,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
             fence_async_shared();
             mbarrier_arrive(&input_full[stage]);
           } else if (!boxes) {
-            const int channel = chunk * kElements + piece * (16 / static_cast<int>(sizeof(T)));
+            const int channel = first_channel + chunk * kElements + piece * (16 / static_cast<int>(sizeof(T)));
             const bool valid = channel < p.in_channels;
             const T* from = sample + (valid ? channel : 0);
 #pragma unroll 2
@@ -267,7 +340,11 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
             copy_async_arrive(&input_full[stage]);
           } else if (loader == 0) {
             mbarrier_arrive_expect(&input_full[stage], pixels * kChunk);
-            load_box(to, &input, chunk * kElements, left, top, n, &input_full[stage]);
+            if (kShare > 1 || s.same_input == 1) {
+              load_box(to, &input, first_channel + chunk * kElements, left, top, n, &input_full[stage]);
+            } else if (chunk % neighbours == neighbour) {
+              load_box_for((1u << neighbours) - 1, to, &input, chunk * kElements, left, top, n, &input_full[stage]);
+            }
           } else if (!boxes_only) {
             mbarrier_arrive(&input_full[stage]);
           }
@@ -282,18 +359,12 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         at = conv_tile(p, s, tile);
       }
     } else if (marks) {
-      // First loads would have to wait for the marks' way to memory: 0.3 us.
-      mbarrier_wait(&started, 0);
+      // First loads would have to wait for the marks' way to memory: 0.3 us, which a short tile waits longer for marks.
+      if (!s.marks_first) mbarrier_wait(&started, 0);
       put_marks();
     }
     __syncwarp();
-    if (marks) {
-      for (int c = lane; c < kColumns && first_column + c < p.out_channels; c += 32) {
-        const int64_t param = n * norm.param_batch_stride + first_column + c;
-        scales[c] = load_param(norm.weight, norm.param_dtype, param, 1.0f);
-        shifts[c] = load_param(norm.bias, norm.param_dtype, param, 0.0f);
-      }
-    }
+    if (marks && !splits) load_norm();
     release_successor();
     if (marks) {
       if (lane == 0) grid_wait(token);
@@ -510,25 +581,36 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         // The rings are free: everything loaded has been multiplied, in every consumer warp after the barrier.
         named_barrier(kConsumerBarrier, Traits::kConsumers);
       }
+      [[maybe_unused]] float kept[kShare > 1 ? kOut / 2 : 1];
+      if constexpr (kShare > 1) {
+        share_sums<kColumns, Traits::kConsumers>(d, kept, rank, ring + s.sums_offset, &shared_sums);
+      }
+      const auto sum = [&](int i) {
+        if constexpr (kShare > 1) {
+          return kept[i];
+        } else {
+          return d[i];
+        }
+      };
       unsigned char* own = stash(tile);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
-        for (int i = 0; i < kColumns / 8; ++i) {
-          const float pair[2] = {d[4 * i + 2 * h], d[4 * i + 2 * h + 1]};
+        for (int i = 0; i < kOut / 8; ++i) {
+          const float pair[2] = {sum(4 * i + 2 * h), sum(4 * i + 2 * h + 1)};
           *reinterpret_cast<Vec<T, 2>*>(own + (x + 8 * h) * Traits::kStorePitch +
                                         (8 * i + 2 * (lane % 4)) * static_cast<int>(sizeof(T))) = rounded<T>(pair);
         }
       }
 
       if (p.moments != nullptr) {
-        using Moments = TileMoments<T, kColumns, Traits::kRows>;
+        using Moments = TileMoments<T, kOut, Traits::kRows>;
         float2* parts = reinterpret_cast<float2*>(ring + s.parts_offset);
         named_barrier(kConsumerBarrier, Traits::kConsumers);
         Moments::write_parts(own - warp * Traits::kStoreBytes, at, parts);
         named_barrier(kConsumerBarrier, Traits::kConsumers);
         const int column = threadIdx.x;
-        if (column < kColumns && first_column + column < p.out_channels) {
+        if (column < kOut && first_column + column < p.out_channels) {
           const float2 whole = Moments::merge(parts + column, at);
           float tile_mean = whole.x, tile_m2 = whole.y;
           if constexpr (!kFirstTile) {
@@ -543,7 +625,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
             }
           }
           if (!s.resident || tile + 1 == end) {
-            const int partial = s.resident ? static_cast<int>(blockIdx.x) : tile;
+            const int partial = s.resident ? block : tile;
             float2* to =
                 p.moments + (static_cast<int64_t>(n) * partials(s) + partial) * p.out_channels + first_column + column;
             if (s.resident) {
@@ -559,15 +641,15 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
 
       __syncwarp();
       if (!s.resident && p.out_channels % kFullWidth<T> == 0) {
-        RowOut<T, kColumns>(p, n, first_column, at, warp).write(p, own);
+        RowOut<T, kOut>(p, n, first_column, at, warp).write(p, own);
       } else if (!s.resident && row_valid) {  // out_channels is even
-        const int columns = min(kColumns, p.out_channels - first_column);
-        const RowOut<T, kColumns> out(p, n, first_column, at, warp);
+        const int columns = min(kOut, p.out_channels - first_column);
+        const RowOut<T, kOut> out(p, n, first_column, at, warp);
         T* output = static_cast<T*>(p.output) + out.at - out.column;
 #pragma unroll 1
-        for (int i = lane; i < kColumns / 2 * at.columns; i += 32) {
-          const int pixel = i / (kColumns / 2);
-          const int column = i % (kColumns / 2) * 2;
+        for (int i = lane; i < kOut / 2 * at.columns; i += 32) {
+          const int pixel = i / (kOut / 2);
+          const int column = i % (kOut / 2) * 2;
           if (column >= columns) continue;
           *reinterpret_cast<Vec<T, 2>*>(output + static_cast<int64_t>(pixel) * out.pixel_pitch + column) =
               *reinterpret_cast<const Vec<T, 2>*>(own + pixel * Traits::kStorePitch +
@@ -578,11 +660,13 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
     // The first tile apart: in a loop the compiler does not know that the warps' threads stay together, and brings each
     // descriptor to uniform registers anew, two instructions before every wgmma (8.8 -> 10.2 us on 1x128x32x32, TF32).
     run_tile.template operator()<true>(begin);
-    for (int tile = begin + 1; tile < end; ++tile) run_tile.template operator()<false>(tile);
+    if constexpr (kShare == 1) {  // who share have one
+      for (int tile = begin + 1; tile < end; ++tile) run_tile.template operator()<false>(tile);
+    }
     if (!s.resident) return;
 
     // Behind the last tile's list of moments, which other warps may still read.
-    float2* sums = reinterpret_cast<float2*>(ring + s.parts_offset) + Traits::kRows * kColumns;
+    float2* sums = reinterpret_cast<float2*>(ring + s.parts_offset) + Traits::kRows * kOut;
     const auto barrier = [] { named_barrier(kConsumerBarrier, Traits::kConsumers); };
     if (s.merge_apart) {
       const int slices = p.out_channels / kMergeSlice;
@@ -599,19 +683,19 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         barrier();
       }
       const int column = threadIdx.x;
-      if (column < kColumns && first_column + column < p.out_channels) {
+      if (column < kOut && first_column + column < p.out_channels) {
         statistics[column] = await(merged(p, s, n) + first_column + column);
       }
     } else {
-      merge_tiles<kColumns, Traits::kConsumers, true>(p, s, norm, n, first_column, scales[threadIdx.x % kColumns], sums,
-                                                      statistics, barrier);
+      merge_tiles<kOut, Traits::kConsumers, true>(p, s, norm, n, first_column, scales[threadIdx.x % kOut], sums,
+                                                  statistics, barrier);
     }
     barrier();
 #pragma unroll 1
     for (int tile = begin; tile < end; ++tile) {
       const ConvTileAt at = conv_tile(p, s, tile);
       if (!norm.output_channels_last) {
-        const RowOutNchw<T, kColumns> out(p, n, first_column, at, warp);
+        const RowOutNchw<T, kOut> out(p, n, first_column, at, warp);
         if (p.out_width % kFullWidth<T> == 0) {
           out.write_runs(norm, statistics, shifts, stash(tile));
         } else {
@@ -619,7 +703,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit>::kThr
         }
         continue;
       }
-      using Out = RowOut<T, kColumns>;
+      using Out = RowOut<T, kOut>;
       const Out out(p, n, first_column, at, warp);
       const typename Out::Affine affine(statistics, shifts, out.column);
       if (is_piecewise(norm.activation)) {

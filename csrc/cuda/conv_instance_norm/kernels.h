@@ -14,6 +14,9 @@ void schedule_conv_mma(const ConvParams& params, const DeviceFacts& facts, const
 // `norm`: what schedule.resident needs.
 cudaError_t launch_conv_sm90(const ConvParams& params, const ConvSchedule& schedule, const InstanceNormParams& norm,
                              cudaStream_t stream);
+// schedule.share blocks a tile.
+cudaError_t launch_conv_sm90_shared(const ConvParams& params, const ConvSchedule& schedule,
+                                    const InstanceNormParams& norm, cudaStream_t stream);
 cudaError_t launch_conv_mma(const ConvParams& params, const ConvSchedule& schedule, cudaStream_t stream);
 // params.output is the convolution's result, channels_last; norm.output may be the same memory if it is channels_last.
 cudaError_t launch_conv_finish(const ConvParams& params, const ConvSchedule& schedule, const InstanceNormParams& norm,

@@ -9,7 +9,7 @@
 //   finish.cu        merges the tiles' moments; normalises, adds the residual, activates, in place
 //   finish_nchw.cu   the same, to another tensor, which is NCHW
 //   columns.cu       adds up a convolution that ran by the columns of its kernel (few output channels, no norm)
-//   weights.cu       brings weights to [rows][taps][channels], split for float32 accuracy
+//   weights.cu       brings weights to [rows][taps][channels], or splits them for float32 accuracy
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,7 +26,7 @@ struct ConvParams {
   // tensors
   const void* input = nullptr;      // [batch, height, width, in_channels], see row_stride
   const void* weight = nullptr;     // [phases * out_channels, kernel_h * kernel_w, in_channels]
-  const void* weight_lo = nullptr;  // kIeee: what the TF32 weights leave out, the same shape
+  const void* weight_lo = nullptr;  // schedule.split_before: what the TF32 weights leave out, the same shape
   void* output = nullptr;           // [batch, out_height, out_width, out_channels]
   // [batch, entries, out_channels]: (mean, M2) of each tile's valid pixels; then [batch, out_channels]: mean and rstd
   // times the norm's weight
@@ -58,7 +58,12 @@ struct ConvSchedule {
   int halo_height = 0, halo_width = 0, halo_bytes = 0;  // of a tile's input, one stage
   unsigned halo_divisor = 0, tiles_x_divisor = 0;       // 2^32 / halo_width and / tiles_x, rounded up
   int tiles = 1;                                        // of a block, one after the other
-  bool mma = false;                                     // conv_mma.cu, else conv_sm90.cu
+  // Blocks of a cluster: with the same input, of which each brings a part for all; or that share a tile, where each has
+  // a part of the input channels, and then of the columns.
+  int same_input = 1, share = 1;
+  bool marks_first = false;    // places of moments are marked before the first input is there
+  bool split_before = false;   // float32 weights come in two TF32 parts; else the blocks split them
+  bool mma = false;            // conv_mma.cu, else conv_sm90.cu
   int chunks_ahead = 1;        // mma: chunks of input that are on their way before they are multiplied,
   int pixels_a_step = 0;       // and how many of their pixels a step of the loop asks for
   int swizzle_shift = 0;       // mma: of a pixel's index
@@ -70,9 +75,8 @@ struct ConvSchedule {
   // Behind the rings in shared memory: the results of all but a block's last tile, then the moments of its warps. What
   // belongs to the last tile lies over the rings.
   int stash_offset = 0, parts_offset = 0;
+  int sums_offset = 0;  // share: what comes from the other block, over nothing else
   size_t shared_bytes = 0;
-  // Whether the convolution's kernel reads float32 weights in two TF32 parts.
-  bool takes_split_weights(const ConvParams& p) const { return p.precision == ConvPrecision::kIeee && !mma; }
   size_t moments_bytes(const ConvParams& p) const {
     return sizeof(float2) * static_cast<size_t>(p.batch) * static_cast<size_t>(entries + 1) *
            static_cast<size_t>(p.out_channels);

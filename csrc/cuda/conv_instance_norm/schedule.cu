@@ -1,25 +1,31 @@
 // Which convolutions the fused kernels take, and how they are cut: a function of the shape and the device.
 #include <algorithm>
+#include <utility>
 
 #include "../common/launch.h"
 #include "../common/overrides.h"
 #include "kernels.h"
+#include "shared_sums.cuh"
 #include "tiles.h"
 
 namespace styleforge::cuda {
 namespace {
 
-constexpr int kChunk = 128;  // bytes of input channels of a stage
-constexpr int kMaxInputStages = 4;
-constexpr int kMaxWeightStages = 8;
+constexpr int kChunk = 128;                 // bytes of input channels of a stage
 constexpr int kShared = 227 * 1024 - 2048;  // of a block, less what is declared statically
 constexpr int kAlignment = 1024 + 128;      // lost to the starts of the rings and of what lies behind them
 constexpr int kMaxTiles = 4;                // of a block of a resident grid
 constexpr int kMaxTilesInTurn = 64;         // of one that is not
 constexpr int kMaxMerged = 32;              // moments that a thread loads where every block merges for itself
 
-// STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6,tiles=2"
+// STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6,tiles=2,share=2,same_input=1,split=2"
 constexpr const char* kTuneVariable = "STYLEFORGE_CONV_TUNE";
+
+// Whether two blocks can share tiles of this size: conv_sm90_shared.cu.
+bool takes_share(const ConvParams& p, int columns, int tile_height) {
+  const int64_t chunks = ceil_div(p.in_channels * 4, kChunk);
+  return p.dtype == DType::kFloat32 && chunks % 2 == 0 && (columns == 64 || (columns == 32 && tile_height == 4));
+}
 
 void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Overrides& overrides, ConvSchedule& s,
                         bool& supported) {
@@ -50,8 +56,22 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   if (idle()) s.tile_height = 4;
   if (idle() && s.columns > 32) s.columns /= 2;
   if (idle() && s.columns > 32) s.columns /= 2;
+  // Larger ones that two blocks share, where these fill the GPU: they read less for each product, and split less of it
+  // in 3xTF32. 1x64x128x128 to 128 channels with stride 2: 10.4 instead of 12.1 us in TF32, 15.1 instead of 17.6 in
+  // 3xTF32; 1x128x32x32: 6.9 instead of 8.4 and 12.7 instead of 18.8.
+  for (const auto& [columns, rows] : {std::pair{64, 8}, {64, 4}, {32, 4}}) {
+    const int64_t sharing = 2 * blocks(rows, columns);
+    if (s.share > 1 || columns > std::max(p.out_channels, 32) || !takes_share(p, columns, rows)) continue;
+    if (sharing > facts.multiprocessors || (sharing * 2 <= facts.multiprocessors && columns > 32)) continue;
+    s.share = 2;
+    s.columns = columns;
+    s.tile_height = rows;
+  }
+  if (tuned("columns", 0) + tuned("height", 0) > 0) s.share = 1;
   s.columns = tuned("columns", s.columns);
   s.tile_height = tuned("height", s.tile_height);
+  if (s.columns == 128) s.tile_height = 8;
+  s.share = takes_share(p, s.columns, s.tile_height) ? tuned("share", s.share) : 1;
   s.tiles_x = static_cast<int>(ceil_div(width, s.kTileWidth));
   s.tiles_y = static_cast<int>(ceil_div(height, s.tile_height));
   s.entries = p.phases * s.tiles_x * s.tiles_y;
@@ -61,16 +81,18 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   s.halo_divisor = rounded_reciprocal(s.halo_width);
   s.tiles_x_divisor = rounded_reciprocal(s.tiles_x);
   s.halo_bytes = (s.halo_height * s.halo_width * kChunk + 1023) / 1024 * 1024;
+  const int columns_out = s.columns / s.share;
   const int weight_bytes = s.columns * kChunk * (split ? 2 : 1);
-  const int chunks = static_cast<int>(ceil_div(p.in_channels * element, kChunk));
+  const int chunks = static_cast<int>(ceil_div(p.in_channels * element, kChunk)) / s.share;  // of a block
   const int steps = chunks * p.kernel_h * p.kernel_w;
   if (int64_t{s.entries} * s.tiles_x > INT32_MAX) return;
-  const int64_t groups = p.batch * ceil_div(p.out_channels, s.columns);  // of blocks that share statistics
+  const int64_t groups = p.batch * ceil_div(p.out_channels, s.columns) * s.share;  // of blocks that share statistics
   const int64_t all = groups * s.entries;
-  const bool pairs = s.columns <= 64 && !split;  // a multiprocessor can hold two blocks
+  const bool pairs = s.columns <= 64 && !split && s.share == 1;  // a multiprocessor can hold two blocks
   const int rows = s.tile_height * s.kTileWidth;
-  const int stash_bytes = rows * stash_pitch(s.columns, element);
-  const int parts_bytes = s.tile_height * s.columns * static_cast<int>(sizeof(float2));
+  const int stash_bytes = rows * stash_pitch(columns_out, element);
+  const int parts_bytes = s.tile_height * columns_out * static_cast<int>(sizeof(float2));
+  const int sums_bytes = s.share > 1 ? shared_sums_bytes(s.columns, s.tile_height * 32) : 0;
 
   // The rings take what `tiles` of a block leave of a multiprocessor's shared memory, or of half of it.
   const auto fit = [&](int tiles, bool resident) {
@@ -82,7 +104,7 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     s.input_stages = std::min({tiles * chunks, kMaxInputStages, tuned("inputs", kMaxInputStages)});
     const auto rings = [&] { return s.weight_stages * weight_bytes + s.input_stages * s.halo_bytes; };
     const auto bytes = [&] {
-      return kAlignment + std::max(rings(), stash_bytes + (several ? 0 : 2 * parts_bytes)) + behind;
+      return kAlignment + std::max(rings(), stash_bytes + (several ? 0 : 2 * parts_bytes)) + behind + sums_bytes;
     };
     while (bytes() > room && s.input_stages > std::min(tiles * chunks, 2)) --s.input_stages;
     while (bytes() > room && s.weight_stages > std::min(steps, 3)) --s.weight_stages;
@@ -92,23 +114,33 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     s.tiles = tiles;
     s.stash_offset = (std::max(rings(), stash_bytes) + 127) / 128 * 128;
     s.parts_offset = several ? s.stash_offset + held * stash_bytes : stash_bytes;
+    s.sums_offset = (std::max(rings(), stash_bytes + 2 * parts_bytes) + 127) / 128 * 128;
     s.shared_bytes = static_cast<size_t>(bytes());
     return bytes() <= kShared;
   };
   const int64_t capacity = int64_t{facts.multiprocessors} * (pairs ? 2 : 1);
-  const auto tiles = tuned("tiles", static_cast<int>(std::min<int64_t>(ceil_div(all, capacity), kMaxTilesInTurn)));
+  const int in_turn = static_cast<int>(std::min<int64_t>(ceil_div(all, capacity), kMaxTilesInTurn));
+  const int tiles = s.share > 1 ? 1 : tuned("tiles", in_turn);
   s.resident = !two_passes && tiles <= kMaxTiles && groups * ceil_div(s.entries, tiles) <= capacity && fit(tiles, true);
   // One after the other also where nothing is held: the next tile is loaded while the last one is written. TF32 of 64
   // columns or of one tap is faster block by block (145 instead of 161 us on 1x64x512x512, 114 instead of 120 on
   // 4x256x128x128, 1x1).
   const bool by_blocks = element == 4 && !split && (s.columns == 64 || p.kernel_h * p.kernel_w == 1);
-  if (!s.resident && !fit(tuned("tiles", by_blocks ? 1 : tiles), false) && !fit(1, false)) return;
+  if (!s.resident && !fit(s.share > 1 ? 1 : tuned("tiles", by_blocks ? 1 : tiles), false) && !fit(1, false)) return;
   // To NCHW, the phases of an upsampling would each write every second element; tiles of 128 channels take the same
   // time in TF32 either way, and in fp16 1.5 us more in one pass (1x128x128x128 and 8x128x64x64).
   s.resident_nchw = s.resident && p.phases == 1 && (s.columns < 128 || one_pass);
   if (s.halo_height > 256 || s.halo_width > 256) return;  // of a TMA box
+  // Blocks with other columns of the same tile bring its input for each other, where all of it has a place of its own:
+  // 0.3 us of 6 to 9 in 16 bits, but of four chunks 0.2 more. Clusters of two always find room, those of four do not.
+  const bool once = s.resident && s.tiles == 1 && chunks <= std::min(s.input_stages, 2) && all <= facts.multiprocessors;
+  if (element == 2 && once && p.out_channels % (2 * s.columns) == 0) s.same_input = std::min(2, tuned("same_input", 2));
+  // What the marks take is longer than a short product (1x256x64x64, 1x1: 7.8 instead of 8.5 us).
+  s.marks_first = steps <= 9;
+  // A launch of its own takes 2 us; to split in the blocks takes long ones more (46 and 58 us of 1x128x128x128).
+  s.split_before = split && tuned("split", s.share == 1 && s.tile_height == 8 && steps >= 18 ? 1 : 2) == 1;
   // Consumer threads: a warp for each row of a tile.
-  s.merge_apart = int64_t{partials(s)} * s.columns > int64_t{tuned("merged", kMaxMerged)} * 32 * s.tile_height;
+  s.merge_apart = int64_t{partials(s)} * columns_out > int64_t{tuned("merged", kMaxMerged)} * 32 * s.tile_height;
   supported = true;
 }
 
@@ -151,6 +183,7 @@ const char* conv_name(const ConvParams& params, const ConvSchedule& schedule) {
 cudaError_t launch_conv(const ConvParams& params, ConvSchedule schedule, cudaStream_t stream) {
   if (schedule.mma) return launch_conv_mma(params, schedule, stream);
   schedule.resident = false;
+  schedule.same_input = 1;  // a part of a GPU may have no place for clusters
   return launch_conv_sm90(params, schedule, {}, stream);
 }
 
@@ -163,7 +196,8 @@ cudaError_t launch_conv_one_pass(const ConvParams& params, const ConvSchedule& s
   ConvParams own = params;
   own.output = norm.output;
   const auto error = launch_conv_sm90(own, schedule, norm, stream);
-  if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {
+  if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize ||
+      error == cudaErrorNotSupported) {
     cudaGetLastError();
     return cudaSuccess;
   }

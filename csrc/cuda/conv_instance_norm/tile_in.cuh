@@ -44,6 +44,16 @@ __device__ __forceinline__ void load_weights(uint32_t to, const CUtensorMap* map
       : "memory");
 }
 
+// The same for several blocks of the cluster, a bit each: to the same places in all of them, counted by their barriers.
+__device__ __forceinline__ void load_box_for(uint32_t blocks, uint32_t to, const CUtensorMap* map, int channel, int x,
+                                             int y, int n, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, "
+      "%3, %4, %5}], [%6], %7;" ::"r"(to),
+      "l"(map), "r"(channel), "r"(x), "r"(y), "r"(n), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(blocks))
+      : "memory");
+}
+
 // A box at the border of a reflected or replicated picture: the copy engine has left zeros where it lies outside, and
 // what belongs there stands in the box, too.
 struct HaloEdges {

@@ -8,8 +8,11 @@ namespace styleforge::cuda {
 // Bytes between two pixels of a tile in shared memory, padded so that a warp's writes of fragments fall into different
 // banks.
 __host__ __device__ constexpr int stash_pitch(int columns, int element) {
-  return columns * element + (element == 2 ? 16 : 32);
+  return columns * element + (element == 2 ? 16 : columns % 32 == 0 ? 32 : 96);
 }
+
+// Of conv_sm90.cu's rings.
+constexpr int kMaxInputStages = 4, kMaxWeightStages = 8;
 
 // Channels that a block merges at a time where the merge is a step of its own: a sector of 32 bytes of moments.
 constexpr int kMergeSlice = 4;

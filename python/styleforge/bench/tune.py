@@ -90,6 +90,10 @@ def _conv() -> None:
             f"columns={columns},height={height},tiles={tiles}"
             for columns, height, tiles in itertools.product((32, 64, 128), (4, 8), (1, 2, 3, 4))
         ]
+        tunes += [
+            f"share=2,columns={columns},height={height}" for columns, height in ((32, 4), (64, 4), (64, 8))
+        ]
+        tunes += ["same_input=1", "split=1", "split=2"]
         results: list[tuple[float, str, str]] = []
         tiles = [("mma", f"tile={tile}" if tile else "") for tile in range(7)]
         for path, tune in [*itertools.product(("", "sm90:two_pass"), tunes), *tiles]:
