@@ -63,6 +63,10 @@ STABLE_TORCH_LIBRARY(styleforge, m) {
   // pad(nearest upsampling) in the input's memory format, without a gradient: the input side of a convolution whose
   // other side is not one of ours.
   m.def("_pad_upsample(Tensor input, int[2] padding, str padding_mode=\"zeros\", int upsample=1) -> Tensor");
+  // Its gradient, in the memory format of grad_output.
+  m.def(
+      "_pad_upsample_backward(Tensor grad_output, int[2] padding, str padding_mode=\"zeros\", int upsample=1) -> "
+      "Tensor");
 
   // conv2d(reflection_pad(input), weight, bias) with half of the (odd) kernel as padding, without a gradient: the last
   // layer of style-transfer networks.

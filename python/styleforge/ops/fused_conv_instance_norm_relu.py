@@ -299,10 +299,13 @@ def _autocast(
     with common.no_autocast(input):
         dtype = common.autocast_dtype(input)
         norm_weight, norm_bias = common.norm_params_for(dtype, norm_weight, norm_bias)
+        if bias is not None:  # checked, and not cast: it is not read, and its gradient is zeros in its own dtype
+            common.check_device(NAME, "bias", bias, input)
+            common.check_like(NAME, "bias", bias, bias, weight.shape[:1])
         result: Tensor = _op(
             input.to(dtype),
             weight.to(dtype),
-            None if bias is None else bias.to(dtype),
+            None,
             norm_weight,
             norm_bias,
             stride,
@@ -315,6 +318,8 @@ def _autocast(
             None if residual is None else residual.to(dtype),
             precision,
         )
+        if bias is not None and _is_grad_enabled() and bias.requires_grad:
+            result = common.apply_function(_UnusedBias, result, bias)
         return result
 
 
