@@ -20,7 +20,7 @@
 
 namespace styleforge::cuda {
 
-enum class InstanceNormPath { kPlane, kHeldPlane, kStream, kChannelStream, kSlab, kFewChannels, kSplit };
+enum class InstanceNormPath { kPlane, kHeldPlane, kStream, kChannelStream, kSlab, kFewChannels, kSplit, kResident };
 
 // How a call is going to run. `workspace_bytes` of device memory must be given to the launch (16-byte aligned).
 struct InstanceNormSchedule {
@@ -61,9 +61,24 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
 cudaError_t launch_instance_norm(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
                                  void* workspace, cudaStream_t stream);
 
-// Backward: always two passes (reduce, apply) in either format.
-cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& params, InstanceNormSchedule& schedule);
+// Backward: one launch in channels_last where the multiprocessors hold input and gradient (backward_resident.cu), else
+// two passes (reduce, apply) in either format, as with STYLEFORGE_PATH=split or portable and without `resident`: a part
+// of a GPU may have no place for all blocks (cudaErrorCooperativeLaunchTooLarge, cudaErrorNotSupported).
+cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& params, InstanceNormSchedule& schedule,
+                                            bool resident = true);
 cudaError_t launch_instance_norm_backward(const InstanceNormBackwardParams& params,
                                           const InstanceNormSchedule& schedule, void* workspace, cudaStream_t stream);
+
+// From what the backward leaves in grad_weight and grad_bias.
+struct ParameterGradients {
+  const void* weight_sums = nullptr;  // [samples, count], float (double with sums_in_double)
+  const void* bias_sums = nullptr;
+  void* weight = nullptr;  // [count] of `dtype`; null where not wanted
+  void* bias = nullptr;
+  int64_t samples = 0, count = 0;
+  DType dtype = DType::kFloat32;
+  bool sums_in_double = false;
+};
+cudaError_t launch_parameter_gradients(const ParameterGradients& gradients, cudaStream_t stream);
 
 }  // namespace styleforge::cuda

@@ -54,6 +54,9 @@ constexpr int64_t kChannelStreamStatic = 35 * 1024;
 constexpr int64_t kFewChannels = 6;
 constexpr int64_t kTilesAhead = 3;
 constexpr int64_t kLine = 8;  // vectors of a cache line: tiles begin where the plane's lines do
+// Backward in shared memory: vectors that a block has at least, and a thread about.
+constexpr int64_t kLeastResidentVectors = 256;
+constexpr int64_t kResidentVectors = 4;
 constexpr int kSplitThreads = 256;
 constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
 
@@ -379,6 +382,41 @@ void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const
   s.workspace_bytes = static_cast<size_t>(2 * p.batch * p.channels * (s.parts + 1)) * acc;
 }
 
+// Input and gradient held by all multiprocessors together: slices as wide as leave nearly no multiprocessor out.
+bool schedule_backward_resident(const InstanceNormBackwardParams& p, const DeviceFacts& facts,
+                                const Overrides& overrides, InstanceNormSchedule& s) {
+  const int64_t width = 16 / static_cast<int64_t>(size_of(p.dtype));
+  if (!p.channels_last || !facts.has_cluster() || p.dtype == DType::kFloat64 || p.channels % width != 0) return false;
+  if (overrides.forced("split") || overrides.forced("portable")) return false;
+  if (p.pixels > (int64_t{1} << 24)) return false;
+  const int64_t vectors = p.channels / width;
+  const int64_t room = facts.max_shared_per_block - kStaticShared;
+  const auto wanted = static_cast<int>(overrides.tuned("lanes", 0));
+  int64_t most_blocks = 0;
+  for (int lanes = std::min(kBackwardResidentLanes, lanes_for(vectors)); lanes > 0; lanes /= 2) {
+    if (wanted != 0 && lanes != wanted) continue;
+    const int64_t units = p.batch * ceil_div(vectors, lanes);
+    int64_t parts = units >= facts.multiprocessors ? 1 : facts.multiprocessors / units;
+    parts = std::min(parts, ceil_div(p.pixels * lanes, kLeastResidentVectors));
+    const int64_t share = ceil_div(p.pixels, parts);
+    parts = ceil_div(p.pixels, share);
+    const int64_t bytes = share * lanes * 32;
+    if (bytes > room || units * parts <= most_blocks * 9 / 8) continue;
+    most_blocks = units * parts;
+    s.lanes = lanes;
+    s.share = share;
+    s.parts = parts;
+    s.shared_bytes = static_cast<size_t>(bytes);
+    s.workspace_bytes = parts == 1 ? 0 : static_cast<size_t>(units * parts * lanes * width * 8);
+  }
+  if (most_blocks == 0) return false;
+  s.threads = static_cast<int>(overrides.tuned(
+      "threads", round_threads(ceil_div(s.share * s.lanes, kResidentVectors), 128, kBackwardResidentThreads)));
+  s.path = InstanceNormPath::kResident;
+  s.name = "instance_norm_backward:cuda:resident";
+  return true;
+}
+
 }  // namespace
 
 cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule, bool clusters) {
@@ -452,6 +490,8 @@ cudaError_t launch_instance_norm(const InstanceNormParams& params, const Instanc
       return launch_slab(params, schedule, stream);
     case InstanceNormPath::kFewChannels:
       return launch_few_channels(params, schedule, workspace, stream);
+    case InstanceNormPath::kResident:  // of the backward
+      break;
     case InstanceNormPath::kSplit:
       return params.channels_last ? launch_split_channels_last(params, schedule, workspace, stream)
                                   : launch_split_nchw(params, schedule, workspace, stream);
@@ -459,7 +499,8 @@ cudaError_t launch_instance_norm(const InstanceNormParams& params, const Instanc
   return cudaErrorInvalidValue;
 }
 
-cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& params, InstanceNormSchedule& schedule) {
+cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& params, InstanceNormSchedule& schedule,
+                                            bool resident) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const bool aligned = aligned16(params.input) && aligned16(params.residual) && aligned16(params.saved_output) &&
@@ -468,6 +509,7 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
   const Overrides overrides(kTuneVariable);
   schedule = {};
   schedule.vectorized = shape.vectorized;
+  if (resident && aligned && schedule_backward_resident(params, facts, overrides, schedule)) return cudaSuccess;
   schedule_tiles(params, facts, shape, overrides, schedule);
   schedule.name = params.channels_last ? "instance_norm_backward:cuda:split:channels_last"
                                        : "instance_norm_backward:cuda:split:nchw";
@@ -476,6 +518,9 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
 
 cudaError_t launch_instance_norm_backward(const InstanceNormBackwardParams& params,
                                           const InstanceNormSchedule& schedule, void* workspace, cudaStream_t stream) {
+  if (schedule.path == InstanceNormPath::kResident) {
+    return launch_backward_resident(params, schedule, workspace, stream);
+  }
   return params.channels_last ? launch_backward_channels_last(params, schedule, workspace, stream)
                               : launch_backward_nchw(params, schedule, workspace, stream);
 }

@@ -299,7 +299,8 @@ def _autocast(
     with common.no_autocast(input):
         dtype = common.autocast_dtype(input)
         norm_weight, norm_bias = common.norm_params_for(dtype, norm_weight, norm_bias)
-        if bias is not None:  # checked, and not cast: it is not read, and its gradient is zeros in its own dtype
+        if bias is not None:
+            # Checked, and not cast: it is not read, and its gradient is zeros in its own dtype.
             common.check_device(NAME, "bias", bias, input)
             common.check_like(NAME, "bias", bias, bias, weight.shape[:1])
         result: Tensor = _op(
