@@ -18,14 +18,14 @@ std::vector<int64_t> pair(const char* op, const char* name, const std::vector<in
   return result;
 }
 
+}  // namespace
+
 PaddingMode parse_padding_mode(const char* op, const std::string& name) {
   if (name == "zeros") return PaddingMode::kZeros;
   if (name == "reflect") return PaddingMode::kReflect;
   if (name == "replicate") return PaddingMode::kReplicate;
   fail(op, "padding_mode must be one of zeros, reflect, replicate, got \"", name, "\"");
 }
-
-}  // namespace
 
 ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormArgs& args) {
   ConvInstanceNormPlan plan;

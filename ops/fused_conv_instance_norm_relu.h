@@ -38,6 +38,9 @@ struct ConvInstanceNormPlan {
   bool empty() const { return output_sizes[0] * output_sizes[1] * output_sizes[2] * output_sizes[3] == 0; }
 };
 
+// "zeros", "reflect" or "replicate"; throws otherwise.
+PaddingMode parse_padding_mode(const char* op, const std::string& name);
+
 // Throws on anything the operator does not accept.
 ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormArgs& args);
 

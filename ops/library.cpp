@@ -68,6 +68,11 @@ STABLE_TORCH_LIBRARY(styleforge, m) {
       "_pad_upsample_backward(Tensor grad_output, int[2] padding, str padding_mode=\"zeros\", int upsample=1) -> "
       "Tensor");
 
+  // The kernel's columns as channels: result[n, j * C + c, y, x] = pad(input)[n, c, y, x + j] for j < kernel_width, in
+  // channels_last, zeros in the channels up to a multiple of 16 bytes. A convolution of few input channels is one of a
+  // single column over it. No gradient.
+  m.def("_unfold_columns(Tensor input, int kernel_width, int[2] padding, str padding_mode=\"zeros\") -> Tensor");
+
   // conv2d(reflection_pad(input), weight, bias) with half of the (odd) kernel as padding, without a gradient: the last
   // layer of style-transfer networks.
   m.def("_reflect_conv2d(Tensor input, Tensor weight, Tensor? bias=None, str precision=\"ieee\") -> Tensor");

@@ -1,20 +1,13 @@
 // _pad_upsample_backward on CUDA: csrc/cuda/pad/fold.cu.
 #include "../../csrc/cuda/pad/launch.h"
 
-#include "../checks.h"
+#include "../fused_conv_instance_norm_relu.h"
 #include "launch.h"
 
 namespace styleforge {
 namespace {
 
 constexpr const char* kOp = "_pad_upsample_backward";
-
-PaddingMode parse_padding_mode(const std::string& name) {
-  if (name == "zeros") return PaddingMode::kZeros;
-  if (name == "reflect") return PaddingMode::kReflect;
-  if (name == "replicate") return PaddingMode::kReplicate;
-  fail(kOp, "padding_mode must be one of zeros, reflect, replicate, got \"", name, "\"");
-}
 
 Tensor pad_upsample_backward(const Tensor& grad_output, const std::vector<int64_t>& padding, const Text& padding_mode,
                              int64_t upsample) {
@@ -23,7 +16,7 @@ Tensor pad_upsample_backward(const Tensor& grad_output, const std::vector<int64_
   if (upsample != 1 && upsample != 2) fail(kOp, "upsample must be 1 or 2, got ", upsample);
   PadBackwardParams params;
   params.dtype = kernel_dtype(kOp, "grad_output", grad_output.scalar_type());
-  params.mode = parse_padding_mode(padding_mode.value);
+  params.mode = parse_padding_mode(kOp, padding_mode.value);
   int64_t size[2];  // of the upsampled input
   for (int d = 0; d < 2; ++d) {
     size[d] = grad_output.size(2 + d) - 2 * padding[d];

@@ -16,6 +16,7 @@ from styleforge.ops import _common as common
 from styleforge.ops import _composite as composite
 from styleforge.ops._pad_upsample import composite_backward
 from styleforge.ops._reflect_conv2d import reflect_conv2d
+from styleforge.ops._unfold_columns import composite as unfold_columns
 
 _logger = logging.getLogger("styleforge")
 
@@ -38,6 +39,7 @@ def register() -> None:
     common.register_kernel("_fused_attention_backward", "CUDA", _attention_backward)
     common.register_kernel("_pad_upsample", "CUDA", _pad_upsample)
     common.register_kernel("_pad_upsample_backward", "CUDA", composite_backward)
+    common.register_kernel("_unfold_columns", "CUDA", unfold_columns)
     common.register_kernel("_reflect_conv2d", "CUDA", reflect_conv2d)
 
 
