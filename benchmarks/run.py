@@ -246,8 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
             if not on_gpu:
                 found = [case for case in found if _operations(*case) <= MOST_ON_CPU]
             asked += [(run, i, part) for i, part in enumerate(parts(run, found) if on_gpu else [found])]
-        # The parts share the cores; few parts have some each for torch.compile, which takes minutes of one for
-        # the training step of the style network (about a hundred kernels in each memory format).
+        # The parts share the cores; few parts have some each for torch.compile, which takes minutes of one
+        # for the training step of the style network (about a hundred kernels in each memory format).
         threads = max(1, (os.cpu_count() or 1) // len(asked)) if on_gpu else None
         started = [_start(part, given, turns, threads) for part in asked]
         print(f"{len(started)} parts of {len({part.run for part in started})} runs", flush=True)

@@ -73,6 +73,9 @@ STABLE_TORCH_LIBRARY(styleforge, m) {
   // single column over it. No gradient.
   m.def("_unfold_columns(Tensor input, int kernel_width, int[2] padding, str padding_mode=\"zeros\") -> Tensor");
 
+  // float32 of the same values, as they lie. No gradient.
+  m.def("_widen(Tensor input) -> Tensor");
+
   // conv2d(reflection_pad(input), weight, bias) with half of the (odd) kernel as padding, without a gradient: the last
   // layer of style-transfer networks.
   m.def("_reflect_conv2d(Tensor input, Tensor weight, Tensor? bias=None, str precision=\"ieee\") -> Tensor");

@@ -32,8 +32,10 @@ void launch(const char* op, const InstanceNormParams& params, const TensorFacts&
   const CudaScope scope(like.device_index);
   const char* path = nullptr;
   cudaError_t error = launch_once(op, params, like, scope, true, path);
-  if (error == cudaErrorInvalidClusterSize) {
-    // A part of a GPU (MPS, a green context) need not have a place for a cluster that the whole GPU has.
+  if (error == cudaErrorInvalidClusterSize || error == cudaErrorCooperativeLaunchTooLarge ||
+      error == cudaErrorNotSupported) {
+    // A part of a GPU (MPS, a green context) need not have a place for a cluster that the whole GPU has, or for all
+    // blocks at once.
     static_cast<void>(cudaGetLastError());
     error = launch_once(op, params, like, scope, false, path);
   }

@@ -7,6 +7,7 @@
 //                           one read, one write, planes of any size (sm_90+)
 //            channels_last  the same of slices of the channels; all blocks       1      stream_channels_last.cu
 //                           run at once (sm_90+)
+//   resident channels_last  the whole tensor, in all multiprocessors (sm_90+)     1      resident.cu
 //   slab     channels_last  a few neighbouring channels of one sample, all       1      slab.cu
 //                           their pixels, in a block or cluster
 //   split    both           nothing: statistics of tiles, then a second pass    2 - 3   split_nchw.cu,
@@ -54,7 +55,7 @@ struct InstanceNormSchedule {
 
 // A pure function of the shape and the device, but for STYLEFORGE_PATH, which tests set: plane takes a cluster of 16
 // where that is not the choice, stream the ring where the tensor allows it, split the two passes, ticket the two passes
-// by tickets (NCHW), portable does as on a device without clusters, as do calls without `clusters`.
+// by tickets (NCHW), resident holds what it can of channels_last, portable does as on a device without clusters, as do calls without `clusters`.
 cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule,
                                    bool clusters = true);
 

@@ -54,9 +54,10 @@ constexpr int64_t kChannelStreamStatic = 35 * 1024;
 constexpr int64_t kFewChannels = 6;
 constexpr int64_t kTilesAhead = 3;
 constexpr int64_t kLine = 8;  // vectors of a cache line: tiles begin where the plane's lines do
-// Backward in shared memory: vectors that a block has at least, and a thread about.
+// Resident in channels_last (tuned by lanes, threads and least): vectors that a block has at least, and a thread about.
 constexpr int64_t kLeastResidentVectors = 256;
 constexpr int64_t kResidentVectors = 4;
+constexpr int64_t kLeastResident = 3 << 20;  // bytes of the tensor, where slabs would do
 constexpr int kSplitThreads = 256;
 constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
 
@@ -382,25 +383,24 @@ void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const
   s.workspace_bytes = static_cast<size_t>(2 * p.batch * p.channels * (s.parts + 1)) * acc;
 }
 
-// Input and gradient held by all multiprocessors together: slices as wide as leave nearly no multiprocessor out.
-bool schedule_backward_resident(const InstanceNormBackwardParams& p, const DeviceFacts& facts,
-                                const Overrides& overrides, InstanceNormSchedule& s) {
+// `tensors` of them held by all multiprocessors together: slices as wide as leave nearly no multiprocessor out.
+bool schedule_resident(const InstanceNormParams& p, int tensors, const DeviceFacts& facts, const Overrides& overrides,
+                       InstanceNormSchedule& s) {
   const int64_t width = 16 / static_cast<int64_t>(size_of(p.dtype));
   if (!p.channels_last || !facts.has_cluster() || p.dtype == DType::kFloat64 || p.channels % width != 0) return false;
-  if (overrides.forced("split") || overrides.forced("portable")) return false;
-  if (p.pixels > (int64_t{1} << 24)) return false;
+  if (p.pixels > (int64_t{1} << 24) || p.phase_width != 0 || !p.output_channels_last) return false;
   const int64_t vectors = p.channels / width;
   const int64_t room = facts.max_shared_per_block - kStaticShared;
   const auto wanted = static_cast<int>(overrides.tuned("lanes", 0));
   int64_t most_blocks = 0;
-  for (int lanes = std::min(kBackwardResidentLanes, lanes_for(vectors)); lanes > 0; lanes /= 2) {
+  for (int lanes = std::min(kResidentLanes, lanes_for(vectors)); lanes > 0; lanes /= 2) {
     if (wanted != 0 && lanes != wanted) continue;
     const int64_t units = p.batch * ceil_div(vectors, lanes);
     int64_t parts = units >= facts.multiprocessors ? 1 : facts.multiprocessors / units;
     parts = std::min(parts, ceil_div(p.pixels * lanes, kLeastResidentVectors));
     const int64_t share = ceil_div(p.pixels, parts);
     parts = ceil_div(p.pixels, share);
-    const int64_t bytes = share * lanes * 32;
+    const int64_t bytes = share * lanes * 16 * tensors;
     if (bytes > room || units * parts <= most_blocks * 9 / 8) continue;
     most_blocks = units * parts;
     s.lanes = lanes;
@@ -410,10 +410,9 @@ bool schedule_backward_resident(const InstanceNormBackwardParams& p, const Devic
     s.workspace_bytes = parts == 1 ? 0 : static_cast<size_t>(units * parts * lanes * width * 8);
   }
   if (most_blocks == 0) return false;
-  s.threads = static_cast<int>(overrides.tuned(
-      "threads", round_threads(ceil_div(s.share * s.lanes, kResidentVectors), 128, kBackwardResidentThreads)));
+  s.threads = static_cast<int>(
+      overrides.tuned("threads", round_threads(ceil_div(s.share * s.lanes, kResidentVectors), 128, kResidentThreads)));
   s.path = InstanceNormPath::kResident;
-  s.name = "instance_norm_backward:cuda:resident";
   return true;
 }
 
@@ -439,6 +438,16 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
     other.vectorized = shape.vectorized;
     if (schedule_channel_stream(params, facts, overrides, other) && prefers_channel_stream(params, other)) {
       schedule = other;
+      return cudaSuccess;
+    }
+  }
+  const int64_t total = params.batch * params.channels * params.pixels * static_cast<int64_t>(size_of(params.dtype));
+  if (overrides.forced("resident") || (free && total >= overrides.tuned("least", kLeastResident))) {
+    InstanceNormSchedule other;
+    other.vectorized = shape.vectorized;
+    if (all_aligned(params) && schedule_resident(params, 1, facts, overrides, other)) {
+      schedule = other;
+      schedule.name = "instance_norm:cuda:resident";
       return cudaSuccess;
     }
   }
@@ -490,8 +499,8 @@ cudaError_t launch_instance_norm(const InstanceNormParams& params, const Instanc
       return launch_slab(params, schedule, stream);
     case InstanceNormPath::kFewChannels:
       return launch_few_channels(params, schedule, workspace, stream);
-    case InstanceNormPath::kResident:  // of the backward
-      break;
+    case InstanceNormPath::kResident:
+      return launch_resident(params, schedule, workspace, stream);
     case InstanceNormPath::kSplit:
       return params.channels_last ? launch_split_channels_last(params, schedule, workspace, stream)
                                   : launch_split_nchw(params, schedule, workspace, stream);
@@ -509,7 +518,11 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
   const Overrides overrides(kTuneVariable);
   schedule = {};
   schedule.vectorized = shape.vectorized;
-  if (resident && aligned && schedule_backward_resident(params, facts, overrides, schedule)) return cudaSuccess;
+  const bool free = resident && aligned && !overrides.forced("split") && !overrides.forced("portable");
+  if (free && schedule_resident(params, 2, facts, overrides, schedule)) {
+    schedule.name = "instance_norm_backward:cuda:resident";
+    return cudaSuccess;
+  }
   schedule_tiles(params, facts, shape, overrides, schedule);
   schedule.name = params.channels_last ? "instance_norm_backward:cuda:split:channels_last"
                                        : "instance_norm_backward:cuda:split:nchw";

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from styleforge.ops import _few_channels as few_channels
 from styleforge.ops import pad_upsample
+from styleforge.ops._cast import cast
 
 __all__ = ["reflect_conv2d", "reflect_conv2d_by_columns"]
 
@@ -104,8 +105,8 @@ def _trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """A training step's way on the GPU in 16 bits, autocast or not; None where that is PyTorch's."""
     if x.device.type == "cuda" and torch.is_autocast_enabled():
         dtype = torch.get_autocast_dtype("cuda")
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, weight = cast(x, dtype), cast(weight, dtype)
+        bias = None if bias is None else cast(bias, dtype)
     if not few_channels.takes(x, weight, weight.size(0)):
         return None
     result: Tensor = few_channels.ReflectConv2d.apply(x, weight, bias)  # type: ignore[no-untyped-call]

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from styleforge.ops import _common as common
 from styleforge.ops import _few_channels as few_channels
+from styleforge.ops._cast import cast
 from styleforge.ops._pad_upsample import PadUpsample
 from styleforge.ops._precision import conv_precision, convolutions_in
 
@@ -321,8 +322,8 @@ def _autocast(
             common.check_device(NAME, "bias", bias, input)
             common.check_like(NAME, "bias", bias, bias, weight.shape[:1])
         result: Tensor = _op(
-            input.to(dtype),
-            weight.to(dtype),
+            cast(input, dtype),
+            cast(weight, dtype),
             None,
             norm_weight,
             norm_bias,
@@ -333,7 +334,7 @@ def _autocast(
             eps,
             activation,
             negative_slope,
-            None if residual is None else residual.to(dtype),
+            None if residual is None else cast(residual, dtype),
             precision,
         )
         if bias is not None and _is_grad_enabled() and bias.requires_grad:
