@@ -1,4 +1,5 @@
-// The gradient of padding and upsampling (pad_params.h): every pixel of the input gets the sum of what was read from it,
+// The gradient of padding and upsampling (pad_params.h): every pixel of the input gets the sum of what was read from
+// it,
 //
 //   grad_input[n, c, i, j] = sum of grad_output[n, c, y, x] over all (y, x) whose source is (i, j)
 //

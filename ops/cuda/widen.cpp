@@ -17,9 +17,9 @@ Tensor widen(const Tensor& input) {
   const bool dense = is_contiguous(facts) || (facts.dim == 4 && is_dense(facts, true));
   const bool aligned = reinterpret_cast<uintptr_t>(input.const_data_ptr()) % 16 == 0;
   if (!narrow || !dense || !aligned) return to_dtype(input, ScalarType::Float);
-  const Tensor output = empty_strided(input, std::vector<int64_t>(facts.sizes, facts.sizes + facts.dim),
-                                      std::vector<int64_t>(facts.strides, facts.strides + facts.dim),
-                                      ScalarType::Float);
+  const Tensor output =
+      empty_strided(input, std::vector<int64_t>(facts.sizes, facts.sizes + facts.dim),
+                    std::vector<int64_t>(facts.strides, facts.strides + facts.dim), ScalarType::Float);
   params.count = facts.numel();
   if (params.count == 0) return output;
   params.input = input.const_data_ptr();

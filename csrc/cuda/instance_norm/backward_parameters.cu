@@ -1,5 +1,6 @@
 // The gradients of weight and bias from the sums of every sample: over the samples in their order where the parameters
-// are shared by all, rounded once to the parameters' dtype. One launch for both; a sum and a cast of each would be four.
+// are shared by all, rounded once to the parameters' dtype. One launch for both; a sum and a cast of each would be
+// four.
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/types.cuh"
@@ -11,9 +12,8 @@ namespace {
 constexpr int kThreads = 128;
 
 template <typename T, typename Acc>
-__global__ void __launch_bounds__(kThreads)
-    parameter_gradients_kernel(const Acc* weight_sums, const Acc* bias_sums, T* weight, T* bias, int samples,
-                               int64_t count) {
+__global__ void __launch_bounds__(kThreads) parameter_gradients_kernel(const Acc* weight_sums, const Acc* bias_sums,
+                                                                       T* weight, T* bias, int samples, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   wait_for_predecessor();
   release_successor();

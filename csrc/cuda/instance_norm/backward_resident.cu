@@ -1,6 +1,6 @@
 // Backward, channels_last, one launch, every tensor read once (sm_90+): input and gradient are in the shared memory of
-// the multiprocessors (resident.cuh). The unit's blocks exchange the sums of g and g * xhat of every channel; then every
-// thread has its vectors at hand for the gradient.
+// the multiprocessors (resident.cuh). The unit's blocks exchange the sums of g and g * xhat of every channel; then
+// every thread has its vectors at hand for the gradient.
 //
 // The two passes of backward_channels_last.cu read both tensors twice and need three launches one behind the other.
 #include "../common/launch.h"

@@ -12,18 +12,41 @@ struct ChannelFacts {
   Acc mean[kWidth], rstd[kWidth], scale[kWidth], shift[kWidth];
 };
 
+// load_param of neighbours. The dtype is asked for once: between loads in branches of their own each would wait for the
+// one before, sixteen journeys through the L2 cache at the head of a kernel of ten microseconds.
+template <int kWidth, typename Acc>
+__device__ __forceinline__ void load_params(const void* base, DType dtype, int64_t index, Acc absent,
+                                            Acc (&out)[kWidth]) {
+  const auto load = [&](const auto* from) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) out[k] = static_cast<Acc>(to_acc(from[index + k]));
+  };
+  if (base == nullptr) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) out[k] = absent;
+  } else if (dtype == DType::kFloat32) {
+    load(static_cast<const float*>(base));
+  } else if (dtype == DType::kFloat16) {
+    load(static_cast<const __half*>(base));
+  } else if (dtype == DType::kBFloat16) {
+    load(static_cast<const __nv_bfloat16*>(base));
+  } else {
+    load(static_cast<const double*>(base));
+  }
+}
+
 template <int kWidth, typename Acc>
 __device__ __forceinline__ ChannelFacts<kWidth, Acc> channel_facts(const InstanceNormBackwardParams& p, int64_t n,
                                                                    int vector) {
   ChannelFacts<kWidth, Acc> f;
+  const int64_t c = static_cast<int64_t>(vector) * kWidth;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
-    const int64_t c = static_cast<int64_t>(vector) * kWidth + k;
-    f.mean[k] = static_cast<const Acc*>(p.mean)[n * p.channels + c];
-    f.rstd[k] = static_cast<const Acc*>(p.rstd)[n * p.channels + c];
-    f.scale[k] = load_param(p.weight, p.param_dtype, n * p.param_batch_stride + c, Acc(1));
-    f.shift[k] = load_param(p.bias, p.param_dtype, n * p.param_batch_stride + c, Acc(0));
+    f.mean[k] = static_cast<const Acc*>(p.mean)[n * p.channels + c + k];
+    f.rstd[k] = static_cast<const Acc*>(p.rstd)[n * p.channels + c + k];
   }
+  load_params<kWidth>(p.weight, p.param_dtype, n * p.param_batch_stride + c, Acc(1), f.scale);
+  load_params<kWidth>(p.bias, p.param_dtype, n * p.param_batch_stride + c, Acc(0), f.shift);
   return f;
 }
 

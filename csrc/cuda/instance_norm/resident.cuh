@@ -1,5 +1,5 @@
-// channels_last tensors that the shared memory of all multiprocessors holds together: how they are cut, and how they get
-// there (resident.cu, backward_resident.cu).
+// channels_last tensors that the shared memory of all multiprocessors holds together: how they are cut, and how they
+// get there (resident.cu, backward_resident.cu).
 //
 //   unit:     one sample, a slice of its channels (`lanes` vectors of 16 bytes), all pixels: what sums are taken of
 //   block:    `share` pixels of a unit; a unit has `parts` blocks

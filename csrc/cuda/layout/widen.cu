@@ -49,8 +49,8 @@ cudaError_t launch_widen(const WidenParams& params, cudaStream_t stream) {
   if (const auto error = device_facts(facts)) return error;
   const auto grid = static_cast<unsigned>(ceil_div(params.count, kThreads * kVectors * 8));
   const auto with = [&]<typename T>() {
-    return launch(widen_kernel<T>, dim3(grid), dim3(kThreads), 0, 1, facts, stream,
-                  static_cast<const T*>(params.input), static_cast<float*>(params.output), params.count);
+    return launch(widen_kernel<T>, dim3(grid), dim3(kThreads), 0, 1, facts, stream, static_cast<const T*>(params.input),
+                  static_cast<float*>(params.output), params.count);
   };
   switch (params.dtype) {
     case DType::kFloat16:

@@ -25,7 +25,9 @@ _pad = torch.ops.styleforge._pad_upsample.default
 _pad_backward = torch.ops.styleforge._pad_upsample_backward.default
 _reflect_conv2d = torch.ops.styleforge._reflect_conv2d.default
 
-_LEAST_WIDTH = 5  # of a kernel: with fewer columns there are few channels still
+# Of a kernel: with fewer columns there are few channels still, with more than a few there are many.
+_LEAST_WIDTH = 5
+_MOST_WIDTH = 15
 
 
 def takes(input: Tensor, weight: Tensor, channels: int) -> bool:
@@ -35,7 +37,7 @@ def takes(input: Tensor, weight: Tensor, channels: int) -> bool:
         and input.dtype in (torch.float16, torch.bfloat16)
         and weight.dtype == input.dtype
         and channels <= MOST_CHANNELS
-        and weight.shape[3] >= _LEAST_WIDTH
+        and _LEAST_WIDTH <= weight.shape[3] <= _MOST_WIDTH
     )
 
 
