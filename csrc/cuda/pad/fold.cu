@@ -18,7 +18,7 @@ namespace styleforge::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectors = 2;  // a thread's, about
+constexpr int kVectors = 2;  // a thread's, whose loads leave together
 
 // The places on one axis of grad_output that come from position `at` of grad_input: `direct` and, after an upsampling,
 // the one behind it; then a run across the border before the picture and a run across the one behind it.
@@ -57,59 +57,61 @@ __device__ __forceinline__ Places places_of(int at, int upsample, int size, int 
   return p;
 }
 
-template <typename T, int kWidth>
+template <typename T, int kWidth, int kUpsample>
 __global__ void __launch_bounds__(kThreads, 3)
     fold_kernel(const __grid_constant__ PadBackwardParams p, int per_pixel, int64_t samples) {
   using Acc = acc_t<T>;
   using V = Vec<T, kWidth>;
-  const int upsample = p.upsample;
+  constexpr int kPlaces = kUpsample * kUpsample;
   const int height = static_cast<int>(p.height);
   const int width = static_cast<int>(p.width);
   const int pad_top = static_cast<int>(p.pad_top);
   const int pad_left = static_cast<int>(p.pad_left);
-  const int out_height = height * upsample + 2 * pad_top;
-  const int out_width = width * upsample + 2 * pad_left;
+  const int out_height = height * kUpsample + 2 * pad_top;
+  const int out_width = width * kUpsample + 2 * pad_left;
   const int count = width * per_pixel;
   wait_for_predecessor();
   release_successor();
   for (int64_t row = blockIdx.y; row < samples * height; row += gridDim.y) {
     const int64_t n = row / height;
-    const Places ys = places_of(static_cast<int>(row - n * height), upsample, height * upsample, pad_top, p.mode);
+    const Places ys = places_of(static_cast<int>(row - n * height), kUpsample, height * kUpsample, pad_top, p.mode);
     const int64_t sample = n * out_height;
-    for (int i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
+    const auto load = [&](int y, int x, int c) {
+      return load_const<V>(p.grad_output, ((sample + y) * out_width + x) * per_pixel + c);
+    };
+    const int first = blockIdx.x * kThreads * kVectors + threadIdx.x;
+    V own[kVectors][kPlaces];
+#pragma unroll
+    for (int u = 0; u < kVectors; ++u) {
+      const int i = first + u * kThreads;
+      if (i >= count) break;
       const int pixel = i / per_pixel;
-      const int c = i - pixel * per_pixel;
-      const Places xs = places_of(pixel, upsample, width * upsample, pad_left, p.mode);
-      const auto load = [&](int y, int x) {
-        return load_const<V>(p.grad_output, ((sample + y) * out_width + x) * per_pixel + c);
-      };
-      V own[2][2];
 #pragma unroll
-      for (int dy = 0; dy < 2; ++dy) {
-#pragma unroll
-        for (int dx = 0; dx < 2; ++dx) {
-          if (dy < upsample && dx < upsample) own[dy][dx] = load(ys.direct + dy, xs.direct + dx);
-        }
+      for (int k = 0; k < kPlaces; ++k) {
+        own[u][k] =
+            load(ys.direct + k / kUpsample, pixel * kUpsample + pad_left + k % kUpsample, i - pixel * per_pixel);
       }
+    }
+#pragma unroll
+    for (int u = 0; u < kVectors; ++u) {
+      const int i = first + u * kThreads;
+      if (i >= count) break;
       Acc sum[kWidth] = {};
 #pragma unroll
-      for (int dy = 0; dy < 2; ++dy) {
+      for (int k = 0; k < kPlaces; ++k) {
 #pragma unroll
-        for (int dx = 0; dx < 2; ++dx) {
-          if (dy < upsample && dx < upsample) {
-#pragma unroll
-            for (int k = 0; k < kWidth; ++k) sum[k] += to_acc(own[dy][dx].data[k]);
-          }
-        }
+        for (int e = 0; e < kWidth; ++e) sum[e] += to_acc(own[u][k].data[e]);
       }
+      const int pixel = i / per_pixel;
+      const Places xs = places_of(pixel, kUpsample, width * kUpsample, pad_left, p.mode);
       const int rows = ys.count();
       const int columns = xs.count();
-      if (rows > upsample || columns > upsample) {
+      if (rows > kUpsample || columns > kUpsample) {
 #pragma unroll 1
         for (int j = 0; j < rows; ++j) {
 #pragma unroll 1
-          for (int k = j < upsample ? upsample : 0; k < columns; ++k) {
-            const V other = load(ys[j], xs[k]);
+          for (int k = j < kUpsample ? kUpsample : 0; k < columns; ++k) {
+            const V other = load(ys[j], xs[k], i - pixel * per_pixel);
 #pragma unroll
             for (int e = 0; e < kWidth; ++e) sum[e] += to_acc(other.data[e]);
           }
@@ -127,7 +129,8 @@ cudaError_t launch_as(const PadBackwardParams& params, const DeviceFacts& facts,
   const int64_t rows = samples * params.height;
   const auto grid = dim3(static_cast<unsigned>(ceil_div(params.width * per_pixel, kThreads * kVectors)),
                          static_cast<unsigned>(rows < 65535 ? rows : 65535));
-  return launch(fold_kernel<T, kWidth>, grid, dim3(kThreads), 0, 1, facts, stream, params, per_pixel, samples);
+  auto* kernel = params.upsample == 1 ? fold_kernel<T, kWidth, 1> : fold_kernel<T, kWidth, 2>;
+  return launch(kernel, grid, dim3(kThreads), 0, 1, facts, stream, params, per_pixel, samples);
 }
 
 }  // namespace
