@@ -73,6 +73,10 @@ STABLE_TORCH_LIBRARY(styleforge, m) {
   // single column over it. No gradient.
   m.def("_unfold_columns(Tensor input, int kernel_width, int[2] padding, str padding_mode=\"zeros\") -> Tensor");
 
+  // The gradient of the weights of a kernel of one column, [kernel height, channels of grad, channels of input] in
+  // float32: result[k, a, b] = sum over n, y, x of grad[n, a, y, x] * input[n, b, y + k, x]. On CUDA 32 channels each.
+  m.def("_column_gradient(Tensor grad, Tensor input) -> Tensor");
+
   // float32 of the same values, as they lie. No gradient.
   m.def("_widen(Tensor input) -> Tensor");
 

@@ -75,10 +75,31 @@ def test_gradients_of_few_output_channels(size: tuple[int, int]) -> None:
     assert torch.autograd.gradcheck(ReflectConv2d.apply, (x, w, None))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 9])
+@pytest.mark.parametrize("sizes", [(1, 5, 3), (2, 40, 64), (3, 21, 65), (1, 100, 200)], ids=str)
+def test_column_gradient(sizes: tuple[int, int, int], rows: int, dtype: torch.dtype, device: str) -> None:
+    n, height, width = sizes
+    grad = torch.randn(n, 32, height, width, device=device).to(dtype)
+    x = torch.randn(n, 32, height + rows - 1, width, device=device).to(dtype)
+    for memory_format in FORMATS:
+        arguments = (grad.to(memory_format=memory_format), x.to(memory_format=memory_format))
+        found = torch.ops.styleforge._column_gradient(*arguments)
+        exact = [
+            torch.einsum("nayx,nbyx->ab", grad.double(), x[:, :, k : k + height].double())
+            for k in range(rows)
+        ]
+        assert found.dtype == torch.float32
+        scale = (n * height * width) ** 0.5
+        torch.testing.assert_close(found.double(), torch.stack(exact), rtol=0, atol=1e-5 * scale)
+        assert torch.equal(found, torch.ops.styleforge._column_gradient(*arguments))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", FORMATS, ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("size", [(9, 9), (7, 7), (6, 5)])
+@pytest.mark.parametrize("size", [(9, 9), (7, 7), (6, 5), (11, 9)])
 def test_first_layer_is_as_accurate_as_pytorch(
     size: tuple[int, int], layout: torch.memory_format, dtype: torch.dtype
 ) -> None:

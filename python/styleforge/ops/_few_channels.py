@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from styleforge.ops._column_gradient import CHANNELS, MOST_ROWS
 from styleforge.ops._unfold_columns import MOST_CHANNELS
 
 _unfold = torch.ops.styleforge._unfold_columns.default
 _pad = torch.ops.styleforge._pad_upsample.default
 _pad_backward = torch.ops.styleforge._pad_upsample_backward.default
+_column_gradient = torch.ops.styleforge._column_gradient.default
 _reflect_conv2d = torch.ops.styleforge._reflect_conv2d.default
 
 # Of a kernel: with fewer columns there are few channels still, with more than a few there are many.
@@ -44,18 +46,36 @@ def takes(input: Tensor, weight: Tensor, channels: int) -> bool:
 def _backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, needs_input: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of a convolution of stride 1 without padding."""
-    needs = (needs_input, needs_weight, False)
+    """Of a convolution of stride 1 without padding; the weight's as [kh, Co, Ci], for one column."""
+    by_rows = None
+    if needs_weight and _takes_column_gradient(grad_output, input, weight):
+        by_rows = _column_gradient(grad_output, input)
+        if not needs_input:
+            return None, by_rows
+    needs = (needs_input, needs_weight and by_rows is None, False)
     found = torch.ops.aten.convolution_backward(
         grad_output, input, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, needs
     )
-    return found[0], found[1]
+    if needs[1]:
+        by_rows = found[1].squeeze(3).permute(2, 0, 1)
+    return found[0], by_rows
+
+
+def _takes_column_gradient(grad_output: Tensor, input: Tensor, weight: Tensor) -> bool:
+    return (
+        input.is_cuda
+        and input.dtype in (torch.float16, torch.bfloat16)
+        and weight.shape[0] == weight.shape[1] == CHANNELS
+        and weight.shape[2] <= MOST_ROWS
+        and grad_output.dtype == input.dtype
+    )
 
 
 def _like(grad: Tensor, weight: Tensor) -> Tensor:
-    """A gradient in the memory format of its weight, as PyTorch's own convolution gives it."""
+    """A gradient in dtype and memory format of its weight, as PyTorch's own convolution gives it."""
     channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    return grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return grad.to(weight.dtype).contiguous(memory_format=memory_format)
 
 
 class FewInputChannels(torch.autograd.Function):
@@ -86,8 +106,8 @@ class FewInputChannels(torch.autograd.Function):
             by_columns = _by_input_columns(weight, columns.shape[1])
             _, found = _backward(grad_output, columns, by_columns, False, True)
             assert found is not None
-            found = found.squeeze(3).narrow(1, 0, width * channels).unflatten(1, (width, channels))
-            grad_weight = _like(found.permute(0, 2, 3, 1), weight)
+            found = found.narrow(2, 0, width * channels).unflatten(2, (width, channels))
+            grad_weight = _like(found.permute(1, 3, 0, 2), weight)
         return grad_input, grad_weight, None, None
 
 
@@ -150,8 +170,8 @@ class ReflectConv2d(torch.autograd.Function):
         if grad_padded is not None:
             grad_input = _pad_backward(grad_padded, padding, "reflect")
         if found is not None:
-            found = found.squeeze(3).narrow(0, 0, width * channels).unflatten(0, (width, channels))
-            grad_weight = _like(found.flip(0).permute(1, 2, 3, 0), weight)
+            found = found.narrow(1, 0, width * channels).unflatten(1, (width, channels))
+            grad_weight = _like(found.flip(1).permute(2, 3, 0, 1), weight)
         return grad_input, grad_weight, grad_bias
 
 
