@@ -309,6 +309,8 @@ def main() -> None:
             torch.ops.styleforge._pad_upsample_backward(padded, (2, 1), "reflect", 2)
             torch.ops.styleforge._unfold_columns(x[:, :3], 5, (2, 2), "reflect")
             torch.ops.styleforge._widen(x.half())
+            grad, wide = (torch.randn(2, 32, rows, 70, device=device).half() for rows in (12, 15))
+            torch.ops.styleforge._column_gradient(grad, wide)
             _fused_convolutions(channels_last, paths)
             if "--no-conv" in sys.argv:  # cuDNN's own kernels make some tools take minutes
                 continue
