@@ -59,21 +59,18 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   });
-  if (cut.parts > 1 && threadIdx.x == 0) grid_wait(token);  // before the barrier in the sums, behind which is published
-  sum_over_rows<kWidth>(sum_g, lanes, scratch[0]);
-  sum_over_rows<kWidth>(sum_gx, lanes, scratch[1]);
+  at.sum_in_warp(sum_g, lanes, scratch[0]);
+  at.sum_in_warp(sum_gx, lanes, scratch[1]);
+  if (cut.parts > 1 && threadIdx.x == 0) grid_wait(token);  // before the barrier behind which is published
+  __syncthreads();
 
   // 2. over the unit's blocks: groups of threads take parts by turns, then the groups in their order
-  if (at.row == 0) {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const int j = at.lane * kWidth + k;
-      const float2 own = make_float2(sum_g[k], sum_gx[k]);
-      if (cut.parts > 1) {
-        publish(&at.pairs[at.part * at.channels + j], own);
-      } else {
-        total[j] = own;
-      }
+  if (threadIdx.x < at.channels) {
+    const float2 own = make_float2(at.sum_of_warps(scratch[0]), at.sum_of_warps(scratch[1]));
+    if (cut.parts > 1) {
+      publish(&at.pairs[at.part * at.channels + threadIdx.x], own);
+    } else {
+      total[threadIdx.x] = own;
     }
   }
   if (cut.parts > 1) {

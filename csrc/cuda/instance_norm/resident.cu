@@ -58,12 +58,19 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   });
-  sum_over_rows<kWidth>(sum, lanes, scratch[0]);
+  at.sum_in_warp(sum, lanes, scratch[0]);
+  __syncthreads();
   const int pixels = static_cast<int>(p.pixels);
   const int own_pixels = at.pixels_of(at.part, cut.share, pixels);
+  float mean = 0;  // of channel threadIdx.x
+  if (threadIdx.x < at.channels) {
+    mean = at.sum_of_warps(scratch[0]) / static_cast<float>(max(own_pixels, 1));
+    result[0][threadIdx.x] = mean;
+  }
+  __syncthreads();
   float squares[kWidth] = {};
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) sum[k] /= static_cast<float>(max(own_pixels, 1));
+  for (int k = 0; k < kWidth; ++k) sum[k] = result[0][at.lane * kWidth + k];
 #pragma unroll 2
   for (int i = at.row; i < at.count; i += at.rows) {
     const V v = held[i * lanes + at.lane];
@@ -73,35 +80,34 @@ __global__ void __launch_bounds__(kThreads)
       squares[k] += d * d;
     }
   }
-  if (cut.parts > 1 && threadIdx.x == 0) grid_wait(token);  // before the barrier in the sums, behind which is published
-  sum_over_rows<kWidth>(squares, lanes, scratch[1]);
+  at.sum_in_warp(squares, lanes, scratch[1]);
+  if (cut.parts > 1 && threadIdx.x == 0) grid_wait(token);  // before the barrier behind which is published
+  __syncthreads();
 
   // 2. over the unit's blocks: groups of threads take parts by turns, then the groups in their order
-  Moments<float> merged;
-  if (at.row == 0) {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const int j = at.lane * kWidth + k;
-      if (cut.parts > 1) {
-        publish(&at.pairs[at.part * at.channels + j], make_float2(sum[k], squares[k]));
-      } else {
-        groups[j] = {static_cast<float>(own_pixels), sum[k], squares[k]};
-      }
+  if (threadIdx.x < at.channels) {
+    const float m2 = at.sum_of_warps(scratch[1]);
+    if (cut.parts > 1) {
+      publish(&at.pairs[at.part * at.channels + threadIdx.x], make_float2(mean, m2));
+    } else {
+      groups[threadIdx.x] = {static_cast<float>(own_pixels), mean, m2};
     }
   }
   if (cut.parts > 1) {
+    Moments<float> merged;
     at.gather(cut.parts, [&](int part, float2 pair) {
       merged.add({static_cast<float>(at.pixels_of(part, cut.share, pixels)), pair.x, pair.y});
     });
     groups[threadIdx.x] = merged;
+    __syncthreads();
   }
-  __syncthreads();
   if (threadIdx.x < at.channels) {
-    merged = groups[threadIdx.x];
-    if (cut.parts > 1) {
-      const int count = static_cast<int>(blockDim.x) / at.channels;
-      for (int g = 1; g < count; ++g) merged.add(groups[g * at.channels + threadIdx.x]);
-    }
+    const int count = cut.parts > 1 ? static_cast<int>(blockDim.x) / at.channels : 1;
+    const auto each = [&](auto visit) {
+#pragma unroll 4
+      for (int g = 0; g < count; ++g) visit(groups[g * at.channels + threadIdx.x]);
+    };
+    const auto merged = merge_moments(static_cast<float>(pixels), each, [](float v) { return v; });
     const float rstd = merged.rstd(p.eps);
     result[0][threadIdx.x] = merged.mean;
     result[1][threadIdx.x] = rstd * weight;

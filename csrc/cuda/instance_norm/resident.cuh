@@ -84,6 +84,27 @@ struct ResidentPlace {
     }
   }
 
+  // The sums of a thread's channels over the rows of its warp, to where `sum_of_warps` finds them behind a barrier.
+  __device__ __forceinline__ void sum_in_warp(float (&v)[kWidth], int lanes, float* scratch) const {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      for (int offset = kWarp / 2; offset >= lanes; offset /= 2) v[k] += __shfl_xor_sync(0xffffffffu, v[k], offset);
+    }
+    const int in_warp = static_cast<int>(threadIdx.x) % kWarp;
+    if (in_warp >= lanes) return;
+    float* to = scratch + (static_cast<int>(threadIdx.x) / kWarp * lanes + in_warp) * kWidth;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) to[k] = v[k];
+  }
+  // Of channel threadIdx.x, for the first `channels` threads; the warps in their order.
+  __device__ __forceinline__ float sum_of_warps(const float* scratch) const {
+    const int warps = static_cast<int>(blockDim.x) / kWarp;
+    float sum = 0;
+#pragma unroll 8
+    for (int w = 0; w < warps; ++w) sum += scratch[w * channels + threadIdx.x];
+    return sum;
+  }
+
   // Calls body(chunk) for every chunk once this thread's copies of it are there.
   template <typename Body>
   __device__ __forceinline__ void chunks(Body&& body) const {
@@ -105,13 +126,27 @@ struct ResidentPlace {
     return threadIdx.x == 0 ? grid_arrive() : 0;
   }
 
-  // Visits the pairs of channel threadIdx.x % channels that this thread's group merges: parts by turns.
+  // Visits the pairs of channel threadIdx.x % channels that this thread's group merges: parts by turns, several asked
+  // for at a time, since each is a journey through the L2 cache.
   template <typename Visit>
   __device__ __forceinline__ void gather(int parts, Visit&& visit) const {
+    constexpr int kAtOnce = 4;
     const int groups = static_cast<int>(blockDim.x) / channels;
     const int group = static_cast<int>(threadIdx.x) / channels;
-    const int channel = static_cast<int>(threadIdx.x) - group * channels;
-    for (int other = group; other < parts; other += groups) visit(other, await(&pairs[other * channels + channel]));
+    const float2* of_channel = pairs + (static_cast<int>(threadIdx.x) - group * channels);
+    for (int other = group; other < parts; other += kAtOnce * groups) {
+      float2 pair[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (other + u * groups < parts) pair[u] = look(of_channel + (other + u * groups) * channels);
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int from = other + u * groups;
+        if (from >= parts) break;
+        visit(from, is_there(pair[u]) ? pair[u] : await(of_channel + from * channels));
+      }
+    }
   }
 #endif
 };
