@@ -54,8 +54,9 @@ struct InstanceNormSchedule {
 };
 
 // A pure function of the shape and the device, but for STYLEFORGE_PATH, which tests set: plane takes a cluster of 16
-// where that is not the choice, stream the ring where the tensor allows it, split the two passes, ticket the two passes
-// by tickets (NCHW), resident holds what it can of channels_last, portable does as on a device without clusters, as do calls without `clusters`.
+// where that is not the choice, stream the ring where the tensor allows it, resident holds what it can of
+// channels_last, split takes the two passes, ticket the two passes by tickets (NCHW), portable does as on a device
+// without clusters, as do calls without `clusters`.
 cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule,
                                    bool clusters = true);
 
