@@ -2,8 +2,9 @@
 // (resident.cuh). Means first, then squares about the block's own mean, from what is held; the unit's blocks exchange
 // (mean, M2) of every channel.
 //
-// The clusters of slab.cu are packed onto half of the multiprocessors when their blocks are small, and cover 112 to 120
-// of 132 when they are large: 9.2 us for 1x128x128x128 in half, 16 for 8x128x64x64.
+// For tensors of a dozen megabytes and more, of which slabs take several rounds (8x64x128x128 in half: slabs 27.7 us, two
+// passes 21.0, here 17.7); the exchange over the grid costs small ones more than a cluster's barrier (1x128x128x128 8.6
+// in slabs, 13.1 here).
 #include "../common/launch.h"
 #include "moments.cuh"
 #include "normalize.cuh"
