@@ -23,9 +23,16 @@ FORWARD = torch.ops.styleforge._fused_instance_norm_forward.default
 BACKWARD = torch.ops.styleforge._fused_instance_norm_backward.default
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Units of one block and of many, ragged shares, slices that are not full, more units than multiprocessors.
-SIZES = [(1, 128, 40, 64), (3, 8, 5, 7), (2, 40, 1, 3), (5, 72, 9, 30), (1, 8, 1, 1), (150, 16, 12, 12)]
+SIZES = [(1, 128, 40, 64), (3, 8, 5, 7), (2, 40, 1, 3), (5, 72, 9, 30), (1, 8, 2, 4), (150, 16, 12, 12)]
 CUTS = ["", "lanes=1", "lanes=2,threads=128", "lanes=4,threads=256"]
 FROM_OUTPUT = ("relu", "leaky_relu", "sigmoid", "tanh")
+
+
+def _held(cut: str, sizes: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether a pixel has as many vectors as the cut asks for (rounded up to a power of two)."""
+    vectors = sizes[1] * dtype.itemsize // 16
+    wanted = int(cut.split(",")[0].removeprefix("lanes=")) if cut else 1
+    return wanted < 2 * vectors
 
 
 def _channels_last(*sizes: int, dtype: torch.dtype, offset: float = 0.0) -> Tensor:
@@ -54,7 +61,8 @@ def test_forward(
         reference = instance_norm(x, weight, bias, activation=activation, residual=residual)
         poison(x.numel(), dtype, "cuda")
         first = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
-        assert styleforge.last_path() == "instance_norm:cuda:resident"
+        held = styleforge.last_path() == "instance_norm:cuda:resident"
+        assert held == _held(cut, sizes, dtype)
         assert rms_error(first[0], reference) < 4 * torch.finfo(dtype).eps
         torch.testing.assert_close(first[1], mean.float(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(first[2], rstd.float(), rtol=1e-5, atol=1e-6)
@@ -95,7 +103,8 @@ def test_backward(
         arguments = (own, x, mean, rstd, weight, bias, activation, 0.2, keeps_residual, keeps_output)
         poison(x.numel() * 3, dtype, "cuda")
         found = BACKWARD(*arguments)
-        assert styleforge.last_path() == "instance_norm_backward:cuda:resident"
+        held = styleforge.last_path() == "instance_norm_backward:cuda:resident"
+        assert held == _held(cut, sizes, dtype)
         again = BACKWARD(*arguments)
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
         results = list(found[:3])
@@ -114,8 +123,11 @@ def test_backward(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_launches_in_a_row_and_from_two_streams(dtype: torch.dtype) -> None:
+def test_many_launches_in_a_row_and_from_two_streams(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Blocks that wait for each other, of launches that overlap."""
+    monkeypatch.setenv("STYLEFORGE_PATH", "resident")
     x = _channels_last(2, 64, 128, 128, dtype=dtype, offset=2.0)
     grad = _channels_last(2, 64, 128, 128, dtype=dtype)
     weight, bias = _parameters(64, 0, torch.float32)
@@ -123,6 +135,7 @@ def test_many_launches_in_a_row_and_from_two_streams(dtype: torch.dtype) -> None
     assert styleforge.last_path() == "instance_norm:cuda:resident"
     arguments = (grad, x, *expected[1:], weight, bias, "relu", 0.01, None, None)
     gradients = BACKWARD(*arguments)
+    assert styleforge.last_path() == "instance_norm_backward:cuda:resident"
     other = torch.cuda.Stream()
     other.wait_stream(torch.cuda.current_stream())
     results = []

@@ -12,6 +12,7 @@ constexpr const char* kOp = "_widen";
 Tensor widen(const Tensor& input) {
   cuda::WidenParams params;
   params.dtype = kernel_dtype(kOp, "input", input.scalar_type());
+  if (params.dtype == DType::kFloat32) return torch::stable::clone(input);  // a result is never its operator's input
   const bool narrow = params.dtype == DType::kFloat16 || params.dtype == DType::kBFloat16;
   const TensorFacts facts(input);
   const bool dense = is_contiguous(facts) || (facts.dim == 4 && is_dense(facts, true));

@@ -2,9 +2,8 @@
 // (resident.cuh). Means first, then squares about the block's own mean, from what is held; the unit's blocks exchange
 // (mean, M2) of every channel.
 //
-// For tensors of a dozen megabytes and more, of which slabs take several rounds (8x64x128x128 in half: slabs 27.7 us, two
-// passes 21.0, here 17.7); the exchange over the grid costs small ones more than a cluster's barrier (1x128x128x128 8.6
-// in slabs, 13.1 here).
+// Measured in half: 1x128x128x128 8.4 us (slabs 9.0, two passes 12.8), 8x128x64x64 9.9 (11.2, 14.3), 8x64x128x128 14.1
+// (28.0, 20.9); 1x64x64x64 9.2 (5.1), as the exchange over the grid costs more than a cluster's barrier.
 #include "../common/launch.h"
 #include "moments.cuh"
 #include "normalize.cuh"

@@ -57,7 +57,7 @@ constexpr int64_t kLine = 8;  // vectors of a cache line: tiles begin where the 
 // Resident in channels_last (tuned by lanes, threads and least): vectors that a block has at least, and a thread about.
 constexpr int64_t kLeastResidentVectors = 256;
 constexpr int64_t kResidentVectors = 4;
-constexpr int64_t kLeastResident = 12 << 20;  // bytes of the tensor, where slabs would do
+constexpr int64_t kLeastResident = 4 << 20;  // bytes of the tensor, where slabs would do
 constexpr int kSplitThreads = 256;
 constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
 
