@@ -445,7 +445,9 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
   if (overrides.forced("resident") || (free && total >= overrides.tuned("least", kLeastResident))) {
     InstanceNormSchedule other;
     other.vectorized = shape.vectorized;
-    if (all_aligned(params) && schedule_resident(params, 1, facts, overrides, other)) {
+    // Slices that one block holds need no exchange: slabs.
+    if (all_aligned(params) && schedule_resident(params, 1, facts, overrides, other) &&
+        (other.parts > 1 || overrides.forced("resident"))) {
       schedule = other;
       schedule.name = "instance_norm:cuda:resident";
       return cudaSuccess;
