@@ -155,13 +155,14 @@ class Part:
 
 
 def _start(
-    run: str, index: int, found: Sequence[Case], given: argparse.Namespace, turns: Path, *, on_gpu: bool
+    asked: tuple[str, int, list[Case]], given: argparse.Namespace, turns: Path, threads: int | None
 ) -> Part:
+    run, index, found = asked
     file, log = (turns.parent / f"{run}-{index}{suffix}" for suffix in (".json", ".txt"))
     line = [*command(run, found, given, file), "--turns", str(turns)]
     environment = dict(os.environ)
-    if on_gpu:  # the parts share the cores
-        environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    if threads is not None:
+        environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
     with log.open("w") as output:
         process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment)
     return Part(run, file, log, process)
@@ -243,13 +244,16 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         turns = Path(folder) / "turns"
-        started: list[Part] = []
+        asked: list[tuple[str, int, list[Case]]] = []
         for run in given.runs or (RUNS if on_gpu else CPU_RUNS):
             found = cases(run, suite=given.suite, goals=on_gpu)
             if not on_gpu:
                 found = [case for case in found if _operations(*case) <= MOST_ON_CPU]
-            for index, part in enumerate(parts(run, found) if on_gpu else [found]):
-                started.append(_start(run, index, part, given, turns, on_gpu=on_gpu))
+            asked += [(run, i, part) for i, part in enumerate(parts(run, found) if on_gpu else [found])]
+        # The parts share the cores; few parts have some each for torch.compile, which takes minutes of one
+        # for the training step of the style network (about a hundred kernels in each memory format).
+        threads = max(1, (os.cpu_count() or 1) // len(asked)) if on_gpu else None
+        started = [_start(part, given, turns, threads) for part in asked]
         print(f"{len(started)} parts of {len({part.run for part in started})} runs", flush=True)
         try:
             _wait(started, turns, given.total)

@@ -63,6 +63,22 @@ STABLE_TORCH_LIBRARY(styleforge, m) {
   // pad(nearest upsampling) in the input's memory format, without a gradient: the input side of a convolution whose
   // other side is not one of ours.
   m.def("_pad_upsample(Tensor input, int[2] padding, str padding_mode=\"zeros\", int upsample=1) -> Tensor");
+  // Its gradient, in the memory format of grad_output.
+  m.def(
+      "_pad_upsample_backward(Tensor grad_output, int[2] padding, str padding_mode=\"zeros\", int upsample=1) -> "
+      "Tensor");
+
+  // The kernel's columns as channels: result[n, j * C + c, y, x] = pad(input)[n, c, y, x + j] for j < kernel_width, in
+  // channels_last, zeros in the channels up to a multiple of 16 bytes. A convolution of few input channels is one of a
+  // single column over it. No gradient.
+  m.def("_unfold_columns(Tensor input, int kernel_width, int[2] padding, str padding_mode=\"zeros\") -> Tensor");
+
+  // The gradient of the weights of a kernel of one column, [kernel height, channels of grad, channels of input] in
+  // float32: result[k, a, b] = sum over n, y, x of grad[n, a, y, x] * input[n, b, y + k, x]. On CUDA 32 channels each.
+  m.def("_column_gradient(Tensor grad, Tensor input) -> Tensor");
+
+  // float32 of the same values, as they lie. No gradient.
+  m.def("_widen(Tensor input) -> Tensor");
 
   // conv2d(reflection_pad(input), weight, bias) with half of the (odd) kernel as padding, without a gradient: the last
   // layer of style-transfer networks.

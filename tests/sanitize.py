@@ -38,6 +38,8 @@ CASES = [
     ("portable", (1, 8, 24, 24)),
     ("stream", (1, 4, 96, 96)),
     ("stream", (2, 136, 12, 10)),
+    ("resident", (2, 40, 24, 20)),
+    ("resident", (1, 8, 32, 32)),
     ("", (1, 3, 32, 24)),
 ]
 
@@ -320,7 +322,12 @@ def main() -> None:
             x = torch.randn(1, 8, 9, 11, device=device)
             if channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
-            pad_upsample(x, (2, 1), padding_mode="reflect", upsample=2)
+            padded = pad_upsample(x, (2, 1), padding_mode="reflect", upsample=2)
+            torch.ops.styleforge._pad_upsample_backward(padded, (2, 1), "reflect", 2)
+            torch.ops.styleforge._unfold_columns(x[:, :3], 5, (2, 2), "reflect")
+            torch.ops.styleforge._widen(x.half())
+            grad, wide = (torch.randn(2, 32, rows, 70, device=device).half() for rows in (12, 15))
+            torch.ops.styleforge._column_gradient(grad, wide)
             _fused_convolutions(channels_last, paths)
             if "--no-conv" in sys.argv:  # cuDNN's own kernels make some tools take minutes
                 continue

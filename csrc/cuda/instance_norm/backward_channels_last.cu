@@ -10,26 +10,6 @@
 namespace styleforge::cuda {
 namespace {
 
-template <int kWidth, typename Acc>
-struct ChannelFacts {
-  Acc mean[kWidth], rstd[kWidth], scale[kWidth], shift[kWidth];
-};
-
-template <int kWidth, typename Acc>
-__device__ __forceinline__ ChannelFacts<kWidth, Acc> channel_facts(const InstanceNormBackwardParams& p, int64_t n,
-                                                                   int vector) {
-  ChannelFacts<kWidth, Acc> f;
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) {
-    const int64_t c = static_cast<int64_t>(vector) * kWidth + k;
-    f.mean[k] = static_cast<const Acc*>(p.mean)[n * p.channels + c];
-    f.rstd[k] = static_cast<const Acc*>(p.rstd)[n * p.channels + c];
-    f.scale[k] = load_param(p.weight, p.param_dtype, n * p.param_batch_stride + c, Acc(1));
-    f.shift[k] = load_param(p.bias, p.param_dtype, n * p.param_batch_stride + c, Acc(0));
-  }
-  return f;
-}
-
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kTileThreads) reduce_kernel(const __grid_constant__ InstanceNormBackwardParams p,
                                                               int lanes, int tiles, int share, acc_t<T>* partials) {

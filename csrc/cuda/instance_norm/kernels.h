@@ -41,6 +41,13 @@ cudaError_t launch_split_channels_last(const InstanceNormParams& params, const I
                                        void* workspace, cudaStream_t stream);
 cudaError_t launch_backward_nchw(const InstanceNormBackwardParams& params, const InstanceNormSchedule& schedule,
                                  void* workspace, cudaStream_t stream);
+// channels_last held in shared memory, forward and backward: threads of a block and vectors of a slice, at most.
+constexpr int kResidentThreads = 512;
+constexpr int kResidentLanes = 4;
+cudaError_t launch_resident(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,
+                            cudaStream_t stream);
+cudaError_t launch_backward_resident(const InstanceNormBackwardParams& params, const InstanceNormSchedule& schedule,
+                                     void* workspace, cudaStream_t stream);
 cudaError_t launch_backward_channels_last(const InstanceNormBackwardParams& params,
                                           const InstanceNormSchedule& schedule, void* workspace, cudaStream_t stream);
 

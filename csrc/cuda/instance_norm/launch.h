@@ -7,6 +7,7 @@
 //                           one read, one write, planes of any size (sm_90+)
 //            channels_last  the same of slices of the channels; all blocks       1      stream_channels_last.cu,
 //                           run at once, or slices that a cluster holds (sm_90+)        cluster_channels.cu
+//   resident channels_last  the whole tensor, in all multiprocessors (sm_90+)     1      resident.cu
 //   slab     channels_last  a few neighbouring channels of one sample, all       1      slab.cu
 //                           their pixels, in a block or cluster
 //   split    both           nothing: statistics of tiles, then a second pass    2 - 3   split_nchw.cu,
@@ -28,7 +29,8 @@ enum class InstanceNormPath {
   kChannelCluster,
   kSlab,
   kFewChannels,
-  kSplit
+  kSplit,
+  kResident
 };
 
 // How a call is going to run. `workspace_bytes` of device memory must be given to the launch (16-byte aligned).
@@ -62,17 +64,33 @@ struct InstanceNormSchedule {
 };
 
 // A pure function of the shape and the device, but for STYLEFORGE_PATH, which tests set: plane takes a cluster of 16
-// where that is not the choice, stream the ring where the tensor allows it, split the two passes, ticket the two passes
-// by tickets (NCHW), portable does as on a device without clusters, as do calls without `clusters`.
+// where that is not the choice, stream the ring where the tensor allows it, resident holds what it can of
+// channels_last, split takes the two passes, ticket the two passes by tickets (NCHW), portable does as on a device
+// without clusters, as do calls without `clusters`.
 cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule,
                                    bool clusters = true);
 
 cudaError_t launch_instance_norm(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
                                  void* workspace, cudaStream_t stream);
 
-// Backward: always two passes (reduce, apply) in either format.
-cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& params, InstanceNormSchedule& schedule);
+// Backward: one launch in channels_last where the multiprocessors hold input and gradient (backward_resident.cu), else
+// two passes (reduce, apply) in either format, as with STYLEFORGE_PATH=split or portable and without `resident`: a part
+// of a GPU may have no place for all blocks (cudaErrorCooperativeLaunchTooLarge, cudaErrorNotSupported).
+cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& params, InstanceNormSchedule& schedule,
+                                            bool resident = true);
 cudaError_t launch_instance_norm_backward(const InstanceNormBackwardParams& params,
                                           const InstanceNormSchedule& schedule, void* workspace, cudaStream_t stream);
+
+// From what the backward leaves in grad_weight and grad_bias.
+struct ParameterGradients {
+  const void* weight_sums = nullptr;  // [samples, count], float (double with sums_in_double)
+  const void* bias_sums = nullptr;
+  void* weight = nullptr;  // [count] of `dtype`; null where not wanted
+  void* bias = nullptr;
+  int64_t samples = 0, count = 0;
+  DType dtype = DType::kFloat32;
+  bool sums_in_double = false;
+};
+cudaError_t launch_parameter_gradients(const ParameterGradients& gradients, cudaStream_t stream);
 
 }  // namespace styleforge::cuda

@@ -57,6 +57,10 @@ constexpr int64_t kChannelClusterStatic = 30 * 1024;
 constexpr int64_t kFewChannels = 6;
 constexpr int64_t kTilesAhead = 3;
 constexpr int64_t kLine = 8;  // vectors of a cache line: tiles begin where the plane's lines do
+// Resident in channels_last (tuned by lanes, threads and least): vectors that a block has at least, and a thread about.
+constexpr int64_t kLeastResidentVectors = 256;
+constexpr int64_t kResidentVectors = 4;
+constexpr int64_t kLeastResident = 4 << 20;  // bytes of the tensor, where slabs would do
 constexpr int kSplitThreads = 256;
 constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
 
@@ -435,6 +439,39 @@ void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const
   s.workspace_bytes = static_cast<size_t>(2 * p.batch * p.channels * (s.parts + 1)) * acc;
 }
 
+// `tensors` of them held by all multiprocessors together: slices as wide as leave nearly no multiprocessor out.
+bool schedule_resident(const InstanceNormParams& p, int tensors, const DeviceFacts& facts, const Overrides& overrides,
+                       InstanceNormSchedule& s) {
+  const int64_t width = 16 / static_cast<int64_t>(size_of(p.dtype));
+  if (!p.channels_last || !facts.has_cluster() || p.dtype == DType::kFloat64 || p.channels % width != 0) return false;
+  if (p.pixels > (int64_t{1} << 24) || p.phase_width != 0 || !p.output_channels_last) return false;
+  const int64_t vectors = p.channels / width;
+  const int64_t room = facts.max_shared_per_block - kStaticShared;
+  const auto wanted = static_cast<int>(overrides.tuned("lanes", 0));
+  int64_t most_blocks = 0;
+  for (int lanes = std::min(kResidentLanes, lanes_for(vectors)); lanes > 0; lanes /= 2) {
+    if (wanted != 0 && lanes != wanted) continue;
+    const int64_t units = p.batch * ceil_div(vectors, lanes);
+    int64_t parts = units >= facts.multiprocessors ? 1 : facts.multiprocessors / units;
+    parts = std::min(parts, ceil_div(p.pixels * lanes, kLeastResidentVectors));
+    const int64_t share = ceil_div(p.pixels, parts);
+    parts = ceil_div(p.pixels, share);
+    const int64_t bytes = share * lanes * 16 * tensors;
+    if (bytes > room || units * parts <= most_blocks * 9 / 8) continue;
+    most_blocks = units * parts;
+    s.lanes = lanes;
+    s.share = share;
+    s.parts = parts;
+    s.shared_bytes = static_cast<size_t>(bytes);
+    s.workspace_bytes = parts == 1 ? 0 : static_cast<size_t>(units * parts * lanes * width * 8);
+  }
+  if (most_blocks == 0) return false;
+  s.threads = static_cast<int>(
+      overrides.tuned("threads", round_threads(ceil_div(s.share * s.lanes, kResidentVectors), 128, kResidentThreads)));
+  s.path = InstanceNormPath::kResident;
+  return true;
+}
+
 }  // namespace
 
 cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule, bool clusters) {
@@ -466,6 +503,18 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
     other.vectorized = shape.vectorized;
     if (schedule_channel_stream(params, facts, overrides, other) && prefers_channel_stream(params, other)) {
       schedule = other;
+      return cudaSuccess;
+    }
+  }
+  const int64_t total = params.batch * params.channels * params.pixels * static_cast<int64_t>(size_of(params.dtype));
+  if (overrides.forced("resident") || (free && total >= overrides.tuned("least", kLeastResident))) {
+    InstanceNormSchedule other;
+    other.vectorized = shape.vectorized;
+    // Slices that one block holds need no exchange: slabs.
+    if (all_aligned(params) && schedule_resident(params, 1, facts, overrides, other) &&
+        (other.parts > 1 || overrides.forced("resident"))) {
+      schedule = other;
+      schedule.name = "instance_norm:cuda:resident";
       return cudaSuccess;
     }
   }
@@ -519,6 +568,8 @@ cudaError_t launch_instance_norm(const InstanceNormParams& params, const Instanc
       return launch_slab(params, schedule, stream);
     case InstanceNormPath::kFewChannels:
       return launch_few_channels(params, schedule, workspace, stream);
+    case InstanceNormPath::kResident:
+      return launch_resident(params, schedule, workspace, stream);
     case InstanceNormPath::kSplit:
       return params.channels_last ? launch_split_channels_last(params, schedule, workspace, stream)
                                   : launch_split_nchw(params, schedule, workspace, stream);
@@ -526,7 +577,8 @@ cudaError_t launch_instance_norm(const InstanceNormParams& params, const Instanc
   return cudaErrorInvalidValue;
 }
 
-cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& params, InstanceNormSchedule& schedule) {
+cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& params, InstanceNormSchedule& schedule,
+                                            bool resident) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const bool aligned = aligned16(params.input) && aligned16(params.residual) && aligned16(params.saved_output) &&
@@ -535,6 +587,11 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
   const Overrides overrides(kTuneVariable);
   schedule = {};
   schedule.vectorized = shape.vectorized;
+  const bool free = resident && aligned && !overrides.forced("split") && !overrides.forced("portable");
+  if (free && schedule_resident(params, 2, facts, overrides, schedule)) {
+    schedule.name = "instance_norm_backward:cuda:resident";
+    return cudaSuccess;
+  }
   schedule_tiles(params, facts, shape, overrides, schedule);
   schedule.name = params.channels_last ? "instance_norm_backward:cuda:split:channels_last"
                                        : "instance_norm_backward:cuda:split:nchw";
@@ -543,6 +600,9 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
 
 cudaError_t launch_instance_norm_backward(const InstanceNormBackwardParams& params,
                                           const InstanceNormSchedule& schedule, void* workspace, cudaStream_t stream) {
+  if (schedule.path == InstanceNormPath::kResident) {
+    return launch_backward_resident(params, schedule, workspace, stream);
+  }
   return params.channels_last ? launch_backward_channels_last(params, schedule, workspace, stream)
                               : launch_backward_nchw(params, schedule, workspace, stream);
 }

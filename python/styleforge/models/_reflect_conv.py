@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from styleforge.ops import _few_channels as few_channels
 from styleforge.ops import pad_upsample
+from styleforge.ops._cast import cast
 
 __all__ = ["reflect_conv2d", "reflect_conv2d_by_columns"]
 
@@ -99,6 +101,18 @@ def _takes_operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return not torch.is_autocast_enabled() and not _needs_gradient(x, weight, bias)
 
 
+def _trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """A training step's way on the GPU in 16 bits, autocast or not; None where that is PyTorch's."""
+    if x.device.type == "cuda" and torch.is_autocast_enabled():
+        dtype = torch.get_autocast_dtype("cuda")
+        x, weight = cast(x, dtype), cast(weight, dtype)
+        bias = None if bias is None else cast(bias, dtype)
+    if not few_channels.takes(x, weight, weight.size(0)):
+        return None
+    result: Tensor = few_channels.ReflectConv2d.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return result
+
+
 def _takes_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether ``reflect_conv2d_by_columns`` can run and is the faster way."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
@@ -138,6 +152,10 @@ def reflect_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, precision: st
     if not recorded and _takes_operator(x, weight, bias):
         output: Tensor = torch.ops.styleforge._reflect_conv2d(x, weight, bias, precision)
         return output
+    if not torch.jit.is_scripting() and not recorded:  # type: ignore[attr-defined]
+        trained = _trained(x, weight, bias)
+        if trained is not None:
+            return trained
     rows, columns = weight.size(2) // 2, weight.size(3) // 2
     if not torch.jit.is_scripting() and not recorded:  # type: ignore[attr-defined]
         return F.conv2d(pad_upsample(x, (rows, columns), padding_mode="reflect"), weight, bias)

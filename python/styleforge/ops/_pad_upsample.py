@@ -17,6 +17,7 @@ from styleforge.ops import _common as common
 
 NAME = "_pad_upsample"
 _op = torch.ops.styleforge._pad_upsample.default
+_backward_op = torch.ops.styleforge._pad_upsample_backward.default
 
 
 def pad_upsample(
@@ -56,20 +57,36 @@ class PadUpsample(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, ctx.padding, ctx.padding_mode, ctx.upsample = inputs
-        ctx.sizes = input.shape
+        _, ctx.padding, ctx.padding_mode, ctx.upsample = inputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sizes, upsample = ctx.sizes, ctx.upsample
-        for dim, side in ((3, ctx.padding[1]), (2, ctx.padding[0])):
-            grad = _fold(grad, dim, sizes[dim] * upsample, side, ctx.padding_mode)
-        if upsample != 1:
-            grad = torch.ops.aten.upsample_nearest2d_backward(
-                grad, grad.shape[2:], sizes, float(upsample), float(upsample)
-            )
-        return grad, None, None, None
+        return _backward_op(grad, ctx.padding, ctx.padding_mode, ctx.upsample), None, None, None
+
+
+def composite_backward(
+    grad_output: Tensor, padding: Sequence[int], padding_mode: str = "zeros", upsample: int = 1
+) -> Tensor:
+    """The operator's gradient in plain PyTorch: for the CPU, and for CUDA without the CUDA library."""
+    rows, columns = common.pair(padding)
+    sizes = _sizes_before(grad_output, padding, upsample)
+    grad = grad_output
+    for dim, side in ((3, columns), (2, rows)):
+        grad = _fold(grad, dim, sizes[dim] * upsample, side, padding_mode)
+    if upsample != 1:
+        grad = torch.ops.aten.upsample_nearest2d_backward(
+            grad, grad.shape[2:], sizes, float(upsample), float(upsample)
+        )
+    channels_last = common.prefers_channels_last(grad_output)
+    return grad.clone(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _sizes_before(grad_output: Tensor, padding: Sequence[int], upsample: int) -> list[Any]:
+    """[N, C, H, W] of the input that was padded."""
+    n, channels, height, width = grad_output.shape
+    rows, columns = common.pair(padding)
+    return [n, channels, (height - 2 * rows) // upsample, (width - 2 * columns) // upsample]
 
 
 def _fold(grad: Tensor, dim: int, size: int, side: int, padding_mode: str) -> Tensor:
@@ -88,6 +105,14 @@ def _fold(grad: Tensor, dim: int, size: int, side: int, padding_mode: str) -> Te
         inner.narrow(dim, 0, 1).add_(before.sum(dim, keepdim=True))
         inner.narrow(dim, size - 1, 1).add_(behind.sum(dim, keepdim=True))
     return inner
+
+
+@torch.library.register_fake("styleforge::_pad_upsample_backward")  # type: ignore[untyped-decorator]
+def _fake_backward(
+    grad_output: Tensor, padding: Sequence[int], padding_mode: str = "zeros", upsample: int = 1
+) -> Tensor:
+    sizes = _sizes_before(grad_output, padding, upsample)
+    return common.empty_like_format(grad_output, sizes, common.prefers_channels_last(grad_output))
 
 
 @torch.library.register_fake("styleforge::_pad_upsample")  # type: ignore[untyped-decorator]
@@ -120,4 +145,21 @@ def _vmap(
     return result.unflatten(0, (info.batch_size, batch)), 0
 
 
+def _vmap_backward(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    grad_output: Tensor,
+    padding: Sequence[int],
+    padding_mode: str = "zeros",
+    upsample: int = 1,
+) -> tuple[Tensor, int]:
+    """Folds the vmapped dimension into the batch."""
+    batch = grad_output.movedim(in_dims[0] or 0, 0).shape[1]
+    folded = common.fold(grad_output, in_dims[0], info.batch_size, batch)
+    result: Tensor = _backward_op(folded, padding, padding_mode, upsample)
+    return result.unflatten(0, (info.batch_size, batch)), 0
+
+
+common.register_kernel("_pad_upsample_backward", "CPU", composite_backward)
 torch.library.register_vmap("styleforge::_pad_upsample", _vmap)
+torch.library.register_vmap("styleforge::_pad_upsample_backward", _vmap_backward)

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from styleforge.ops import _common as common
+from styleforge.ops import _few_channels as few_channels
+from styleforge.ops._cast import cast
 from styleforge.ops._pad_upsample import PadUpsample
 from styleforge.ops._precision import conv_precision, convolutions_in
 
@@ -264,19 +266,35 @@ def _differentiable(
         residual,
         precision,
     )
-    x, conv_padding = input, common.pair(padding)
-    if upsample != 1 or padding_mode != "zeros":  # zeros are left to the convolution
-        sides, conv_padding = (conv_padding, (0, 0)) if padding_mode != "zeros" else ((0, 0), conv_padding)
-        x = common.apply_function(PadUpsample, x, sides, padding_mode, upsample)
-    if input.is_cuda and input.dtype == torch.float32 and precision != conv_precision():
-        z = common.apply_function(_Convolution, x, weight, common.pair(stride), conv_padding, precision)
+    strides, sides = common.pair(stride), common.pair(padding)
+    if strides == (1, 1) and upsample == 1 and few_channels.takes(input, weight, weight.shape[1]):
+        z = common.apply_function(few_channels.FewInputChannels, input, weight, sides, padding_mode)
     else:
-        z = F.conv2d(x, weight, None, common.pair(stride), conv_padding)
+        z = _convolution(input, weight, strides, sides, padding_mode, upsample, precision)
     z = z.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     output: Tensor = _norm_op(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
     if bias is not None and bias.requires_grad:
         output = common.apply_function(_UnusedBias, output, bias)
     return output
+
+
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    padding_mode: str,
+    upsample: int,
+    precision: str,
+) -> Tensor:
+    """conv2d(pad(upsample(input)), weight) with ATen's convolution; zeros are left to it."""
+    if upsample != 1 or padding_mode != "zeros":
+        sides, padding = (padding, (0, 0)) if padding_mode != "zeros" else ((0, 0), padding)
+        input = common.apply_function(PadUpsample, input, sides, padding_mode, upsample)
+    if input.is_cuda and input.dtype == torch.float32 and precision != conv_precision():
+        result: Tensor = common.apply_function(_Convolution, input, weight, stride, padding, precision)
+        return result
+    return F.conv2d(input, weight, None, stride, padding)
 
 
 def _autocast(
@@ -299,10 +317,14 @@ def _autocast(
     with common.no_autocast(input):
         dtype = common.autocast_dtype(input)
         norm_weight, norm_bias = common.norm_params_for(dtype, norm_weight, norm_bias)
+        if bias is not None:
+            # Checked, and not cast: it is not read, and its gradient is zeros in its own dtype.
+            common.check_device(NAME, "bias", bias, input)
+            common.check_like(NAME, "bias", bias, bias, weight.shape[:1])
         result: Tensor = _op(
-            input.to(dtype),
-            weight.to(dtype),
-            None if bias is None else bias.to(dtype),
+            cast(input, dtype),
+            cast(weight, dtype),
+            None,
             norm_weight,
             norm_bias,
             stride,
@@ -312,9 +334,11 @@ def _autocast(
             eps,
             activation,
             negative_slope,
-            None if residual is None else residual.to(dtype),
+            None if residual is None else cast(residual, dtype),
             precision,
         )
+        if bias is not None and _is_grad_enabled() and bias.requires_grad:
+            result = common.apply_function(_UnusedBias, result, bias)
         return result
 
 
