@@ -21,7 +21,7 @@ HALF = (torch.float16, torch.bfloat16)
 LARGE, WHOLE = "ffn:cuda:sm90:16bit", "ffn:cuda:sm90:16bit:one_launch"
 BACKWARD, ATEN_BACKWARD = "ffn_backward:cuda:sm90:16bit+aten_matmul", "ffn_backward:cuda:aten_matmul"
 ATEN = "ffn:cuda:aten_matmul"
-# STYLEFORGE_GEMM_TUNE: product by product on persistent blocks, and all in one launch: by wgmma, or by mma.sync.
+# STYLEFORGE_GEMM_TUNE: product by product on persistent blocks; all in one launch, by wgmma and by mma.sync.
 KERNELS = {"large": "small=1", "whole": "small=2", "registers": "one=2"}
 PATHS = {"large": LARGE, "whole": WHOLE, "registers": WHOLE}
 
