@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kUnits* kUnitThreads, 1)
     mbarrier_init_fence();
     mbarrier_arrive_expect(&merged[unit], S::kSumBytes);
   }
-  __syncwarp();
+  __syncthreads();
   cluster_arrive_relaxed();  // sums may come
 
   prefetch<T>(p, s, at);

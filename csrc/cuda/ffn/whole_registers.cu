@@ -9,11 +9,11 @@
 // What such sizes cost is latency. So operands go from memory to registers, 16 bytes a lane, all of them at once and in
 // the order of their use: as k is what is summed over, its numbers may come in any order that both operands share.
 // Their addresses, the zeros beyond the matrices' ends and a hint to the L2 cache come before the wait for the kernel's
-// predecessor. Where the time of 1 x 256 x 128 -> 512 goes (one H200): of 3.4 us, 1.0 is a launch behind another that
-// does nothing; of the 4,800 cycles of the rest the first operands take 1,200, the products 300 to 400 each, the
-// activation 450 (both twice), sums and their way 1,000. Tried and slower: 128 blocks for 256 rows, which read the same
-// lines of the L2 cache at the same time (3.75); two units a block (3.68); operands by cp.async in shared memory (4.0);
-// loads as C++ has them, which ptxas makes wait for one another.
+// predecessor. Where the time of 1 x 256 x 128 -> 512 goes (one H200): of 3.2 us, 1.0 is a launch behind another that
+// does nothing; of the 4,800 cycles of the rest (with clock stamps) the first operands take 1,200, the products 300 to
+// 400 each, the activation 450 (both twice), sums and their way 1,000. Tried and slower: 128 blocks for 256 rows, which
+// read the same lines of the L2 cache at the same time (3.75); two units a block (3.7); operands by cp.async in shared
+// memory (4.0); loads as C++ has them, which ptxas makes wait for one another.
 #include "../common/launch.h"
 #include "../common/overrides.h"
 #include "gelu.cuh"
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kMaxUnits* kUnitThreads, 1)
     mbarrier_init_fence();
     mbarrier_arrive_expect(&merged[unit], S::kSumBytes);
   }
-  __syncwarp();
+  __syncthreads();
   cluster_arrive_relaxed();  // sums may come
 
   prefetch<T>(p, s, at);
@@ -302,8 +302,9 @@ cudaError_t whole_registers_supported(const WholeFfnParams& p, bool& supported) 
   // and what they read from the copy engine: read off one H200.
   constexpr int kMostHidden = 2048;
   const auto s = schedule(p, overrides);
-  const bool narrow = p.embed <= 128 && p.out <= 128;
-  supported = wish == 2 || (p.hidden <= kMostHidden && s.blocks <= (narrow ? facts.multiprocessors : kBestBlocks));
+  const bool little = (p.embed <= 128 && p.out <= 128) || ceil_div(p.hidden, kHidden) <= 2 * s.parts;
+  supported = wish == 2 ||
+              (p.hidden <= kMostHidden && s.units == 1 && s.blocks <= (little ? facts.multiprocessors : kBestBlocks));
   return cudaSuccess;
 }
 
