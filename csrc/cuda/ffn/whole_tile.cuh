@@ -2,8 +2,6 @@
 // pieces in registers, sums on their way through a cluster.
 #pragma once
 
-#include <algorithm>
-
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/mbarrier.cuh"
