@@ -173,7 +173,15 @@ def _matrix_products(paths: set[str]) -> None:
     shapes = ((130, 64, 128, 64), (197, 100, 332, 77), (40, 516, 36, 3))
     wide = ((130, 64, 128, 64), (197, 100, 332, 76), (2200, 36, 1024, 132))
     pieces = "small=1,memory=16,depth=64,room=2"
-    for tune in ("small=1", "small=2,columns=64", "small=2,columns=32,cluster=4", "one=2", "wide=2", pieces):
+    for tune in (
+        "small=1",
+        "small=2,columns=64",
+        "small=2,columns=32,cluster=4",
+        "one=2",
+        "one=2,units=2,parts=2",
+        "wide=2",
+        pieces,
+    ):
         os.environ["STYLEFORGE_GEMM_TUNE"] = tune
         for precision in ("ieee", "tf32"):
             for rows, embed, hidden, out in wide if tune == "wide=2" else shapes:
@@ -190,7 +198,7 @@ def _matrix_products(paths: set[str]) -> None:
 def _half_matrix_products(paths: set[str]) -> None:
     """The same of 16 bits: blocks with several tiles, and all in one launch."""
     os.environ["STYLEFORGE_PATH"] = "sm90"
-    for tune in ("small=1", "small=1,columns=192", "small=1,narrow=4", "one=2", "one=2,parts=2"):
+    for tune in ("small=1", "small=1,columns=192", "small=1,narrow=4", "one=2", "one=2,parts=2,units=2"):
         os.environ["STYLEFORGE_GEMM_TUNE"] = tune
         for dtype in (torch.float16, torch.bfloat16):
             for rows, embed, hidden, out in ((130, 64, 128, 64), (197, 104, 328, 72), (2200, 72, 1024, 136)):

@@ -21,9 +21,9 @@ HALF = (torch.float16, torch.bfloat16)
 LARGE, WHOLE = "ffn:cuda:sm90:16bit", "ffn:cuda:sm90:16bit:one_launch"
 BACKWARD, ATEN_BACKWARD = "ffn_backward:cuda:sm90:16bit+aten_matmul", "ffn_backward:cuda:aten_matmul"
 ATEN = "ffn:cuda:aten_matmul"
-# STYLEFORGE_GEMM_TUNE: product by product on persistent blocks, and all in one launch.
-KERNELS = {"large": "small=1", "whole": "small=2"}
-PATHS = {"large": LARGE, "whole": WHOLE}
+# STYLEFORGE_GEMM_TUNE: product by product on persistent blocks; all in one launch, by wgmma and by mma.sync.
+KERNELS = {"large": "small=1", "whole": "small=2", "registers": "one=2"}
+PATHS = {"large": LARGE, "whole": WHOLE, "registers": WHOLE}
 
 pytestmark = SM90
 
@@ -104,11 +104,13 @@ def test_random_shapes_and_cuts(part: int, force: Callable[[str, str], None]) ->
     draw = random.Random(part)
     for _ in range(25):
         kernel = draw.choice(tuple(KERNELS))
-        most = 32 if kernel == "whole" else 120
+        most = 120 if kernel == "large" else 32
         rows, embed, out = draw.randint(1, 700), 8 * draw.randint(1, most), 8 * draw.randint(1, most)
         hidden = 8 * draw.randint(1, 200)
         if kernel == "whole":
             cut = f"parts={draw.choice((1, 2, 4, 8))},stages={draw.randint(1, 6)}"
+        elif kernel == "registers":
+            cut = f"parts={draw.choice((1, 2, 4, 8))},units={draw.randint(1, 2)}"
         else:
             cut = f"columns={draw.choice((192, 256))},narrow={draw.randint(1, 6)}"
             cut += f",stages={draw.randint(1, 6)},band={draw.randint(1, 9)}"

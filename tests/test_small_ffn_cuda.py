@@ -1,4 +1,7 @@
-"""Small float32 feed-forward networks in one launch (mma.sync, sm_90): accuracy, layouts, repetition."""
+"""Small feed-forward networks in one launch (mma.sync, sm_90): accuracy, cuts, layouts, repetition, choice.
+
+What 16-bit ones have in common with larger products: test_gemm_half_cuda.py.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,12 @@ from _reference import FFN_ACTIVATIONS, assert_as_accurate, ffn, poison, torch_f
 OP = torch.ops.styleforge.fused_ffn
 FORWARD = torch.ops.styleforge._fused_ffn_forward
 PATH = "ffn:cuda:sm90:3xtf32:one_launch"
+PATHS = {
+    torch.float32: PATH,
+    torch.float16: "ffn:cuda:sm90:16bit:one_launch",
+    torch.bfloat16: "ffn:cuda:sm90:16bit:one_launch",
+}
+DTYPES = pytest.mark.parametrize("dtype", PATHS, ids=str)
 ONE = "one=2"  # STYLEFORGE_GEMM_TUNE: this kernel wherever it can
 
 pytestmark = SM90
@@ -42,18 +51,22 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 def _check(*args: Any) -> None:
     """Against float64 and PyTorch, over poisoned memory; what is kept for the backward as well."""
-    x, w1, _, w2 = args[:4]
+    x, w1, b1, w2 = args[:4]
     rows = x.numel() // x.shape[-1]
     reference, yardstick = ffn(*args), torch_ffn(*args)
+    accuracy: dict[str, float] = {"ulps": 4.0} if x.dtype == torch.float32 else {"factor": 1.2}
+    if x.dtype == torch.float32:
+        b1 = None  # what is kept is before its bias
     poison(2 * rows * max(w1.shape[0], w2.shape[0]), x.dtype, "cuda")
     result = OP(*args)
-    assert styleforge.last_path() == PATH
-    assert_as_accurate(result, yardstick, reference, ulps=4.0)
+    assert styleforge.last_path() == PATHS[x.dtype]
+    assert_as_accurate(result, yardstick, reference, **accuracy)
     poison(2 * rows * max(w1.shape[0], w2.shape[0]), x.dtype, "cuda")
     again, hidden = FORWARD(*args, "ieee")
-    assert styleforge.last_path() == PATH
+    assert styleforge.last_path() == PATHS[x.dtype]
     assert torch.equal(again, result)
-    assert_as_accurate(hidden, x @ w1.T, x.double() @ w1.double().T, ulps=4.0)  # before its bias
+    wide = x.double() @ w1.double().T + (0 if b1 is None else b1.double())
+    assert_as_accurate(hidden, torch.nn.functional.linear(x, w1, b1), wide, **accuracy)
 
 
 # rows, embed, hidden, out
@@ -67,27 +80,36 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_sizes_and_epilogues(size: str, force: Callable[..., None]) -> None:
+# Of 16-bit numbers only.
+WIDE = {"wide": (70, 256, 200, 136), "wide results": (130, 72, 320, 256)}
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [*SIZES, *WIDE])
+def test_sizes_and_epilogues(size: str, dtype: torch.dtype, force: Callable[..., None]) -> None:
+    if size in WIDE and dtype == torch.float32:
+        pytest.skip("wider than the float32 kernel")
     force()
-    rows, embed, hidden, out = SIZES[size]
+    rows, embed, hidden, out = {**SIZES, **WIDE}[size]
     for activation in FFN_ACTIVATIONS:
-        x, r = random_matrix(rows, embed), random_matrix(rows, out)
-        w1, b1, w2, b2 = ffn_parameters(embed, hidden, out)
+        x, r = random_matrix(rows, embed, dtype=dtype), random_matrix(rows, out, dtype=dtype)
+        w1, b1, w2, b2 = ffn_parameters(embed, hidden, out, dtype)
         for parameters in ((w1, b1, w2, b2), (w1, None, w2, None)):
             for residual in (None, r):
                 _check(x, *parameters, activation, residual)
 
 
-@pytest.mark.parametrize("part", range(6))
-def test_random_shapes_and_cuts(part: int, force: Callable[..., None]) -> None:
+@DTYPES
+@pytest.mark.parametrize("part", range(4))
+def test_random_shapes_and_cuts(part: int, dtype: torch.dtype, force: Callable[..., None]) -> None:
     draw = random.Random(part)
+    line, widest = (4, 128) if dtype == torch.float32 else (8, 256)
     for _ in range(25):
-        rows, hidden = draw.randint(1, 500), 4 * draw.randint(1, 150)
-        embed, out = 4 * draw.randint(1, 32), 4 * draw.randint(1, 32)
-        force(f"{ONE},parts={draw.choice((1, 2, 4, 8))}")
-        x, r = random_matrix(rows, embed), random_matrix(rows, out)
-        w1, b1, w2, b2 = ffn_parameters(embed, hidden, out)
+        rows, hidden = draw.randint(1, 500), line * draw.randint(1, 600 // line)
+        embed, out = (line * draw.randint(1, widest // line) for _ in range(2))
+        force(f"{ONE},parts={draw.choice((1, 2, 4, 8))},units={draw.randint(1, 2)}")
+        x, r = random_matrix(rows, embed, dtype=dtype), random_matrix(rows, out, dtype=dtype)
+        w1, b1, w2, b2 = ffn_parameters(embed, hidden, out, dtype)
         parameters = (w1, draw.choice((None, b1)), w2, draw.choice((None, b2)))
         _check(x, *parameters, draw.choice(FFN_ACTIVATIONS), draw.choice((None, r)))
 
@@ -115,53 +137,61 @@ def test_float32_products_are_as_accurate_as_sgemm(kind: str, force: Callable[..
     assert ours <= 1.1**2 * theirs, f"{math.sqrt(ours / 4):.3g} against SGEMM's {math.sqrt(theirs / 4):.3g}"
 
 
-def test_nan_and_infinity_stay_where_they_belong(force: Callable[..., None]) -> None:
-    """Also beyond the hidden width, which is no whole number of turns."""
+@DTYPES
+def test_nan_and_infinity_stay_where_they_belong(dtype: torch.dtype, force: Callable[..., None]) -> None:
+    """Also beyond widths that are no whole number of turns."""
     force()
-    x = random_matrix(200, 64)
-    w1, b1, w2, b2 = ffn_parameters(64, 136, 64)
+    x = random_matrix(200, 40, dtype=dtype)
+    w1, b1, w2, b2 = ffn_parameters(40, 136, 64, dtype)
     x[3, 5], x[4, 6], x[199, 5] = math.inf, math.nan, -math.inf
-    x[5, 7] = 3.4028e38
+    if dtype == torch.float32:
+        x[5, 7] = 3.4028e38
     w2[7, 7] = -math.inf
     ours, theirs = OP(x, w1, b1, w2, b2, "relu"), torch_ffn(x, w1, b1, w2, b2, "relu")
-    assert styleforge.last_path() == PATH
+    assert styleforge.last_path() == PATHS[dtype]
     for special in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(special(ours), special(theirs))
 
 
-def test_rows_of_any_strides(force: Callable[..., None]) -> None:
+@DTYPES
+def test_rows_of_any_strides(dtype: torch.dtype, force: Callable[..., None]) -> None:
     """Rows that are whole 16 bytes apart are taken as they lie; others go elsewhere, and say so."""
     force()
-    w1, b1, w2, b2 = ffn_parameters(64, 96, 48)
-    x, r = random_matrix(3, 50, 80)[..., :64], random_matrix(3, 50, 56)[..., :48]
+    w1, b1, w2, b2 = ffn_parameters(64, 96, 48, dtype)
+    x = random_matrix(3, 50, 80, dtype=dtype)[..., :64]
+    r = random_matrix(3, 50, 56, dtype=dtype)[..., :48]
     wide = torch.cat([w1, w1], 1)[:, :64]
     for first, second in ((w1, w2), (wide, torch.cat([w2, w2], 1)[:, :96])):
         _check(x, first, b1, second, b2, "silu", r)
     offset = torch.cat([w1.new_zeros(1), w1.flatten()])[1:].view(96, 64)
     for first, second in ((w1.T.contiguous().T, w2), (offset, w2)):
         OP(x, first, b1, second, b2, "silu", r)
-        assert styleforge.last_path() != PATH
+        assert styleforge.last_path() != PATHS[dtype]
 
 
-def test_the_same_bits_on_every_call_and_in_a_graph(force: Callable[..., None]) -> None:
-    force()
-    x, other = (random_matrix(256, 128) for _ in range(2))
-    parameters = ffn_parameters(128, 512, 128)
-    assert_same_bits(x, other, parameters)
+@DTYPES
+@pytest.mark.parametrize("cut", ["", ",parts=4,units=2"])
+def test_the_same_bits_on_every_call_and_in_a_graph(
+    cut: str, dtype: torch.dtype, force: Callable[..., None]
+) -> None:
+    force(ONE + cut)
+    x, other = (random_matrix(256, 128, dtype=dtype) for _ in range(2))
+    assert_same_bits(x, other, ffn_parameters(128, 512, 128, dtype))
 
 
-def test_calls_that_follow_each_other_closely(force: Callable[..., None]) -> None:
+@DTYPES
+def test_calls_that_follow_each_other_closely(dtype: torch.dtype, force: Callable[..., None]) -> None:
     """A kernel starts while the one before it drains: what it reads of that one must be there."""
     force()
-    parameters = ffn_parameters(128, 512, 128)
-    a = b = random_matrix(256, 128)
+    parameters = ffn_parameters(128, 512, 128, dtype)
+    a = b = random_matrix(256, 128, dtype=dtype)
     for _ in range(30):
         a = OP(a, *parameters, "relu")
         torch.cuda.synchronize()
     for _ in range(30):
         b = OP(b, *parameters, "relu")
     assert torch.equal(a, b)
-    x = random_matrix(256, 128)
+    x = random_matrix(256, 128, dtype=dtype)
     for _ in range(6):  # weights that change in place are noticed
         for parameter in parameters:
             parameter.mul_(-1)

@@ -87,18 +87,25 @@ std::optional<FfnResult> run_whole_ffn(const FfnFacts& args, const FfnPlan& plan
   params.out = static_cast<int>(plan.out);
   params.dtype = kernel_dtype(kOp, "input", dtype);
   params.activation = plan.activation;
-  bool by_mma = false, by_wgmma = false;
-  check_cuda(kOp, cuda::whole_mma_supported(params, by_mma));
-  if (!by_mma) check_cuda(kOp, cuda::whole_ffn_supported(params, by_wgmma));
-  if (!by_mma && !by_wgmma) return {};
+  const auto run_whole = [&]() -> cudaError_t (*)(const cuda::WholeFfnParams&, cudaStream_t) {
+    bool supported = false;
+    if (dtype == ScalarType::Float) {
+      check_cuda(kOp, cuda::whole_mma_supported(params, supported));
+      return supported ? cuda::launch_whole_mma : nullptr;
+    }
+    check_cuda(kOp, cuda::whole_registers_supported(params, supported));
+    if (supported) return cuda::launch_whole_registers;
+    check_cuda(kOp, cuda::whole_ffn_supported(params, supported));
+    return supported ? cuda::launch_whole_ffn : nullptr;
+  }();
+  if (run_whole == nullptr) return {};
   FfnResult result{empty_dense(args.input, plan.output_sizes, false, dtype), {}};
   params.output = result.output.mutable_data_ptr();
   if (keep_hidden) {
     result.hidden = empty_dense(args.input, plan.hidden_sizes, false, dtype);
     params.product = result.hidden->mutable_data_ptr();
   }
-  check_cuda(kOp,
-             by_mma ? cuda::launch_whole_mma(params, scope.stream()) : cuda::launch_whole_ffn(params, scope.stream()));
+  check_cuda(kOp, run_whole(params, scope.stream()));
   record_path(dtype == ScalarType::Float ? "ffn:cuda:sm90:3xtf32:one_launch" : "ffn:cuda:sm90:16bit:one_launch");
   return result;
 }

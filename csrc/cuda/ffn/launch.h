@@ -12,7 +12,7 @@ cudaError_t launch_bias_activation(const BiasActivationParams& params, cudaStrea
 cudaError_t launch_bias_activation_backward(const BiasActivationBackwardParams& params, cudaStream_t stream);
 cudaError_t launch_bias_residual(const BiasResidualParams& params, cudaStream_t stream);
 
-// The whole network in one launch, of 16-bit numbers: small ones, on sm_90.
+// The whole network in one launch: small ones, on sm_90.
 struct WholeFfnParams {
   const void* input = nullptr;       // [rows, embed], rows input_stride apart
   const void* fc1_weight = nullptr;  // [hidden, embed], rows fc1_stride apart
@@ -31,6 +31,8 @@ struct WholeFfnParams {
 // Whether the kernel takes it on the current device, and is the fastest there is.
 cudaError_t whole_ffn_supported(const WholeFfnParams& params, bool& supported);
 cudaError_t launch_whole_ffn(const WholeFfnParams& params, cudaStream_t stream);
+cudaError_t whole_registers_supported(const WholeFfnParams& params, bool& supported);
+cudaError_t launch_whole_registers(const WholeFfnParams& params, cudaStream_t stream);
 cudaError_t whole_mma_supported(const WholeFfnParams& params, bool& supported);
 cudaError_t launch_whole_mma(const WholeFfnParams& params, cudaStream_t stream);
 
