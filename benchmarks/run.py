@@ -6,7 +6,8 @@
 Files: benchmarks/DEVICE-RUN.json. On a GPU each run goes in parts of about the same length, one
 `styleforge bench` a part, all of which compile and check at the same time (which takes nearly all of the
 time, on the host); then each has the machine alone to measure (`--turns`). What is not through when the
---total is over is ended; the operators that it had measured are kept.
+--total is over is ended; the operators that it had measured are kept. With --only, cases of the file that
+are not measured again stay in it with their date, where device and versions are the same.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ MOST_ON_CPU = 1e11  # floating-point operations of a case: seconds a call beyond
 # Compiling and checking on one core, in seconds, about.
 COSTS = {"transformer-net": 24, "conv": 5, "instance-norm": 5, "ffn": 3, "attention": 3}
 BACKWARD_COSTS = 1.7  # times as much
-MOST_OF_A_PART = 50
+MOST_OF_A_PART, LEAST_OF_A_PART = 50, 25  # few parts: a core for each all the same
 PREPARING = 0.6  # of the total: a part that still compiles then would leave the others no time to measure
 
 
@@ -64,6 +65,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="every case of styleforge bench --suite, in the forward runs",
     )
+    parser.add_argument("--only", default="", help="operators, with commas between: no others")
     parser.add_argument("--config", default="fast", help="of styleforge bench")
     parser.add_argument("--seconds", help="of styleforge bench; default: 0.2 on a GPU, 1 on the CPU")
     parser.add_argument("--against", default="eager,compile", help="of styleforge bench")
@@ -92,7 +94,7 @@ def cases(run: str, *, suite: bool = False, goals: bool = True) -> list[Case]:
     return list(dict.fromkeys(found))
 
 
-def parts(run: str, found: Sequence[Case]) -> list[list[Case]]:
+def parts(run: str, found: Sequence[Case], most: float = MOST_OF_A_PART) -> list[list[Case]]:
     """The cases of a run in parts that compile for about as long, what takes longest first."""
     factor = BACKWARD_COSTS if "--backward" in RUNS[run] else 1.0
     made: list[list[Case]] = []
@@ -101,7 +103,7 @@ def parts(run: str, found: Sequence[Case]) -> list[list[Case]]:
         cost = COSTS[operator] * factor
         if room < cost or not made:
             made.append([])
-            room = MOST_OF_A_PART
+            room = most
         made[-1].append((operator, shape))
         room -= cost
     return made
@@ -207,6 +209,28 @@ def merge(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return whole | {"tables": list(tables.values())}
 
 
+def again(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new measurement with the cases of the old one that it does not have."""
+    same = ("styleforge", "pytorch", "device", "cuda", "cudnn")
+    if any(old["environment"].get(key) != new["environment"].get(key) for key in same):
+        return new
+    for table in new["tables"]:
+        measured = {case["case"] for case in table["cases"]}
+        for before in old["tables"]:
+            if before["title"] != table["title"]:
+                continue
+            stay = [case for case in before["cases"] if case["case"] not in measured]
+            table["cases"] += [{"date": old["date"]} | case for case in stay]
+            names = {case["case"] for case in stay}
+            table["losses"] += [text for text in before["losses"] if text.partition(": ")[0] in names]
+    titles = {table["title"] for table in new["tables"]}
+    for before in old["tables"]:
+        if before["title"] not in titles:
+            cases_before = [{"date": old["date"]} | case for case in before["cases"]]
+            new["tables"].append(before | {"cases": cases_before})
+    return new | {"passed": old["passed"] and new["passed"]}
+
+
 def _keep(run: str, own: Sequence[Part], given: argparse.Namespace) -> bool:
     """Writes a run's file; whether all of it was measured with every result right."""
     found = []
@@ -226,6 +250,8 @@ def _keep(run: str, own: Sequence[Part], given: argparse.Namespace) -> bool:
     data = merge(found)
     device = re.sub(r"[^a-z0-9]+", "-", data["environment"]["device"].lower()).strip("-")
     kept = given.out / f"{device}-{run}.json"
+    if given.only and kept.exists():
+        data = again(json.loads(kept.read_text()), data)
     kept.write_text(compact(data))
     count = sum(len(table["cases"]) for table in data["tables"])
     losses = sum(len(table["losses"]) for table in data["tables"])
@@ -247,9 +273,14 @@ def main(arguments: list[str] | None = None) -> int:
         asked: list[tuple[str, int, list[Case]]] = []
         for run in given.runs or (RUNS if on_gpu else CPU_RUNS):
             found = cases(run, suite=given.suite, goals=on_gpu)
+            if given.only:
+                found = [case for case in found if case[0] in given.only.split(",")]
+                if not found:
+                    continue
             if not on_gpu:
                 found = [case for case in found if _operations(*case) <= MOST_ON_CPU]
-            asked += [(run, i, part) for i, part in enumerate(parts(run, found) if on_gpu else [found])]
+            most = MOST_OF_A_PART if not given.only else LEAST_OF_A_PART
+            asked += [(run, i, part) for i, part in enumerate(parts(run, found, most) if on_gpu else [found])]
         # The parts share the cores; few parts have some each for torch.compile, which takes minutes of one
         # for the training step of the style network (about a hundred kernels in each memory format).
         threads = max(1, (os.cpu_count() or 1) // len(asked)) if on_gpu else None

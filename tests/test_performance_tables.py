@@ -237,6 +237,24 @@ def test_parts_of_a_run_are_one_file(measured: Data) -> None:
     assert [case["case"] for case in both["tables"][0]["cases"]] == ["1x8x16->32"] * 2 and not both["passed"]
 
 
+def test_cases_that_are_not_measured_again_stay(measured: Data) -> None:
+    old, new = copy.deepcopy(measured), copy.deepcopy(measured)
+    old["date"] = "2026-01-01T00:00:00+00:00"
+    case = copy.deepcopy(old["tables"][0]["cases"][0]) | {"case": "1x8x24->32"}
+    old["tables"][0]["cases"].append(case)
+    old["tables"][0]["losses"] = ["1x8x16->32: 2 times", "1x8x24->32: 3 times"]
+    new["tables"] = [new["tables"][0] | {"losses": []}]
+    both = run.again(old, copy.deepcopy(new))
+    assert [(c["case"], c.get("date")) for c in both["tables"][0]["cases"]] == [
+        ("1x8x16->32", None),
+        ("1x8x24->32", old["date"]),
+    ]
+    assert both["tables"][0]["losses"] == ["1x8x24->32: 3 times"] and both["date"] == new["date"]
+    assert [t["title"] for t in both["tables"]] == [t["title"] for t in old["tables"]]
+    old["environment"]["pytorch"] = "1.0"
+    assert run.again(old, copy.deepcopy(new)) == new
+
+
 def test_parts_hold_every_case_once() -> None:
     for name in run.RUNS:
         found = run.cases(name, suite=name == "float16")

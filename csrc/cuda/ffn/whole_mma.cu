@@ -103,10 +103,10 @@ __global__ void __launch_bounds__(kUnits* kUnitThreads, 1)
   if (threadIdx.x % kUnitThreads == 0) {
     mbarrier_init(&merged[unit], 1);
     mbarrier_init_fence();
-    mbarrier_arrive_expect(&merged[unit], S::kSumBytes);
   }
   __syncthreads();
   cluster_arrive_relaxed();  // sums may come
+  if (threadIdx.x % kUnitThreads == 0) mbarrier_arrive_expect(&merged[unit], S::kSumBytes);
 
   prefetch<T>(p, s, at);
 
