@@ -1,6 +1,6 @@
 // fused_conv_instance_norm_relu on the CPU: the convolution is ATen's (oneDNN), the rest is ours. A 3x3 convolution of
 // the upsampled input runs as four 2x2 convolutions of the input itself (csrc/cpu/upsample_phases.h).
-#include "../fused_conv_instance_norm_relu.h"
+#include "../fused_conv_instance_norm_relu_operators.h"
 
 #include "../../csrc/cpu/huge_pages.h"
 #include "../../csrc/cpu/instance_norm.h"
@@ -106,21 +106,6 @@ OwnedHandle run(const ConvInstanceNormOptions& options, const ConvInstanceNormFa
   return owned(run_conv_instance_norm(kBackend, args, plan));
 }
 
-ReturnedHandle fused_conv_instance_norm_relu(AtenTensorHandle input, AtenTensorHandle weight,
-                                             const OptionalHandle& bias, const OptionalHandle& norm_weight,
-                                             const OptionalHandle& norm_bias, const std::vector<int64_t>& stride,
-                                             const std::vector<int64_t>& padding, const Text& padding_mode,
-                                             int64_t upsample, double eps, const Text& activation,
-                                             double negative_slope, const OptionalHandle& residual,
-                                             const Text& precision) {
-  const OwnedHandle own_input(input), own_weight(weight), own_bias = owned(bias), own_residual = owned(residual);
-  const OwnedHandle own_norm_weight = owned(norm_weight), own_norm_bias = owned(norm_bias);
-  return {run({stride, padding, padding_mode, upsample, eps, activation, negative_slope, precision},
-              {facts_of(own_input), facts_of(own_weight), facts_of(own_bias), facts_of(own_norm_weight),
-               facts_of(own_norm_bias), facts_of(own_residual)})
-              .release()};
-}
-
 Tensor pad_upsample_operator(const Tensor& input, const std::vector<int64_t>& padding, const Text& padding_mode,
                              int64_t upsample) {
   return checked_pad_upsample(kBackend, input, padding, padding_mode, upsample);
@@ -130,6 +115,6 @@ Tensor pad_upsample_operator(const Tensor& input, const std::vector<int64_t>& pa
 }  // namespace styleforge
 
 STABLE_TORCH_LIBRARY_IMPL(styleforge, CPU, m) {
-  m.impl("fused_conv_instance_norm_relu", TORCH_BOX(&styleforge::fused_conv_instance_norm_relu));
+  m.impl("fused_conv_instance_norm_relu", TORCH_BOX(&styleforge::conv_instance_norm_operator<styleforge::run>));
   m.impl("_pad_upsample", TORCH_BOX(&styleforge::pad_upsample_operator));
 }

@@ -1,6 +1,6 @@
 // fused_conv_instance_norm_relu on CUDA: our convolution (fused_conv.h) where it takes the call; else cuDNN's through
 // ATen between our kernels for padding and norm.
-#include "../fused_conv_instance_norm_relu.h"
+#include "../fused_conv_instance_norm_relu_operators.h"
 
 #include "convolution.h"
 #include "fused_conv.h"
@@ -97,21 +97,6 @@ OwnedHandle run(const ConvInstanceNormOptions& options, const ConvInstanceNormFa
   return owned(run_conv_instance_norm(surely_tf32 ? kTf32Backend : kBackend, args, plan));
 }
 
-ReturnedHandle fused_conv_instance_norm_relu(AtenTensorHandle input, AtenTensorHandle weight,
-                                             const OptionalHandle& bias, const OptionalHandle& norm_weight,
-                                             const OptionalHandle& norm_bias, const std::vector<int64_t>& stride,
-                                             const std::vector<int64_t>& padding, const Text& padding_mode,
-                                             int64_t upsample, double eps, const Text& activation,
-                                             double negative_slope, const OptionalHandle& residual,
-                                             const Text& precision) {
-  const OwnedHandle own_input(input), own_weight(weight), own_bias = owned(bias), own_residual = owned(residual);
-  const OwnedHandle own_norm_weight = owned(norm_weight), own_norm_bias = owned(norm_bias);
-  return {run({stride, padding, padding_mode, upsample, eps, activation, negative_slope, precision},
-              {facts_of(own_input), facts_of(own_weight), facts_of(own_bias), facts_of(own_norm_weight),
-               facts_of(own_norm_bias), facts_of(own_residual)})
-              .release()};
-}
-
 Tensor pad_upsample_operator(const Tensor& input, const std::vector<int64_t>& padding, const Text& padding_mode,
                              int64_t upsample) {
   return checked_pad_upsample(kBackend, input, padding, padding_mode, upsample);
@@ -121,6 +106,6 @@ Tensor pad_upsample_operator(const Tensor& input, const std::vector<int64_t>& pa
 }  // namespace styleforge
 
 STABLE_TORCH_LIBRARY_IMPL(styleforge, CUDA, m) {
-  m.impl("fused_conv_instance_norm_relu", TORCH_BOX(&styleforge::fused_conv_instance_norm_relu));
+  m.impl("fused_conv_instance_norm_relu", TORCH_BOX(&styleforge::conv_instance_norm_operator<styleforge::run>));
   m.impl("_pad_upsample", TORCH_BOX(&styleforge::pad_upsample_operator));
 }

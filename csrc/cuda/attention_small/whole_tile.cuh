@@ -66,35 +66,9 @@ __device__ __forceinline__ void load_rows(uint32_t to, const CUtensorMap* map, i
       "l"(map), "r"(0), "r"(row), "r"(sample), "r"(barrier)
       : "memory");
 }
-// As cluster_arrive, of threads that have only read, or made barriers and said so.
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
 __device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// As mbarrier_wait, for what other blocks of the cluster wrote.
-__device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } while (done == 0);
-}
-// 16 bytes into the shared memory of a block of the cluster, counted by a barrier there.
-__device__ __forceinline__ void store_remote(uint32_t to, const uint4& v, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
-               : "memory");
-}
-
 // A warp's 16 rows of a transposed result, 2 kCount numbers a row, as 16 columns of 2 kCount rows of a box, from its
 // 16-byte unit `unit` on.
 template <typename T, int kCount>

@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     mbarrier_init_fence();
   }
   __syncthreads();
-  if (in_cluster) cluster_arrive_without_fence();
+  if (in_cluster) cluster_arrive_relaxed();
   wait_for_predecessor();
   if (in_cluster) cluster_wait();  // the other blocks' barriers are there
 

@@ -16,11 +16,6 @@ __host__ __device__ constexpr int shared_sums_bytes(int columns, int threads) { 
 
 #ifdef STYLEFORGE_HAS_BULK_COPY
 
-// cluster_arrive orders all that was written before, by a fence that takes its time; barriers have one of their own.
-__device__ __forceinline__ void cluster_arrive_without_fence() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
 // sums[i] as wgmma leaves them: the first half is of the first columns. Each of the kThreads threads meets its like;
 // `area` is in the same place in both blocks, and `there` expects its bytes.
 template <int kColumns, int kThreads>
@@ -35,10 +30,7 @@ __device__ __forceinline__ void share_sums(const float (&sums)[kColumns / 2], fl
     float sent[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) sent[k] = upper ? sums[i + k] : sums[kKept + i + k];
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                     to + i / 4 * kThreads * 16),
-                 "f"(sent[0]), "f"(sent[1]), "f"(sent[2]), "f"(sent[3]), "r"(barrier)
-                 : "memory");
+    store_remote(to + i / 4 * kThreads * 16, make_float4(sent[0], sent[1], sent[2], sent[3]), barrier);
   }
   mbarrier_wait(there, 0);  // and after that nobody writes into this block's memory: it may leave
 #pragma unroll

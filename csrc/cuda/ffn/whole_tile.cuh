@@ -162,30 +162,6 @@ __device__ __forceinline__ void multiply_granule(float (&d)[kWide][4], float (&s
   }
 }
 
-// As cluster_arrive, of threads that have made barriers and said so.
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-// 16 bytes into the shared memory of a block of the cluster, counted by a barrier there.
-__device__ __forceinline__ void send(uint32_t to, const float4& v, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
-               : "memory");
-}
-__device__ __forceinline__ void wait_for_sums(uint32_t barrier) {
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(barrier)
-        : "memory");
-  } while (done == 0);
-}
 __device__ __forceinline__ void prefetch_bytes(const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
@@ -277,7 +253,8 @@ class Outputs {
                              total[2 * q + 1][2 * i + 1]};
         const int to = ((piece + i) * s_.parts + at_.rank) * 32 + at_.lane;
         if (s_.parts > 1) {
-          send(map_shared(shared_address(sums_) + to * 16, owner), four, map_shared(shared_address(merged_), owner));
+          store_remote(map_shared(shared_address(sums_) + to * 16, owner), four,
+                       map_shared(shared_address(merged_), owner));
         } else {  // no cluster to send anything in
           reinterpret_cast<float4*>(sums_)[to] = four;
         }
@@ -290,7 +267,7 @@ class Outputs {
     if (s_.parts == 1) named_barrier(1 + at_.unit, kUnitThreads);
     const int pieces = 2 << own_log2_;
     if (at_.warp >= pieces) return;
-    if (s_.parts > 1) wait_for_sums(shared_address(merged_));
+    if (s_.parts > 1) mbarrier_wait_cluster(shared_address(merged_), 0);
     for (int piece = at_.warp; piece < pieces; piece += 4) {
       const Added end = next;
       if (piece + 4 < pieces) next = added(piece + 4);

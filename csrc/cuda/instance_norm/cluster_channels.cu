@@ -28,6 +28,7 @@
 #include "kernels.h"
 #include "moments.cuh"
 #include "normalize.cuh"
+#include "turn.cuh"
 
 namespace styleforge::cuda {
 namespace {
@@ -69,10 +70,8 @@ struct ClusterRing {
 
 // Into the place of `local` in the shared memory of block `rank`, whose `barrier` counts the bytes.
 __device__ __forceinline__ void send(const float2* local, uint64_t* barrier, uint32_t rank, float mean, float m2) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
-                   map_shared(shared_address(local), rank)),
-               "f"(mean), "f"(m2), "r"(map_shared(shared_address(barrier), rank))
-               : "memory");
+  store_remote(map_shared(shared_address(local), rank), make_float2(mean, m2),
+               map_shared(shared_address(barrier), rank));
 }
 // At the barrier of block `rank`.
 __device__ __forceinline__ void arrive_at(uint64_t* barrier, uint32_t rank) {
@@ -80,33 +79,6 @@ __device__ __forceinline__ void arrive_at(uint64_t* barrier, uint32_t rank) {
       "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(map_shared(shared_address(barrier), rank))
       : "memory");
 }
-__device__ __forceinline__ void wait_for_cluster(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  } while (done == 0);
-}
-
-// A stage after the other.
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <typename T>
 struct ClusterStream {
   static constexpr int kWidth = kFullWidth<T>;
@@ -257,7 +229,7 @@ struct ClusterStream {
           for (int w = 0; w < kGroupWarps; ++w) visit(part[w]);
         },
         [](float v) { return v; });
-    if (turn >= 2) wait_for_cluster(&ring.taken[place], (turn / 2 - 1) & 1);
+    if (turn >= 2) mbarrier_wait_cluster(shared_address(&ring.taken[place]), (turn / 2 - 1) & 1);
     for (int r = 0; r < blocks; ++r) {
       send(&ring.parts[place][rank][t], &ring.arrived[place], static_cast<uint32_t>(r), whole.mean, whole.m2);
     }

@@ -40,16 +40,10 @@ struct alignas(16) HeldPart {
 };
 
 #ifdef STYLEFORGE_HAS_CLUSTER
-// cluster_arrive of common/cluster.cuh orders all that was written before, by a fence that takes its time.
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
 // Into the place of `local` in the shared memory of block `rank`, whose `barrier` counts the bytes.
 __device__ __forceinline__ void send(HeldPart* local, uint64_t* barrier, uint32_t rank, const Moments<float>& v) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %3}, [%4];" ::"r"(
-                   map_shared(shared_address(local), rank)),
-               "f"(v.mean), "f"(v.m2), "f"(v.count), "r"(map_shared(shared_address(barrier), rank))
-               : "memory");
+  store_remote(map_shared(shared_address(local), rank), make_float4(v.mean, v.m2, v.count, v.count),
+               map_shared(shared_address(barrier), rank));
 }
 #endif
 

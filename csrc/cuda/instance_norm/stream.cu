@@ -34,6 +34,7 @@
 #include "normalize.cuh"
 #include "parts.cuh"
 #include "tile_moments.cuh"
+#include "turn.cuh"
 
 namespace styleforge::cuda {
 namespace {
@@ -83,18 +84,6 @@ struct Ring {
   Part<Acc> warp_part[kStreamStages][kStatsWarps];
   Part<Acc> part[kStreamStages];
   PlaneAffine<Acc> affine[kStreamStages];
-};
-
-// Stages in their order, with the parity of the phase that their barriers are in.
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
 };
 
 struct Span {

@@ -10,24 +10,12 @@
 #include "../common/tf32.cuh"
 #include "../common/types.cuh"
 #include "launch.h"
+#include "source.cuh"
 
 namespace styleforge::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-// Source coordinate on the upsampled axis of `size` elements, or -1 for a zero.
-__device__ __forceinline__ int source(int position, int size, PaddingMode mode) {
-  if (position >= 0 && position < size) return position;
-  switch (mode) {
-    case PaddingMode::kReflect:
-      return position < 0 ? -position : 2 * (size - 1) - position;
-    case PaddingMode::kReplicate:
-      return position < 0 ? 0 : size - 1;
-    default:
-      return -1;
-  }
-}
 
 // What a thread moves as float32 values, each rounded to TF32.
 __device__ __forceinline__ uint32_t rounded_tf32(uint32_t v) { return round_bits_to_tf32(v); }

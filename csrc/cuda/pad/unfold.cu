@@ -16,25 +16,13 @@
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/types.cuh"
+#include "source.cuh"
 
 namespace styleforge::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kPiece = 512;  // pixels
-
-// Source coordinate on an axis of `size` elements, or -1 for a zero.
-__device__ __forceinline__ int source(int position, int size, PaddingMode mode) {
-  if (position >= 0 && position < size) return position;
-  switch (mode) {
-    case PaddingMode::kReflect:
-      return position < 0 ? -position : 2 * (size - 1) - position;
-    case PaddingMode::kReplicate:
-      return position < 0 ? 0 : size - 1;
-    default:
-      return -1;
-  }
-}
 
 template <typename Element, int kChannels>
 __global__ void __launch_bounds__(kThreads)

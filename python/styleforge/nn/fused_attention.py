@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from styleforge.nn._checks import check_choice
 from styleforge.ops import matmul_precision
 from styleforge.ops._common import PRECISIONS, BelowAutograd, autograd_is_idle
+from styleforge.ops._precision import precision_of_products
 from styleforge.ops.fused_attention import MAX_HEAD_DIM, VERSIONS
 
 _DESIGNS: dict[Union[str, int], int] = {"auto": 0, 1: 1, 2: 2}
@@ -440,12 +441,8 @@ def _infer(
     own = module.__dict__  # attributes of an nn.Module take three times as long
     if not own["batch_first"] or (own["training"] and own["dropout"] > 0.0):
         return None
-    precision = own["precision"]
-    if query.dtype is not torch.float32:
-        precision = "ieee"
-    elif precision is None:
-        precision = matmul_precision()
-    elif precision != matmul_precision():
+    precision = precision_of_products(own["precision"], query)
+    if precision is None:
         return None  # PyTorch's own products are to be told
     try:
         of_out = own["_modules"]["out_proj"].__dict__["_parameters"]

@@ -12,6 +12,7 @@ from styleforge.nn._checks import check_choice
 from styleforge.ops import matmul_precision
 from styleforge.ops._common import FFN_ACTIVATIONS, PRECISIONS, BelowAutograd, autograd_is_idle
 from styleforge.ops._composite import ffn_activate
+from styleforge.ops._precision import precision_of_products
 
 _fused_ffn = torch.ops.styleforge.fused_ffn.default._op
 
@@ -209,12 +210,8 @@ def _infer(module: FusedFFN, input: Tensor, residual: Tensor | None) -> Tensor |
     if not autograd_is_idle(input):
         return None
     own = module.__dict__  # attributes of an nn.Module take three times as long
-    precision = own["precision"]
-    if input.dtype is not torch.float32:
-        precision = "ieee"
-    elif precision is None:
-        precision = matmul_precision()
-    elif precision != matmul_precision():
+    precision = precision_of_products(own["precision"], input)
+    if precision is None:
         return None  # PyTorch's own products are to be told
     parameters = own["_parameters"]
     try:

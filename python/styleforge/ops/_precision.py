@@ -76,6 +76,15 @@ def matmul_precision(precision: str | None = None) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+def precision_of_products(asked: str | None, input: Tensor) -> str | None:
+    """The ``precision`` of a call past autograd; None where PyTorch's products, which it may take, differ."""
+    if input.dtype is not torch.float32:
+        return "ieee"
+    if asked is None:
+        return matmul_precision()
+    return asked if asked == matmul_precision() else None
+
+
 def matmuls_in(precision: str) -> AbstractContextManager[None]:
     """PyTorch's own CUDA products take this precision inside; the user's flags come back afterwards."""
     return _taking(torch.backends.cuda.matmul, precision)
