@@ -43,6 +43,31 @@ __device__ __forceinline__ void grid_wait(uint32_t token) {
 #endif
 }
 
+// The same in two steps, of which the second waits for no answer: what `grid_phase` gave before takes the place of the
+// token. The phase cannot end before this block arrives.
+__device__ __forceinline__ uint32_t grid_phase() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t now;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
+               : "=r"(now)
+               : "l"(&cooperative_groups::details::get_grid_workspace()->barrier)
+               : "memory");
+  return now;
+#else
+  return 0;
+#endif
+}
+__device__ __forceinline__ void grid_arrive_unanswered() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const uint32_t others = gridDim.x * gridDim.y * gridDim.z - 1;
+  const uint32_t own = blockIdx.x + blockIdx.y + blockIdx.z == 0 ? 0x80000000u - others : 1u;
+  asm volatile(
+      "red.release.gpu.global.add.u32 [%0], %1;" ::"l"(&cooperative_groups::details::get_grid_workspace()->barrier),
+      "r"(own)
+      : "memory");
+#endif
+}
+
 // The mark is a second number with all bits set, which no arithmetic gives: its NaN is another.
 constexpr uint32_t kAbsent = 0xffffffffu;
 
@@ -74,5 +99,44 @@ __device__ __forceinline__ float2 await(const float2* from) {
   } while (!is_there(pair));
   return pair;
 }
+
+// A pair that is asked for until it is there, and no longer: what readers ask again for is on the writers' way.
+struct Awaited {
+  uint64_t bits = ~uint64_t{0};
+  __device__ __forceinline__ bool there() const { return static_cast<uint32_t>(bits >> 32) != kAbsent; }
+  __device__ __forceinline__ float first() const { return __uint_as_float(static_cast<uint32_t>(bits)); }
+  __device__ __forceinline__ float second() const { return __uint_as_float(static_cast<uint32_t>(bits >> 32)); }
+  __device__ __forceinline__ void look(const float2* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %2, 0;\n"
+        "@p ld.relaxed.gpu.global.b64 %0, [%1];\n"
+        "}\n"
+        : "+l"(bits)
+        : "l"(from), "r"(static_cast<int>(!there()))
+        : "memory");
+#endif
+  }
+};
+// Two neighbouring ones, aligned to 16 bytes. Each comes in one piece; the two may not come together.
+struct AwaitedTwo {
+  Awaited pair[2];
+  __device__ __forceinline__ bool there() const { return pair[0].there() && pair[1].there(); }
+  __device__ __forceinline__ void look(const float2* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %3, 0;\n"
+        "@p ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];\n"
+        "}\n"
+        : "+l"(pair[0].bits), "+l"(pair[1].bits)
+        : "l"(from), "r"(static_cast<int>(!there()))
+        : "memory");
+#endif
+  }
+};
 
 }  // namespace styleforge::cuda

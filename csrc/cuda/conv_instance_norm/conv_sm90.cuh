@@ -49,6 +49,8 @@
 #include "../common/types.cuh"
 #include "../common/wgmma.cuh"
 #include "kernels.h"
+#include "merge_lean.cuh"
+#include "mma_moments.cuh"
 #include "shared_sums.cuh"
 #include "split_weights.cuh"
 #include "tile_in.cuh"
@@ -118,7 +120,9 @@ struct ConvTraits {
 
 // kSide: of a square kernel with stride 1 whose taps are unrolled, which is 10% faster; 0: any kernel.
 // kShare: blocks of a cluster that share a tile's input channels, and then its columns.
-template <typename T, int kColumns, int kGroups, bool kSplit, int kSide, int kShare>
+// kLean: of a resident grid of full tiles, plain convolution to channels_last, activations without transcendental
+// functions: what is tried, one of tiles.h; weights_lo is then the map of the input's second box. 0: any.
+template <typename T, int kColumns, int kGroups, bool kSplit, int kSide, int kShare, int kLean>
 __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kThreads,
                                   ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kBlocks)
     conv_kernel(const __grid_constant__ ConvParams p, const __grid_constant__ ConvSchedule s,
@@ -129,6 +133,9 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   constexpr int kElements = Traits::kElements;
   constexpr int kLoaders = Traits::kLoaders;
   constexpr int kOut = Traits::kOut;
+  constexpr bool kMmaMoments = kLean > 0 && sizeof(T) == 2;
+  constexpr bool kLeanMerged = kLean == kLeanMerge;
+  static_assert(kLean == 0 || !kSplit);
   extern __shared__ unsigned char dynamic[];
   // Swizzled tiles start at multiples of 1024 bytes.
   unsigned char* ring = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
@@ -163,8 +170,24 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   const auto linear_block = [] { return (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x; };
   const int begin = block * s.tiles;
   const int end = min(begin + s.tiles, s.entries);
+  const auto tile_at = [&](int tile) {
+    if constexpr (kLean > 0) {
+      return full_tile(s, tile, Traits::kRows);
+    } else {
+      return conv_tile(p, s, tile);
+    }
+  };
+  // Of a sample: entries of moments where the grid is resident.
+  [[maybe_unused]] const int sample_blocks = static_cast<int>(gridDim.x) >> (neighbours - 1);  // neighbours: 1 or 2
+  const auto is_resident = [&] {
+    if constexpr (kLean > 0) {
+      return true;
+    } else {
+      return s.resident;
+    }
+  };
   // The producers' first tile, while the predecessor drains.
-  ConvTileAt at = conv_tile(p, s, begin);
+  ConvTileAt at = tile_at(begin);
   // Whether the copy engine brings a tile's input.
   const auto top_of = [&] { return at.y * p.stride_h - p.pad_top + (at.phase >> 1); };
   const auto left_of = [&] { return at.x * p.stride_w - p.pad_left + (at.phase & 1); };
@@ -178,6 +201,19 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   if (threadIdx.x == Traits::kConsumers) {
     prefetch_map(&weights);
     prefetch_map(&input);
+  }
+  // Two boxes, where all are brought by the copy engine: input_full is of the first, box_full of the second.
+  const bool halves = kLean > 0 && kGroups == 2 && kSide == 0 && (s.trial & kLeanHalves) != 0;
+  if constexpr (kLean > 0) {
+    if ((s.trial & kLeanPrefetch) != 0 && threadIdx.x == Traits::kConsumers + kWarp) {
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        if (kShare == 1 && chunk % neighbours != neighbour) continue;
+        prefetch_box(&input, first_channel + chunk * kElements, left_of(), top_of(), n);
+        if (halves) {
+          prefetch_box(&weights_lo, first_channel + chunk * kElements, left_of(), top_of() + kHalfRows, n);
+        }
+      }
+    }
   }
   if (threadIdx.x == 0) {
     for (int i = 0; i < s.weight_stages; ++i) {
@@ -208,10 +244,13 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kProducerRegisters));
     const int role = warp - kWarps * kGroups;
     // The last warp puts marks where this block's moments will be, and those that it merges.
-    const bool marks = s.resident && role == Traits::kProducers / kWarp - 1;
+    const bool marks = is_resident() && role == Traits::kProducers / kWarp - 1;
     const bool splits = kSplit && !s.split_before && role > 1;
     uint32_t token = 0;
     const auto put_marks = [&] {
+      if constexpr (kLean > 0) {
+        if (lane == 0) token = grid_phase();
+      }
       float2* own = p.moments + (static_cast<int64_t>(n) * partials(s) + block) * p.out_channels + first_column;
       for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) retract(own + c);
       if (s.merge_apart) {
@@ -222,7 +261,11 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         }
       }
       __syncwarp();
-      if (lane == 0) token = grid_arrive();
+      if constexpr (kLean > 0) {
+        if (lane == 0) grid_arrive_unanswered();
+      } else {
+        if (lane == 0) token = grid_arrive();
+      }
     };
     const auto load_norm = [&] {
       for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) {
@@ -258,7 +301,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
             }
           }
           if (++tile == end) break;
-          at = conv_tile(p, s, tile);
+          at = tile_at(tile);
         }
       }
       __syncwarp();
@@ -338,6 +381,17 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
                          valid);
             }
             copy_async_arrive(&input_full[stage]);
+          } else if (halves) {
+            if (loader == 0) {
+              const int first = kHalfRows * s.halo_width;  // pixels
+              const int channel = first_channel + chunk * kElements;
+              mbarrier_arrive_expect(&input_full[stage], first * kChunk);
+              load_box(to, &input, channel, left, top, n, &input_full[stage]);
+              mbarrier_arrive_expect(&box_full[stage], (pixels - first) * kChunk);
+              load_box(to + first * kChunk, &weights_lo, channel, left, top + kHalfRows, n, &box_full[stage]);
+            } else if (!boxes_only) {
+              mbarrier_arrive(&input_full[stage]);
+            }
           } else if (loader == 0) {
             mbarrier_arrive_expect(&input_full[stage], pixels * kChunk);
             if (kShare > 1 || s.same_input == 1) {
@@ -356,7 +410,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
           if (marks && chunk == 0 && tile == begin) put_marks();
         }
         if (++tile == end) break;
-        at = conv_tile(p, s, tile);
+        at = tile_at(tile);
       }
     } else if (marks) {
       // First loads would have to wait for the marks' way to memory: 0.3 us, which a short tile waits longer for marks.
@@ -369,6 +423,17 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     if (marks) {
       if (lane == 0) grid_wait(token);
       mbarrier_arrive(&marked);
+    }
+    if constexpr (kLeanMerged) {
+      if (marks && s.merge_apart) {
+        __syncwarp();  // the marks are there for all lanes
+        const int blocks = gridDim.x * gridDim.y * gridDim.z;
+#pragma unroll 1
+        for (int i = linear_block(); i < p.batch * p.out_channels; i += blocks) {
+          const int of = i / p.out_channels;
+          merge_channel(p, s, norm, sample_blocks, of, i - of * p.out_channels);
+        }
+      }
     }
   } else {
     if constexpr (Traits::kMoveRegisters)
@@ -388,7 +453,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     // Where the warp's row of tile `i` of the block lies. The last tile's take the place of the rings; without the norm
     // the others come after each other in one place.
     const auto stash = [&](int tile) {
-      const int held = s.resident ? tile - begin : 0;
+      const int held = is_resident() ? tile - begin : 0;
       const int offset = tile + 1 == end ? 0 : s.stash_offset + held * Traits::kRows * Traits::kStoreBytes;
       return ring + offset + warp * Traits::kStoreBytes;
     };
@@ -417,7 +482,20 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     };
     int r = 0, c = 0;
     const auto load_next = [&](uint32_t (&a)[4][4]) {
-      if (r == 0 && c == 0) wait_for_input();
+      if constexpr (kLean > 0 && kGroups == 2 && kSide == 0) {
+        // The first warpgroup's rows begin in the first box, and reach into the second from the kernel's row on that
+        // this stride leads to; the second one's are all in the second.
+        const bool second = warp >= kWarps;
+        if (c == 0 && (r == 0 || (halves && !second && r == kHalfRows - (kWarps - 1) * 2))) {
+          if (halves && (second || r > 0)) {
+            mbarrier_wait(&box_full[input_stage], input_parity);
+          } else {
+            wait_for_input();
+          }
+        }
+      } else {
+        if (r == 0 && c == 0) wait_for_input();
+      }
       load_tap(a, r * halo_width + c);
       if (++c == p.kernel_w) {
         c = 0;
@@ -572,12 +650,14 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       }
 
       // This lane's two pixels and their columns: d[4 i + {0, 1}] at x = lane / 4, d[4 i + {2, 3}] at x + 8.
-      const ConvTileAt at = conv_tile(p, s, tile);
+      const ConvTileAt at = tile_at(tile);
       const int x = lane / 4;
-      const bool row_valid = warp < at.rows;
+      [[maybe_unused]] const bool row_valid = warp < at.rows;
       if (tile + 1 == end) {
         release_successor();
-        if (s.resident) mbarrier_wait(&marked, 0);
+        if constexpr (kLean == 0) {
+          if (s.resident) mbarrier_wait(&marked, 0);
+        }
         // The rings are free: everything loaded has been multiplied, in every consumer warp after the barrier.
         named_barrier(kConsumerBarrier, Traits::kConsumers);
       }
@@ -603,7 +683,44 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         }
       }
 
-      if (p.moments != nullptr) {
+      // A column's moments go with those of the block's other tiles, and the last tile's to the others.
+      [[maybe_unused]] const auto give = [&](int column, float2 moments) {
+        if constexpr (!kFirstTile) {
+          const float2 held = statistics[column];
+          const float before = static_cast<float>((tile - begin) * Traits::kRows * ConvSchedule::kTileWidth);
+          const float share = __fdividef(1.0f, static_cast<float>(tile - begin + 1));
+          const float d = moments.x - held.x;
+          moments.x = held.x + d * share;
+          moments.y += held.y + d * d * (before * share);
+        }
+        if (tile + 1 == end) {
+          publish(p.moments + (n * sample_blocks + block) * p.out_channels + first_column + column, moments);
+        } else {
+          statistics[column] = moments;
+        }
+      };
+      if constexpr (kMmaMoments) {
+        using Moments = MmaMoments<T, kOut, Traits::kRows>;
+        named_barrier(kConsumerBarrier, Traits::kConsumers);
+        if (warp < Moments::kBusy) {
+          float2 moments[Moments::kLists];
+          Moments::find(own - warp * Traits::kStoreBytes, warp, lane, moments);
+          if (tile + 1 == end) mbarrier_wait(&marked, 0);
+          if (Moments::owns(lane)) {
+#pragma unroll
+            for (int list = 0; list < Moments::kLists; ++list) give(Moments::column(warp, lane, list), moments[list]);
+          }
+        }
+      } else if constexpr (kLean > 0) {
+        using Moments = TileMoments<T, kOut, Traits::kRows>;
+        float2* parts = reinterpret_cast<float2*>(ring + s.parts_offset);
+        named_barrier(kConsumerBarrier, Traits::kConsumers);
+        Moments::write_parts(own - warp * Traits::kStoreBytes, at, parts);
+        named_barrier(kConsumerBarrier, Traits::kConsumers);
+        const int column = threadIdx.x;
+        if (tile + 1 == end) mbarrier_wait(&marked, 0);
+        if (column < kOut) give(column, Moments::merge(parts + column, at));
+      } else if (p.moments != nullptr) {
         using Moments = TileMoments<T, kOut, Traits::kRows>;
         float2* parts = reinterpret_cast<float2*>(ring + s.parts_offset);
         named_barrier(kConsumerBarrier, Traits::kConsumers);
@@ -640,20 +757,22 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       }
 
       __syncwarp();
-      if (!s.resident && p.out_channels % kFullWidth<T> == 0) {
-        RowOut<T, kOut>(p, n, first_column, at, warp).write(p, own);
-      } else if (!s.resident && row_valid) {  // out_channels is even
-        const int columns = min(kOut, p.out_channels - first_column);
-        const RowOut<T, kOut> out(p, n, first_column, at, warp);
-        T* output = static_cast<T*>(p.output) + out.at - out.column;
+      if constexpr (kLean == 0) {
+        if (!s.resident && p.out_channels % kFullWidth<T> == 0) {
+          RowOut<T, kOut>(p, n, first_column, at, warp).write(p, own);
+        } else if (!s.resident && row_valid) {  // out_channels is even
+          const int columns = min(kOut, p.out_channels - first_column);
+          const RowOut<T, kOut> out(p, n, first_column, at, warp);
+          T* output = static_cast<T*>(p.output) + out.at - out.column;
 #pragma unroll 1
-        for (int i = lane; i < kOut / 2 * at.columns; i += 32) {
-          const int pixel = i / (kOut / 2);
-          const int column = i % (kOut / 2) * 2;
-          if (column >= columns) continue;
-          *reinterpret_cast<Vec<T, 2>*>(output + static_cast<int64_t>(pixel) * out.pixel_pitch + column) =
-              *reinterpret_cast<const Vec<T, 2>*>(own + pixel * Traits::kStorePitch +
-                                                  column * static_cast<int>(sizeof(T)));
+          for (int i = lane; i < kOut / 2 * at.columns; i += 32) {
+            const int pixel = i / (kOut / 2);
+            const int column = i % (kOut / 2) * 2;
+            if (column >= columns) continue;
+            *reinterpret_cast<Vec<T, 2>*>(output + static_cast<int64_t>(pixel) * out.pixel_pitch + column) =
+                *reinterpret_cast<const Vec<T, 2>*>(own + pixel * Traits::kStorePitch +
+                                                    column * static_cast<int>(sizeof(T)));
+          }
         }
       }
     };
@@ -663,53 +782,88 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     if constexpr (kShare == 1) {  // who share have one
       for (int tile = begin + 1; tile < end; ++tile) run_tile.template operator()<false>(tile);
     }
-    if (!s.resident) return;
+    if (!is_resident()) return;
+    if constexpr (kLean > 0) mbarrier_wait(&marked, 0);  // every thread, for what comes with it: the norm's parameters
 
     // Behind the last tile's list of moments, which other warps may still read.
     float2* sums = reinterpret_cast<float2*>(ring + s.parts_offset) + Traits::kRows * kOut;
     const auto barrier = [] { named_barrier(kConsumerBarrier, Traits::kConsumers); };
-    if (s.merge_apart) {
-      const int slices = p.out_channels / kMergeSlice;
-      const int blocks = gridDim.x * gridDim.y * gridDim.z;
-      // A block has one slice, or none, but for large batches.
-#pragma unroll 1
-      for (int i = linear_block(); i < p.batch * slices; i += blocks) {
-        const int of = i / slices;
-        const int first = (i - of * slices) * kMergeSlice;
-        const float scale = load_param(norm.weight, norm.param_dtype,
-                                       of * norm.param_batch_stride + first + threadIdx.x % kMergeSlice, 1.0f);
-        merge_tiles<kMergeSlice, Traits::kConsumers, true, true>(p, s, norm, of, first, scale, sums,
-                                                                 merged(p, s, of) + first, barrier);
+    using Out = RowOut<T, kOut>;
+    if constexpr (kLeanMerged) {
+      const bool apart = s.merge_apart;
+      if (!apart) {
+        merge_pairs<kOut, Traits::kConsumers>(p, s, norm, sample_blocks, n, first_column, scales, sums, statistics,
+                                              barrier);
         barrier();
       }
-      const int column = threadIdx.x;
-      if (column < kOut && first_column + column < p.out_channels) {
-        statistics[column] = await(merged(p, s, n) + first_column + column);
+      float2 channels[Out::kWidth] = {};
+#pragma unroll 1
+      for (int pass = apart && (s.trial & kLeanDry) != 0 ? 0 : 1; pass < 2; ++pass) {
+        Out out(p, n, first_column, tile_at(begin), warp);
+        if (pass > 0) {
+          if (apart) {
+            await_merged(merged(p, s, n) + first_column + out.column, channels);
+          } else {
+#pragma unroll
+            for (int k = 0; k < Out::kWidth; ++k) channels[k] = statistics[out.column + k];
+          }
+        }
+        const typename Out::Affine affine(channels, shifts + out.column);
+#pragma unroll 1
+        for (int tile = pass > 0 ? begin : end - 1; tile < end; ++tile) {
+          out = Out(p, n, first_column, tile_at(tile), warp);
+          if (pass == 0) out.pixels = 0;  // nothing is read from outside or written: the instructions come to the cache
+          out.template normalize<false>(p, norm, affine, stash(tile));
+        }
       }
     } else {
-      merge_tiles<kOut, Traits::kConsumers, true>(p, s, norm, n, first_column, scales[threadIdx.x % kOut], sums,
-                                                  statistics, barrier);
-    }
-    barrier();
+      if (s.merge_apart) {
+        const int slices = p.out_channels / kMergeSlice;
+        const int blocks = gridDim.x * gridDim.y * gridDim.z;
+        // A block has one slice, or none, but for large batches.
 #pragma unroll 1
-    for (int tile = begin; tile < end; ++tile) {
-      const ConvTileAt at = conv_tile(p, s, tile);
-      if (!norm.output_channels_last) {
-        const RowOutNchw<T, kOut> out(p, n, first_column, at, warp);
-        if (p.out_width % kFullWidth<T> == 0) {
-          out.write_runs(norm, statistics, shifts, stash(tile));
-        } else {
-          out.write_elements(norm, statistics, shifts, stash(tile));
+        for (int i = linear_block(); i < p.batch * slices; i += blocks) {
+          const int of = i / slices;
+          const int first = (i - of * slices) * kMergeSlice;
+          const float scale = load_param(norm.weight, norm.param_dtype,
+                                         of * norm.param_batch_stride + first + threadIdx.x % kMergeSlice, 1.0f);
+          merge_tiles<kMergeSlice, Traits::kConsumers, true, true>(p, s, norm, of, first, scale, sums,
+                                                                   merged(p, s, of) + first, barrier);
+          barrier();
         }
-        continue;
-      }
-      using Out = RowOut<T, kOut>;
-      const Out out(p, n, first_column, at, warp);
-      const typename Out::Affine affine(statistics, shifts, out.column);
-      if (is_piecewise(norm.activation)) {
-        out.template normalize<false>(p, norm, affine, stash(tile));
+        const int column = threadIdx.x;
+        if (column < kOut && first_column + column < p.out_channels) {
+          statistics[column] = await(merged(p, s, n) + first_column + column);
+        }
       } else {
-        out.template normalize<true>(p, norm, affine, stash(tile));
+        merge_tiles<kOut, Traits::kConsumers, true>(p, s, norm, n, first_column, scales[threadIdx.x % kOut], sums,
+                                                    statistics, barrier);
+      }
+      barrier();
+#pragma unroll 1
+      for (int tile = begin; tile < end; ++tile) {
+        const ConvTileAt at = tile_at(tile);
+        if constexpr (kLean > 0) {
+          const Out out(p, n, first_column, at, warp);
+          out.template normalize<false>(p, norm, typename Out::Affine(statistics, shifts, out.column), stash(tile));
+        } else {
+          if (!norm.output_channels_last) {
+            const RowOutNchw<T, kOut> out(p, n, first_column, at, warp);
+            if (p.out_width % kFullWidth<T> == 0) {
+              out.write_runs(norm, statistics, shifts, stash(tile));
+            } else {
+              out.write_elements(norm, statistics, shifts, stash(tile));
+            }
+            continue;
+          }
+          const Out out(p, n, first_column, at, warp);
+          const typename Out::Affine affine(statistics, shifts, out.column);
+          if (is_piecewise(norm.activation)) {
+            out.template normalize<false>(p, norm, affine, stash(tile));
+          } else {
+            out.template normalize<true>(p, norm, affine, stash(tile));
+          }
+        }
       }
     }
   }

@@ -134,6 +134,14 @@ struct ChannelAffine {
       }
     }
   }
+  __device__ __forceinline__ ChannelAffine(const float2 (&channels)[kWidth], const float* shifts) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      scale[k] = channels[k].y;
+      shift[k] = kFolded ? fmaf(-channels[k].x, channels[k].y, shifts[k]) : shifts[k];
+      if constexpr (!kFolded) mean[k] = channels[k].x;
+    }
+  }
   // Of one channel, for kWidth of its pixels.
   __device__ __forceinline__ ChannelAffine(const float2& channel, float bias) {
 #pragma unroll

@@ -19,6 +19,7 @@ constexpr int kMaxTilesInTurn = 64;         // of one that is not
 constexpr int kMaxMerged = 32;              // moments that a thread loads where every block merges for itself
 
 // STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6,tiles=2,share=2,same_input=1,split=2"
+// trial=1 or 2, prefetch=1, dry=1, halves=1: see tiles.h
 constexpr const char* kTuneVariable = "STYLEFORGE_CONV_TUNE";
 
 // Whether two blocks can share tiles of this size: conv_sm90_shared.cu.
@@ -141,6 +142,11 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   s.split_before = split && tuned("split", s.share == 1 && s.tile_height == 8 && steps >= 18 ? 1 : 2) == 1;
   // Consumer threads: a warp for each row of a tile.
   s.merge_apart = int64_t{partials(s)} * columns_out > int64_t{tuned("merged", kMaxMerged)} * 32 * s.tile_height;
+  const int trial = tuned("trial", 0) & kLeanKind;
+  s.trial = static_cast<unsigned char>(trial == 0 ? 0
+                                                  : trial | (tuned("prefetch", 0) > 0 ? kLeanPrefetch : 0) |
+                                                        (tuned("dry", 0) > 0 ? kLeanDry : 0) |
+                                                        (tuned("halves", 0) > 0 ? kLeanHalves : 0));
   supported = true;
 }
 
@@ -195,7 +201,9 @@ cudaError_t launch_conv_one_pass(const ConvParams& params, const ConvSchedule& s
   if (!(norm.output_channels_last ? schedule.resident : schedule.resident_nchw) || !vectors) return cudaSuccess;
   ConvParams own = params;
   own.output = norm.output;
-  const auto error = launch_conv_sm90(own, schedule, norm, stream);
+  bool taken = false;
+  auto error = schedule.trial == 0 ? cudaSuccess : launch_conv_sm90_lean(own, schedule, norm, stream, taken);
+  if (!taken) error = launch_conv_sm90(own, schedule, norm, stream);
   if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize ||
       error == cudaErrorNotSupported) {
     cudaGetLastError();

@@ -44,6 +44,13 @@ __device__ __forceinline__ void load_weights(uint32_t to, const CUtensorMap* map
       : "memory");
 }
 
+// Only to the L2 cache, which all writers share: also of what another kernel still writes.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int channel, int x, int y, int n) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(channel),
+               "r"(x), "r"(y), "r"(n)
+               : "memory");
+}
+
 // The same for several blocks of the cluster, a bit each: to the same places in all of them, counted by their barriers.
 __device__ __forceinline__ void load_box_for(uint32_t blocks, uint32_t to, const CUtensorMap* map, int channel, int x,
                                              int y, int n, uint64_t* barrier) {

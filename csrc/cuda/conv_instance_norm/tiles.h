@@ -17,6 +17,14 @@ constexpr int kMaxInputStages = 4, kMaxWeightStages = 8;
 // Channels that a block merges at a time where the merge is a step of its own: a sector of 32 bytes of moments.
 constexpr int kMergeSlice = 4;
 
+// ConvSchedule::trial, what STYLEFORGE_CONV_TUNE asks for: 0 nothing; the kernels of conv_sm90_lean.cu with moments by
+// the tensor cores, and also with another merge (merge_lean.cuh).
+constexpr int kLeanKind = 3, kLeanMoments = 1, kLeanMerge = 2;
+constexpr int kLeanPrefetch = 4;  // input on its way to the L2 cache before the kernel before has ended
+constexpr int kLeanDry = 8;       // the way out is walked once before there is something to bring out
+constexpr int kLeanHalves = 16;   // the first input in two boxes, by rows of a tile
+constexpr int kHalfRows = 8;      // of the first: its pixels are a multiple of 8, as the swizzle needs it
+
 // __umulhi(value, rounded_reciprocal(d)) is value / d where value * d < 2^32 and d > 1.
 inline unsigned rounded_reciprocal(int d) {
   return static_cast<unsigned>((uint64_t{1} << 32) / static_cast<unsigned>(d) + 1);
@@ -41,6 +49,12 @@ __device__ __forceinline__ ConvTileAt conv_tile(const ConvParams& p, const ConvS
   at.rows = height - at.y < s.tile_height ? height - at.y : s.tile_height;
   at.columns = width - at.x < ConvSchedule::kTileWidth ? width - at.x : ConvSchedule::kTileWidth;
   return at;
+}
+
+// The same of a plain convolution whose tiles are all full.
+__device__ __forceinline__ ConvTileAt full_tile(const ConvSchedule& s, int entry, int rows) {
+  const int ty = s.tiles_x == 1 ? entry : static_cast<int>(__umulhi(entry, s.tiles_x_divisor));
+  return {0, ty * rows, (entry - ty * s.tiles_x) * ConvSchedule::kTileWidth, rows, ConvSchedule::kTileWidth};
 }
 
 // Valid pixels of the tiles from `begin` to before `end`.
