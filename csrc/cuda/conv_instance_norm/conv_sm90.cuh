@@ -206,6 +206,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   const bool halves = kLean > 0 && kGroups == 2 && kSide == 0 && (s.trial & kLeanHalves) != 0;
   if constexpr (kLean > 0) {
     if ((s.trial & kLeanPrefetch) != 0 && threadIdx.x == Traits::kConsumers + kWarp) {
+#pragma unroll 1
       for (int chunk = 0; chunk < chunks; ++chunk) {
         if (kShare == 1 && chunk % neighbours != neighbour) continue;
         prefetch_box(&input, first_channel + chunk * kElements, left_of(), top_of(), n);
@@ -238,6 +239,35 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   if (in_cluster) cluster_arrive_relaxed();
   wait_for_predecessor();
   if (in_cluster) cluster_wait();  // the other blocks' barriers are there
+  // kLean: a box of the copy engine, by one thread.
+  [[maybe_unused]] const auto bring_box = [&](int stage, int chunk, int left, int top) {
+    const uint32_t to = input_ring + stage * s.halo_bytes;
+    const int pixels = s.halo_height * s.halo_width;
+    const int channel = first_channel + chunk * kElements;
+    if (halves) {
+      const int first = kHalfRows * s.halo_width;
+      mbarrier_arrive_expect(&input_full[stage], first * kChunk);
+      load_box(to, &input, channel, left, top, n, &input_full[stage]);
+      mbarrier_arrive_expect(&box_full[stage], (pixels - first) * kChunk);
+      load_box(to + first * kChunk, &weights_lo, channel, left, top + kHalfRows, n, &box_full[stage]);
+      return;
+    }
+    mbarrier_arrive_expect(&input_full[stage], pixels * kChunk);
+    if (kShare > 1 || s.same_input == 1) {
+      load_box(to, &input, channel, left, top, n, &input_full[stage]);
+    } else if (chunk % neighbours == neighbour) {
+      load_box_for((1u << neighbours) - 1, to, &input, channel, left, top, n, &input_full[stage]);
+    }
+  };
+  if constexpr (kLean > 0) {
+    // The first ones before anything else: what the warps do until their loops is half of what a load takes.
+    if (threadIdx.x == Traits::kConsumers + kWarp && takes_boxes()) bring_box(0, 0, left_of(), top_of());
+    if (threadIdx.x == Traits::kConsumers) {
+      mbarrier_arrive_expect(&weight_full[0], Traits::kWeightBytes);
+      load_weights(weight_ring, &weights, first_channel, 0, multiplied_column, &weight_full[0]);
+    }
+    __syncwarp();
+  }
 
   if (warp >= kWarps * kGroups) {
     if constexpr (Traits::kMoveRegisters)
@@ -284,12 +314,14 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
           for (int i = 0; i < steps; ++i) {
             const bool raw = kSplit && !s.split_before;
             uint64_t* there = raw ? &weight_raw[stage] : &weight_full[stage];
-            mbarrier_wait(&weight_empty[stage], parity);
-            mbarrier_arrive_expect(there, raw ? kColumns * kChunk : Traits::kWeightBytes);
-            const uint32_t to = weight_ring + stage * Traits::kWeightBytes;
-            load_weights(to, &weights, channel, tap, row, there);
-            if constexpr (kSplit) {
-              if (s.split_before) load_weights(to + kColumns * kChunk, &weights_lo, channel, tap, row, there);
+            if (kLean == 0 || i > 0 || tile > begin) {
+              mbarrier_wait(&weight_empty[stage], parity);
+              mbarrier_arrive_expect(there, raw ? kColumns * kChunk : Traits::kWeightBytes);
+              const uint32_t to = weight_ring + stage * Traits::kWeightBytes;
+              load_weights(to, &weights, channel, tap, row, there);
+              if constexpr (kSplit) {
+                if (s.split_before) load_weights(to + kColumns * kChunk, &weights_lo, channel, tap, row, there);
+              }
             }
             if (++tap == taps) {
               tap = 0;
@@ -381,17 +413,8 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
                          valid);
             }
             copy_async_arrive(&input_full[stage]);
-          } else if (halves) {
-            if (loader == 0) {
-              const int first = kHalfRows * s.halo_width;  // pixels
-              const int channel = first_channel + chunk * kElements;
-              mbarrier_arrive_expect(&input_full[stage], first * kChunk);
-              load_box(to, &input, channel, left, top, n, &input_full[stage]);
-              mbarrier_arrive_expect(&box_full[stage], (pixels - first) * kChunk);
-              load_box(to + first * kChunk, &weights_lo, channel, left, top + kHalfRows, n, &box_full[stage]);
-            } else if (!boxes_only) {
-              mbarrier_arrive(&input_full[stage]);
-            }
+          } else if (kLean > 0 && loader == 0) {
+            if (chunk > 0 || tile > begin) bring_box(stage, chunk, left, top);
           } else if (loader == 0) {
             mbarrier_arrive_expect(&input_full[stage], pixels * kChunk);
             if (kShare > 1 || s.same_input == 1) {
