@@ -817,19 +817,19 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       if (!apart) {
         merge_pairs<kOut, Traits::kConsumers>(p, s, norm, sample_blocks, n, first_column, scales, sums, statistics,
                                               barrier);
-        barrier();
       }
       float2 channels[Out::kWidth] = {};
 #pragma unroll 1
       for (int pass = apart && (s.trial & kLeanDry) != 0 ? 0 : 1; pass < 2; ++pass) {
         Out out(p, n, first_column, tile_at(begin), warp);
         if (pass > 0) {
-          if (apart) {
-            await_merged(merged(p, s, n) + first_column + out.column, channels);
-          } else {
-#pragma unroll
-            for (int k = 0; k < Out::kWidth; ++k) channels[k] = statistics[out.column + k];
+          // By few threads: everyone asks for the same few lines. What `statistics` held before is in these moments.
+          if (apart && threadIdx.x < kOut / 2) {
+            await_merged(merged(p, s, n) + first_column + 2 * threadIdx.x, statistics + 2 * threadIdx.x);
           }
+          barrier();
+#pragma unroll
+          for (int k = 0; k < Out::kWidth; ++k) channels[k] = statistics[out.column + k];
         }
         const typename Out::Affine affine(channels, shifts + out.column);
 #pragma unroll 1

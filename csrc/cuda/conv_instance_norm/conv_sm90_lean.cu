@@ -15,18 +15,26 @@ bool is_lean(const ConvParams& p, const ConvSchedule& s, const InstanceNormParam
 // The first box serves a tile's upper half alone, the second one the lower half, and rows that both need.
 bool takes_halves(const ConvParams& p, const ConvSchedule& s) {
   return p.mode == PaddingMode::kZeros && p.stride_h == 2 && s.tile_height == 8 && s.halo_height > kHalfRows &&
-         s.same_input == 1 && p.dtype == DType::kFloat32;
+         s.share == 2 && p.dtype == DType::kFloat32;
 }
 
-template <int kLean>
-cudaError_t launch_half(const ConvParams& p, const ConvSchedule& s, const InstanceNormParams& norm,
+template <typename T, int kLean>
+cudaError_t launch_kind(const ConvParams& p, const ConvSchedule& s, const InstanceNormParams& norm,
                         const DeviceFacts& facts, cudaStream_t stream, bool& taken) {
   const bool tall = s.tile_height == 8;
   taken = true;
-  if (s.columns == 128) return launch_tile<__half, 128, 2, false, 1, kLean>(p, s, norm, facts, stream);
-  if (s.columns == 64 && tall) return launch_tile<__half, 64, 2, false, 1, kLean>(p, s, norm, facts, stream);
-  if (s.columns == 64) return launch_tile<__half, 64, 1, false, 1, kLean>(p, s, norm, facts, stream);
-  if (s.columns == 32 && !tall) return launch_tile<__half, 32, 1, false, 1, kLean>(p, s, norm, facts, stream);
+  if constexpr (sizeof(T) == 4) {
+    if (s.share == 2) {
+      if (s.columns == 64 && tall) return launch_tile<T, 64, 2, false, 2, kLean>(p, s, norm, facts, stream);
+      if (s.columns == 64) return launch_tile<T, 64, 1, false, 2, kLean>(p, s, norm, facts, stream);
+      if (s.columns == 32 && !tall) return launch_tile<T, 32, 1, false, 2, kLean>(p, s, norm, facts, stream);
+    }
+  } else {
+    if (s.columns == 64 && !tall) return launch_tile<T, 64, 1, false, 1, kLean>(p, s, norm, facts, stream);
+    if (s.columns == 32 && !tall) return launch_tile<T, 32, 1, false, 1, kLean>(p, s, norm, facts, stream);
+  }
+  if (s.share == 1 && s.columns == 128) return launch_tile<T, 128, 2, false, 1, kLean>(p, s, norm, facts, stream);
+  if (s.share == 1 && s.columns == 64 && tall) return launch_tile<T, 64, 2, false, 1, kLean>(p, s, norm, facts, stream);
   taken = false;
   return cudaSuccess;
 }
@@ -34,11 +42,8 @@ cudaError_t launch_half(const ConvParams& p, const ConvSchedule& s, const Instan
 template <int kLean>
 cudaError_t launch_lean(const ConvParams& p, const ConvSchedule& s, const InstanceNormParams& norm,
                         const DeviceFacts& facts, cudaStream_t stream, bool& taken) {
-  if (p.dtype == DType::kFloat16) return launch_half<kLean>(p, s, norm, facts, stream, taken);
-  if (p.dtype == DType::kFloat32 && s.share == 2 && s.columns == 64 && s.tile_height == 8) {
-    taken = true;
-    return launch_tile<float, 64, 2, false, 2, kLean>(p, s, norm, facts, stream);
-  }
+  if (p.dtype == DType::kFloat16) return launch_kind<__half, kLean>(p, s, norm, facts, stream, taken);
+  if (p.dtype == DType::kFloat32) return launch_kind<float, kLean>(p, s, norm, facts, stream, taken);
   return cudaSuccess;
 }
 

@@ -139,23 +139,14 @@ __device__ __forceinline__ void merge_channel(const ConvParams& c, const ConvSch
   }
 }
 
-// kCount neighbouring channels of what merge_channel found; `from` is aligned to 16 bytes.
-template <int kCount>
-__device__ __forceinline__ void await_merged(const float2* from, float2 (&channels)[kCount]) {
-  static_assert(kCount % 2 == 0);
-  AwaitedTwo part[kCount / 2];
-  bool there;
+// Two neighbouring channels of what merge_channel found; `from` is aligned to 16 bytes.
+__device__ __forceinline__ void await_merged(const float2* from, float2* to) {
+  AwaitedTwo pairs;
   do {
-    there = true;
+    pairs.look(from);
+  } while (!pairs.there());
 #pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) part[i].look(from + 2 * i);
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) there = there && part[i].there();
-  } while (!there);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    channels[i] = make_float2(part[i / 2].pair[i % 2].first(), part[i / 2].pair[i % 2].second());
-  }
+  for (int i = 0; i < 2; ++i) to[i] = make_float2(pairs.pair[i].first(), pairs.pair[i].second());
 }
 
 }  // namespace styleforge::cuda

@@ -209,7 +209,9 @@ cudaError_t launch_conv_one_pass(const ConvParams& params, const ConvSchedule& s
     cudaGetLastError();
     return cudaSuccess;
   }
-  name = params.precision == ConvPrecision::kIeee ? "sm90:3xtf32:one_pass" : "sm90:one_pass";
+  name = taken                                      ? "sm90:one_pass:lean"
+         : params.precision == ConvPrecision::kIeee ? "sm90:3xtf32:one_pass"
+                                                    : "sm90:one_pass";
   return error;
 }
 
