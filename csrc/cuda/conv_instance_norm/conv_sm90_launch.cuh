@@ -53,7 +53,8 @@ cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const Instan
            static_cast<unsigned>(ceil_div(p.out_channels, kColumns) / s.same_input), static_cast<unsigned>(p.batch));
   auto* kernel = conv_kernel<T, kColumns, kGroups, kSplit, 0, kShare, kLean>;
   if constexpr (!kSplit) {
-    if (p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1) {
+    const bool rolled = kLean > 0 && (s.trial & kLeanRolled) != 0;
+    if (p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 && !rolled) {
       kernel = conv_kernel<T, kColumns, kGroups, kSplit, 3, kShare, kLean>;
     }
   }

@@ -19,7 +19,7 @@ constexpr int kMaxTilesInTurn = 64;         // of one that is not
 constexpr int kMaxMerged = 32;              // moments that a thread loads where every block merges for itself
 
 // STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6,tiles=2,share=2,same_input=1,split=2"
-// trial=1 or 2, prefetch=1, dry=1, halves=1: see tiles.h
+// trial=1 or 2, prefetch=1, dry=1, halves=1, rolled=1: see tiles.h
 constexpr const char* kTuneVariable = "STYLEFORGE_CONV_TUNE";
 
 // Whether two blocks can share tiles of this size: conv_sm90_shared.cu.
@@ -143,10 +143,10 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   // Consumer threads: a warp for each row of a tile.
   s.merge_apart = int64_t{partials(s)} * columns_out > int64_t{tuned("merged", kMaxMerged)} * 32 * s.tile_height;
   const int trial = tuned("trial", 0) & kLeanKind;
-  s.trial = static_cast<unsigned char>(trial == 0 ? 0
-                                                  : trial | (tuned("prefetch", 0) > 0 ? kLeanPrefetch : 0) |
-                                                        (tuned("dry", 0) > 0 ? kLeanDry : 0) |
-                                                        (tuned("halves", 0) > 0 ? kLeanHalves : 0));
+  s.trial = static_cast<unsigned char>(
+      trial == 0 ? 0
+                 : trial | (tuned("prefetch", 0) > 0 ? kLeanPrefetch : 0) | (tuned("dry", 0) > 0 ? kLeanDry : 0) |
+                       (tuned("halves", 0) > 0 ? kLeanHalves : 0) | (tuned("rolled", 0) > 0 ? kLeanRolled : 0));
   supported = true;
 }
 

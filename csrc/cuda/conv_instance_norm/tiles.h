@@ -23,7 +23,8 @@ constexpr int kLeanKind = 3, kLeanMoments = 1, kLeanMerge = 2;
 constexpr int kLeanPrefetch = 4;  // input on its way to the L2 cache before the kernel before has ended
 constexpr int kLeanDry = 8;       // the way out is walked once before there is something to bring out
 constexpr int kLeanHalves = 16;   // the first input in two boxes, by rows of a tile
-constexpr int kHalfRows = 8;      // of the first: its pixels are a multiple of 8, as the swizzle needs it
+constexpr int kLeanRolled = 32;  // 3x3 by the kernel for any size: what is unrolled lacks registers in two blocks of 64
+constexpr int kHalfRows = 8;     // of the first: its pixels are a multiple of 8, as the swizzle needs it
 
 // __umulhi(value, rounded_reciprocal(d)) is value / d where value * d < 2^32 and d > 1.
 inline unsigned rounded_reciprocal(int d) {
