@@ -610,6 +610,10 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
           constexpr int kSets = Traits::kSets;
           constexpr int kAhead = kSets - 1;
           static_assert(kTaps % kSets == 0 || (kSets == 2 && kTaps % 2 == 1));
+          // Two copies of the taps, one for each role, leave two blocks of 64 columns too few registers: the compiler
+          // then waits for every single product (C7512). So a chunk begins anew, with its first fragments in the first
+          // set.
+          constexpr bool kAnew = kLean > 0 && kTaps % kSets != 0 && Traits::kBlocks == 2;
           const auto multiply_chunk = [&]<int kFirst>(int chunk) {
 #pragma unroll
             for (int tap = 0; tap < kTaps; ++tap) {
@@ -621,7 +625,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
               }
               if (next < kTaps) {
                 load_tap(fragments[(kFirst + next) % kSets], next / kSide * halo_width + next % kSide);
-              } else if (chunk + 1 < chunks) {
+              } else if (!kAnew && chunk + 1 < chunks) {
                 if (next == kTaps) wait_for_input();
                 load_tap(fragments[(kFirst + next) % kSets],
                          (next - kTaps) / kSide * halo_width + (next - kTaps) % kSide);
@@ -635,7 +639,14 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
             load_tap(fragments[tap], tap / kSide * halo_width + tap % kSide);
           }
           for (int chunk = 0; chunk < chunks; ++chunk) {
-            if (kTaps % kSets == 0 || chunk % 2 == 0) {
+            if constexpr (kAnew) {
+              if (chunk > 0) {
+                wgmma_wait<0>();
+                wait_for_input();
+                load_tap(fragments[0], 0);
+              }
+            }
+            if (kAnew || kTaps % kSets == 0 || chunk % 2 == 0) {
               multiply_chunk.template operator()<0>(chunk);
             } else {
               multiply_chunk.template operator()<1>(chunk);
