@@ -382,7 +382,8 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         const T* sample = static_cast<const T*>(p.input) + static_cast<int64_t>(n) * p.height * p.width * p.in_channels;
         for (int chunk = 0; chunk < chunks; ++chunk) {
           const uint32_t to = input_ring + stage * s.halo_bytes;
-          mbarrier_wait(&input_empty[stage], parity);
+          // Not for the first, which may have been multiplied by now: its barrier would be a phase further.
+          if (kLean == 0 || chunk > 0 || tile > begin) mbarrier_wait(&input_empty[stage], parity);
           __syncwarp();
           if (!boxes && edges.within) {
             if (loader == 0) {
