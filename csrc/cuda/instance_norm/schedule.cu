@@ -164,8 +164,10 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
     // 64x64 in half 2.4 us with 128 threads, 2.7 with 64; of 32x32 1.54 with 64, 1.67 with 32); none without any.
     const int wanted = cluster > 1 ? 64 : round_threads(ceil_div(s.share, 4), s.share > 32 ? 64 : 32, 128);
     s.threads = std::clamp(static_cast<int>(overrides.tuned("threads", wanted)), least, kHeldThreads);
+    // Not in place: the copy that is done first would store over what the other may not have read.
+    const bool apart = p.input != p.output;
     const int copies = cluster > 1 && 2 * planes <= clusters_at_once(cluster, facts) ? 2 : 1;
-    s.copies_log2 = overrides.tuned("copies", copies) == 2 ? 1 : 0;
+    s.copies_log2 = apart && overrides.tuned("copies", copies) == 2 ? 1 : 0;
     s.shared_bytes = static_cast<size_t>(spread((planes * cluster) << s.copies_log2, cluster, facts, overrides));
   }
   s.name = cluster > 1 ? "instance_norm:cuda:plane:cluster" : "instance_norm:cuda:plane:block";
