@@ -583,6 +583,16 @@ def test_many_planes_and_long_planes() -> None:
             torch.testing.assert_close(OP(x).double(), reference, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.cuda
+def test_more_planes_than_a_grid_has_blocks() -> None:
+    """2^32 planes and a few are refused, not the few normalised and the others left out."""
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    x = torch.empty(65537, 65537, 1, 1, dtype=torch.float16, device="cuda")
+    with pytest.raises(RuntimeError, match="invalid configuration"):
+        OP(x)
+
+
 # --- gradients ------------------------------------------------------------------------------------
 
 

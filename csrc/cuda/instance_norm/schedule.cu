@@ -12,6 +12,7 @@
 // - Two passes: pass 2 loads its tile before it waits for pass 1 (dependent launch), 6.2 -> 5.1 us on 1x3x512x512.
 #include <algorithm>
 #include <bit>
+#include <limits>
 
 #include "../common/launch.h"
 #include "../common/overrides.h"
@@ -81,6 +82,11 @@ constexpr const char* kTuneVariable = "STYLEFORGE_TUNE";
 int largest_cluster(const DeviceFacts& facts, const Overrides& overrides) {
   if (!facts.has_cluster() || overrides.forced("portable")) return 1;
   return facts.major == 9 || facts.major == 10 ? 16 : 8;  // 16 is the non-portable size of the data-centre chips
+}
+
+// NCHW: planes are numbered in 32 bits, and each has a block of the grid at least. More of them would be cut off.
+bool too_many_planes(const InstanceNormParams& p) {
+  return !p.channels_last && p.batch * p.channels > std::numeric_limits<int32_t>::max();
 }
 
 bool all_aligned(const InstanceNormParams& p) {
@@ -477,6 +483,7 @@ bool schedule_resident(const InstanceNormParams& p, int tensors, const DeviceFac
 }  // namespace
 
 cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule, bool clusters) {
+  if (too_many_planes(params)) return cudaErrorInvalidConfiguration;
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   facts.clusters = facts.clusters && clusters;
@@ -581,6 +588,7 @@ cudaError_t launch_instance_norm(const InstanceNormParams& params, const Instanc
 
 cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& params, InstanceNormSchedule& schedule,
                                             bool resident) {
+  if (too_many_planes(params)) return cudaErrorInvalidConfiguration;
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const bool aligned = aligned16(params.input) && aligned16(params.residual) && aligned16(params.saved_output) &&
