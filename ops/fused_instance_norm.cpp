@@ -20,6 +20,20 @@ const void* param_data(const OptionalTensor& param, std::vector<Tensor>& held) {
   return held.back().const_data_ptr();
 }
 
+// What the forward left of the statistics, [N, C]: dense from there, but a view of other strides under vmap.
+const void* statistics_data(const char* op, const char* name, const Tensor& statistics, const Tensor& input,
+                            std::vector<Tensor>& held) {
+  const TensorFacts facts(statistics), of_input(input);
+  check_device(op, name, facts, of_input);
+  if (statistics.scalar_type() != stats_dtype(input)) {
+    fail(op, name, " must be ", dtype_text(stats_dtype(input)), ", got ", dtype_text(statistics.scalar_type()));
+  }
+  if (facts.dim != 2 || facts.sizes[0] != of_input.sizes[0] || facts.sizes[1] != of_input.sizes[1]) {
+    fail(op, name, " must have shape [", of_input.sizes[0], ", ", of_input.sizes[1], "], got ", shape_text(facts));
+  }
+  return param_data(statistics, held);
+}
+
 std::vector<int64_t> sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return std::vector<int64_t>(sizes.begin(), sizes.end());
@@ -182,8 +196,8 @@ InstanceNormBackwardCall prepare_instance_norm_backward(const Tensor& grad_outpu
   params.grad_output = dense_data(grad_output, channels_last, call.held);
   if (residual) params.residual = dense_data(*residual, channels_last, call.held);
   if (output) params.saved_output = dense_data(*output, channels_last, call.held);
-  params.mean = const_cast<void*>(mean.const_data_ptr());
-  params.rstd = const_cast<void*>(rstd.const_data_ptr());
+  params.mean = const_cast<void*>(statistics_data(op, "mean", mean, input, call.held));
+  params.rstd = const_cast<void*>(statistics_data(op, "rstd", rstd, input, call.held));
   fill_weight(params, op, weight, bias, call.held);
 
   call.grad_input = empty_dense(input, sizes, channels_last, input.scalar_type());

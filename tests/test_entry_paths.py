@@ -487,6 +487,23 @@ def test_func_grad(activation: str, device: str) -> None:
         torch.testing.assert_close(result, torch.stack([e[k] for e in expected]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+def test_jacobian_of_the_norm(activation: str, batch: int, device: str) -> None:
+    """Only the gradient is vmapped: of a batch of one, the statistics come as a view that repeats them."""
+    x = torch.randn(batch, 3, 4, 4, device=device)
+    w, b = torch.rand(3, device=device) + 0.5, torch.rand(3, device=device)
+
+    def norm(x: Tensor) -> Tensor:
+        return NORM(x, w, b, 1e-5, activation)
+
+    pull = torch.func.vjp(norm, x)[1]
+    rows = torch.eye(x.numel(), device=device).view(-1, *x.shape)
+    expected = torch.stack([pull(row)[0] for row in rows]).view(*x.shape, *x.shape)
+    torch.testing.assert_close(torch.func.jacrev(norm)(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_func_grad_of_the_convolution() -> None:
     x, w = torch.randn(2, 3, 6, 5), torch.randn(4, 3, 3, 3)
     bias = torch.randn(4)
