@@ -229,6 +229,8 @@ class _UnusedBias(torch.autograd.Function):
 def _autograd(keyset: Any, *args: Any) -> Tensor:
     # As in fused_instance_norm, the first lines are what a call under no_grad costs on top of the operator.
     # Here the arguments stay a tuple: the dispatcher has left out trailing defaults, of which there are many.
+    if common.differentiates_forward():
+        common.refuse_tangents(NAME, args)
     if not _is_grad_enabled() or not _any_requires_grad(*args):
         result: Tensor = _redispatch(_below_autograd[keyset.raw_repr()], *args)
         return result
