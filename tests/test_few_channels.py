@@ -64,7 +64,7 @@ def test_columns_of_an_empty_picture(device: str) -> None:
         assert result.shape == (sizes[0], 12, sizes[2] + 4, sizes[3] + 2)
         assert not result.any()
         if x.shape[0] > 0:
-            with pytest.raises(RuntimeError, match="non-?empty|non-zero"):
+            with pytest.raises(RuntimeError, match=r"non-?empty|non-zero"):
                 UNFOLD(x, 3, (2, 2), "replicate")
 
 
