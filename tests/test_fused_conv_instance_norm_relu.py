@@ -684,6 +684,22 @@ def test_the_gradient_of_the_bias_is_zeros(dtype: torch.dtype, device: str) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_result_with_a_bias_may_be_written_to(autocast: bool, device: str) -> None:
+    """As a residual connection does it, ``y += x``."""
+    x, w = tensor(2, 4, 8, 8, device=device), _weight(4, 4, 3, 3, torch.float32, device).requires_grad_()
+    bias = torch.ones(4, device=device, requires_grad=True)
+    gradients = []
+    for parameters in ((w,), (w, bias)):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            y = OP(x, *parameters, padding=[1, 1])
+        y += 1
+        gradients.append(torch.autograd.grad(y.square().sum(), parameters))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert torch.equal(gradients[1][1], torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_forward_is_the_same_with_and_without_gradients(device: str) -> None:
     """Two implementations stand behind them; training must see what inference will."""
     for layout, upsample, mode in itertools.product(("contiguous", "channels_last"), (1, 2), MODES):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import styleforge
+from styleforge import graphs
 from styleforge.models import TransformerNet
 
 
@@ -24,6 +25,31 @@ def test_a_model_in_training_mode_is_refused() -> None:
         ValueError, match=r"graphed: the model is in training mode; call model.eval\(\) first"
     ):
         styleforge.graphed(nn.Dropout(), torch.ones(2))
+
+
+def test_copies_of_arguments_may_be_written_to_in_every_mode() -> None:
+    with torch.inference_mode():
+        x = torch.ones(2)
+        copies = [graphs._copy(x)]
+    copies.append(graphs._copy(x))
+    for copy in copies:
+        with torch.no_grad():
+            copy.copy_(x + 1)
+        with torch.inference_mode():
+            copy.copy_(x + 2)
+        assert copy.tolist() == [3, 3]
+
+
+@pytest.mark.cuda
+def test_captured_in_inference_mode_and_called_outside() -> None:
+    layer = styleforge.FusedInstanceNorm2d(4).eval().cuda()
+    with torch.inference_mode():
+        x, y = torch.randn(2, 1, 4, 8, 8, device="cuda")
+        fast = styleforge.graphed(layer, x)
+    with torch.no_grad():
+        assert torch.equal(fast(y), layer(y))
+    with torch.inference_mode():
+        assert torch.equal(fast(x), layer(x))
 
 
 @pytest.mark.cuda

@@ -52,7 +52,7 @@ class GraphedModel:
             raise ValueError("graphed: the example's tensors must be on one device")
         self._device = tensors[0].device
         # Copies of their own: the graph reads and writes these addresses for ever.
-        self._inputs = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._inputs = [_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         arguments = tree_unflatten(self._inputs, self._structure)
         with torch.cuda.device(self._device), torch.no_grad():
             self.graph, self._output = capture(lambda: model(*arguments))
@@ -105,6 +105,12 @@ def graphed(model: Callable[..., Any], example: Any) -> GraphedModel:
     if isinstance(model, torch.nn.Module) and model.training:
         raise ValueError("graphed: the model is in training mode; call model.eval() first")
     return GraphedModel(model, example if isinstance(example, tuple) else (example,))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy that may be written to for ever: no inference tensor, to which only inference mode may."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
 
 
 def _check_like(index: int, held: Tensor, given: Any) -> None:

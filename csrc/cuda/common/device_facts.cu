@@ -4,7 +4,16 @@ namespace styleforge::cuda {
 
 namespace {
 constexpr int kMaxDevices = 64;
-__global__ void architecture_probe() {}
+
+// Tells plain sm_90 code, which the version does not, from that of sm_90a, by the threads that a block may have. In
+// plain code the kernels with wgmma have nothing in them: it counts as code of an older architecture.
+constexpr int kPlainThreads = 96;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define STYLEFORGE_PROBE_THREADS kPlainThreads
+#else
+#define STYLEFORGE_PROBE_THREADS 1024
+#endif
+__global__ void __launch_bounds__(STYLEFORGE_PROBE_THREADS) architecture_probe() {}
 }  // namespace
 
 cudaError_t device_facts(DeviceFacts& facts) {
@@ -29,7 +38,8 @@ cudaError_t device_facts(DeviceFacts& facts) {
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&probe, architecture_probe);
     if (error != cudaSuccess) return error;
     fresh.compiled_for = probe.ptxVersion;
-    fresh.clusters = fresh.major >= 9 && probe.ptxVersion >= 90;
+    const bool plain = fresh.major == 9 && probe.maxThreadsPerBlock == kPlainThreads;
+    fresh.clusters = fresh.major >= 9 && probe.ptxVersion >= 90 && !plain;
     known[device] = fresh;  // two threads write the same values
     ready[device].store(true, std::memory_order_release);
   }

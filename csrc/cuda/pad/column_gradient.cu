@@ -173,6 +173,7 @@ int pieces_of(const ColumnGradientParams& params) { return static_cast<int>(ceil
 cudaError_t schedule_column_gradient(const ColumnGradientParams& params, int& parts, size_t& workspace_bytes) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
+  if (facts.compiled_for < 80) return cudaErrorNotSupported;  // the kernel has nothing in it
   // Two blocks a multiprocessor, of at least as many rows as the ring takes to fill.
   const int64_t others = static_cast<int64_t>(params.batch) * pieces_of(params);
   int64_t wanted = ceil_div(2 * facts.multiprocessors, others);

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")
 FFN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -52,6 +53,24 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
 
 
+def differentiates_forward() -> bool:
+    """Whether tensors may carry forward-mode derivatives, those of ``torch.func.jvp`` among others."""
+    return _forward_ad._current_level >= 0
+
+
+def refuse_tangents(op: str, tensors: Iterable[Any]) -> None:
+    """Says that there is no forward-mode derivative where one is asked for; it would silently be zero.
+
+    Under ``differentiates_forward`` only.
+
+    Raises:
+        RuntimeError: one of the tensors carries a tangent.
+    """
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and _forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{op}: forward-mode differentiation is not supported")
+
+
 def autograd_is_idle(input: Tensor) -> bool:
     """Whether autograd's kernel would find nothing to do, so that a module may call its operator past it.
 
@@ -59,7 +78,7 @@ def autograd_is_idle(input: Tensor) -> bool:
     see the call as ever. Not where somebody looks on: modes and subclasses of tensors, who may want gradients
     after all, TorchScript's tracing, which notes where a call stands, and dynamo, which knows no such guard.
     """
-    if _is_dynamo_compiling() or _is_grad_enabled():
+    if _is_dynamo_compiling() or _is_grad_enabled() or _forward_ad._current_level >= 0:
         return False
     return type(input) is Tensor and not _dispatch_modes() and not _is_tracing()
 
@@ -91,6 +110,16 @@ def empty_like_format(input: Tensor, sizes: Sequence[Any], channels_last: bool) 
     """An uninitialised tensor of ``sizes`` in one of the dense formats, with the input's dtype and device."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(tuple(sizes), dtype=input.dtype, device=input.device, memory_format=memory_format)
+
+
+def in_format(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The values in one of the dense formats, with its strides also in dimensions of one element."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    dense = tensor.contiguous(memory_format=memory_format)
+    if 1 not in dense.shape:
+        return dense
+    strides = torch.empty(dense.shape, device="meta", memory_format=memory_format).stride()
+    return dense if dense.stride() == strides else dense.as_strided(dense.shape, strides)
 
 
 def check(op: str, condition: Any, message: Callable[[], str]) -> None:

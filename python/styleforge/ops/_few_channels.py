@@ -68,6 +68,7 @@ def _takes_column_gradient(grad_output: Tensor, input: Tensor, weight: Tensor) -
         and weight.shape[0] == weight.shape[1] == CHANNELS
         and weight.shape[2] <= MOST_ROWS
         and grad_output.dtype == input.dtype
+        and torch.cuda.get_device_properties(input.device).major >= 8
     )
 
 

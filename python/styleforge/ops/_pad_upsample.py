@@ -38,6 +38,8 @@ def pad_upsample(
         RuntimeError: an argument does not fit; the message names it, what was expected and what was given.
     """
     sides = common.pair(padding)
+    if common.differentiates_forward():
+        common.refuse_tangents("pad_upsample", (input,))
     if torch.is_grad_enabled() and input.requires_grad:
         result: Tensor = PadUpsample.apply(input, sides, padding_mode, upsample)  # type: ignore[no-untyped-call]
     else:

@@ -101,3 +101,13 @@ def matmuls_of(input: Tensor, precision: str) -> AbstractContextManager[None]:
     if not input.is_cuda or input.dtype != torch.float32 or precision not in ("ieee", "tf32"):
         return _as_they_are
     return _as_they_are if precision == matmul_precision() else matmuls_in(precision)
+
+
+def matmuls_of_module(input: Tensor, precision: str) -> AbstractContextManager[None]:
+    """``matmuls_of`` where a module has to ask for it: in inference mode.
+
+    Elsewhere the operators' autograd kernels do, which inference mode goes past.
+    """
+    if _is_dynamo_compiling() or not torch.is_inference_mode_enabled():
+        return _as_they_are
+    return matmuls_of(input, precision)

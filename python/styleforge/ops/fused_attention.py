@@ -393,6 +393,8 @@ def _register(name: str, version: int) -> None:
         # As in fused_instance_norm, the first lines are what a call under no_grad costs on top.
         tensors = (input, qkv_weight, qkv_bias, out_weight, out_bias)
         rest = (num_heads, scale, is_causal, key_padding_mask, precision)
+        if common.differentiates_forward():
+            common.refuse_tangents(name, tensors)
         if not _is_grad_enabled() or not _any_requires_grad(*tensors):
             below = _below_autograd[keyset.raw_repr()]
             if not input.is_cuda:

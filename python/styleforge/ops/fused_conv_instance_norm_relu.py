@@ -204,13 +204,17 @@ class _Convolution(torch.autograd.Function):
 
 
 class _UnusedBias(torch.autograd.Function):
-    """The bias does not change the result; its gradient is zeros, not None, as optimisers and DDP expect."""
+    """The bias does not change the result; its gradient is zeros, not None, as optimisers and DDP expect.
+
+    It joins a tensor on the way to the result, never the result itself: that would be a view, which autograd
+    lets nobody write to, and callers add to results in place.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(output: Tensor, bias: Tensor) -> Tensor:
-        return output.view_as(output)
+    def forward(tensor: Tensor, bias: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -225,6 +229,8 @@ class _UnusedBias(torch.autograd.Function):
 def _autograd(keyset: Any, *args: Any) -> Tensor:
     # As in fused_instance_norm, the first lines are what a call under no_grad costs on top of the operator.
     # Here the arguments stay a tuple: the dispatcher has left out trailing defaults, of which there are many.
+    if common.differentiates_forward():
+        common.refuse_tangents(NAME, args)
     if not _is_grad_enabled() or not _any_requires_grad(*args):
         result: Tensor = _redispatch(_below_autograd[keyset.raw_repr()], *args)
         return result
@@ -272,9 +278,9 @@ def _differentiable(
     else:
         z = _convolution(input, weight, strides, sides, padding_mode, upsample, precision)
     z = z.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    output: Tensor = _norm_op(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
     if bias is not None and bias.requires_grad:
-        output = common.apply_function(_UnusedBias, output, bias)
+        z = common.apply_function(_UnusedBias, z, bias)
+    output: Tensor = _norm_op(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
     return output
 
 
@@ -317,13 +323,16 @@ def _autocast(
     with common.no_autocast(input):
         dtype = common.autocast_dtype(input)
         norm_weight, norm_bias = common.norm_params_for(dtype, norm_weight, norm_bias)
+        narrow_weight = cast(weight, dtype)
         if bias is not None:
             # Checked, and not cast: it is not read, and its gradient is zeros in its own dtype.
             common.check_device(NAME, "bias", bias, input)
             common.check_like(NAME, "bias", bias, bias, weight.shape[:1])
+            if _is_grad_enabled() and bias.requires_grad:
+                narrow_weight = common.apply_function(_UnusedBias, narrow_weight, bias)
         result: Tensor = _op(
             cast(input, dtype),
-            cast(weight, dtype),
+            narrow_weight,
             None,
             norm_weight,
             norm_bias,
@@ -337,8 +346,6 @@ def _autocast(
             None if residual is None else cast(residual, dtype),
             precision,
         )
-        if bias is not None and _is_grad_enabled() and bias.requires_grad:
-            result = common.apply_function(_UnusedBias, result, bias)
         return result
 
 

@@ -230,6 +230,8 @@ def _autograd(
     precision: str = "ieee",
 ) -> Tensor:
     # As in fused_instance_norm, the first lines are what a call under no_grad costs on top of the operator.
+    if common.differentiates_forward():
+        common.refuse_tangents(NAME, (input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual))
     if not _is_grad_enabled() or not _any_requires_grad(
         input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual
     ):

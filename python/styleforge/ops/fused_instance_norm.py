@@ -227,6 +227,8 @@ def _autograd(
 ) -> Tensor:
     # These first lines are what a call under no_grad costs on top of the operator: named arguments (no tuple
     # is packed and unpacked), a table in place of keyset arithmetic, the redispatch on the handle itself.
+    if common.differentiates_forward():
+        common.refuse_tangents(NAME, (input, weight, bias, residual))
     if not _is_grad_enabled() or not _any_requires_grad(input, weight, bias, residual):
         result: Tensor = _redispatch(
             _below_autograd[keyset.raw_repr()],
