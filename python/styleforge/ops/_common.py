@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")
 FFN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -57,9 +58,10 @@ def autograd_is_idle(input: Tensor) -> bool:
 
     That kernel is in Python, which takes the host more time than the rest of a call. All other dispatch keys
     see the call as ever. Not where somebody looks on: modes and subclasses of tensors, who may want gradients
-    after all, TorchScript's tracing, which notes where a call stands, and dynamo, which knows no such guard.
+    after all, TorchScript's tracing, which notes where a call stands, and dynamo, which knows no such guard;
+    nor inside of forward-mode differentiation, which no_grad does not switch off.
     """
-    if _is_dynamo_compiling() or _is_grad_enabled():
+    if _is_dynamo_compiling() or _is_grad_enabled() or forward_ad._current_level >= 0:
         return False
     return type(input) is Tensor and not _dispatch_modes() and not _is_tracing()
 
@@ -269,6 +271,18 @@ def loop_over_slices(
 
     slices = [op(*(slice_of(a, d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(size)]
     return tuple(torch.stack(results) for results in zip(*slices, strict=True))
+
+
+def refuse_tangents(op: str, args: Sequence[Any]) -> None:
+    """Raises NotImplementedError if an argument carries a tangent, which the operator would lose.
+
+    Called where ``forward_ad._current_level`` says that there may be some: looking at each takes time.
+    """
+    if not torch._C._is_fwd_grad_enabled():
+        return
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(f"{op}: forward-mode differentiation is not supported")
 
 
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:

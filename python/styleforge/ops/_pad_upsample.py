@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from styleforge.ops import _common as common
@@ -38,6 +39,8 @@ def pad_upsample(
         RuntimeError: an argument does not fit; the message names it, what was expected and what was given.
     """
     sides = common.pair(padding)
+    if forward_ad._current_level >= 0:
+        common.refuse_tangents("pad_upsample", (input,))
     if torch.is_grad_enabled() and input.requires_grad:
         result: Tensor = PadUpsample.apply(input, sides, padding_mode, upsample)  # type: ignore[no-untyped-call]
     else:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from styleforge.ops import _common as common
@@ -225,6 +226,8 @@ class _UnusedBias(torch.autograd.Function):
 def _autograd(keyset: Any, *args: Any) -> Tensor:
     # As in fused_instance_norm, the first lines are what a call under no_grad costs on top of the operator.
     # Here the arguments stay a tuple: the dispatcher has left out trailing defaults, of which there are many.
+    if forward_ad._current_level >= 0:
+        common.refuse_tangents(NAME, args)
     if not _is_grad_enabled() or not _any_requires_grad(*args):
         result: Tensor = _redispatch(_below_autograd[keyset.raw_repr()], *args)
         return result
