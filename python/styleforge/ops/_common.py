@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -294,6 +295,37 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
         return function.apply(*args)
     with torch._functorch.utils.enable_single_level_autograd_function():
         return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _as_leaf(tensor: Tensor) -> Tensor:
+    leaf = tensor.detach()
+    leaf.requires_grad = True  # requires_grad_() is refused inside of torch.func's transforms
+    return leaf
+
+
+def first_order(op: str) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., Any]]:
+    """Decorates an ``autograd.Function``'s ``backward``: differentiating that fails with a clear message.
+
+    As ``torch.autograd.function.once_differentiable``, whose message names no operator, and which lets a
+    gradient of what was saved get lost where ``grad_output`` itself needs none.
+    """
+
+    def decorate(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+        @wraps(backward)
+        def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+            with torch.no_grad():
+                result = backward(ctx, *grads)
+            if not _is_grad_enabled():
+                return result
+            if not any(t is not None and t.requires_grad for t in (*grads, *ctx.saved_tensors)):
+                return result
+            message = f"{op}: double backward is not supported"
+            refuse: Any = torch._C._functions.DelayedError(message.encode(), len(result))
+            return refuse(*(None if g is None else _as_leaf(g) for g in result))
+
+        return wrapper
+
+    return decorate
 
 
 class FirstOrderFunction(torch.autograd.Function):

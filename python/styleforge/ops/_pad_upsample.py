@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from styleforge.ops import _common as common
 
@@ -63,7 +62,7 @@ class PadUpsample(torch.autograd.Function):
         _, ctx.padding, ctx.padding_mode, ctx.upsample = inputs
 
     @staticmethod
-    @once_differentiable
+    @common.first_order("pad_upsample")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _backward_op(grad, ctx.padding, ctx.padding_mode, ctx.upsample), None, None, None
 

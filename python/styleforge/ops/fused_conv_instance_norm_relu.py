@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from styleforge.ops import _common as common
 from styleforge.ops import _few_channels as few_channels
@@ -193,7 +192,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(input, weight)
 
     @staticmethod
-    @once_differentiable
+    @common.first_order(NAME)
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         mask = [*ctx.needs_input_grad[:2], False]
@@ -218,7 +217,6 @@ class _UnusedBias(torch.autograd.Function):
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         return grad_output, torch.zeros_like(ctx.saved_tensors[0])
 
