@@ -684,6 +684,24 @@ def test_the_gradient_of_the_bias_is_zeros(dtype: torch.dtype, device: str) -> N
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_result_may_be_written_to(autocast: bool, device: str) -> None:
+    """As ``nn.ReLU(inplace=True)`` behind it does, and ``y += x``."""
+    x = tensor(2, 3, 6, 5, device=device)
+    weight = _weight(3, 3, 3, 3, torch.float32, device)
+    gradients = []
+    for in_place in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (weight, x[0, :, 0, 0])]
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            result = OP(x, *leaves, padding=[1, 1], activation="none")
+        other = x.to(result.dtype)
+        result = result.add_(other).relu_() if in_place else torch.relu(result + other)
+        gradients.append(torch.autograd.grad(result.float().square().sum(), leaves))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=2e-2, atol=2e-2)
+    assert not gradients[1][1].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_forward_is_the_same_with_and_without_gradients(device: str) -> None:
     """Two implementations stand behind them; training must see what inference will."""
     for layout, upsample, mode in itertools.product(("contiguous", "channels_last"), (1, 2), MODES):

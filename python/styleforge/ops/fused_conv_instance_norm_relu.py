@@ -204,13 +204,16 @@ class _Convolution(torch.autograd.Function):
 
 
 class _UnusedBias(torch.autograd.Function):
-    """The bias does not change the result; its gradient is zeros, not None, as optimisers and DDP expect."""
+    """The bias does not change the result; its gradient is zeros, not None, as optimisers and DDP expect.
+
+    The tensor is one from inside of the operator: it comes back as a view, which nobody may write to.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(output: Tensor, bias: Tensor) -> Tensor:
-        return output.view_as(output)
+    def forward(tensor: Tensor, bias: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -273,9 +276,9 @@ def _differentiable(
     else:
         z = _convolution(input, weight, strides, sides, padding_mode, upsample, precision)
     z = z.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    output: Tensor = _norm_op(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
     if bias is not None and bias.requires_grad:
-        output = common.apply_function(_UnusedBias, output, bias)
+        z = common.apply_function(_UnusedBias, z, bias)
+    output: Tensor = _norm_op(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
     return output
 
 
@@ -322,9 +325,12 @@ def _autocast(
             # Checked, and not cast: it is not read, and its gradient is zeros in its own dtype.
             common.check_device(NAME, "bias", bias, input)
             common.check_like(NAME, "bias", bias, bias, weight.shape[:1])
+        weight = cast(weight, dtype)
+        if bias is not None and _is_grad_enabled() and bias.requires_grad:
+            weight = common.apply_function(_UnusedBias, weight, bias)
         result: Tensor = _op(
             cast(input, dtype),
-            cast(weight, dtype),
+            weight,
             None,
             norm_weight,
             norm_bias,
@@ -338,8 +344,6 @@ def _autocast(
             None if residual is None else cast(residual, dtype),
             precision,
         )
-        if bias is not None and _is_grad_enabled() and bias.requires_grad:
-            result = common.apply_function(_UnusedBias, result, bias)
         return result
 
 
