@@ -188,3 +188,17 @@ def _compare(ours: object, plain: object, inputs: list[Tensor]) -> None:
     assert found[2].stride() == inputs[1].stride()  # of the weight
     for result, yardstick, reference in zip(found, theirs, exact, strict=True):
         assert_as_accurate(result, yardstick, reference, ulps=1.0)
+
+
+def test_double_backward_says_that_it_is_not_supported() -> None:
+    """Also where the gradient of the result needs none: a gradient penalty must not vanish without a word."""
+    x = torch.randn(1, 3, 8, 7, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(3, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    cases = {
+        "fused_conv_instance_norm_relu": lambda: FewInputChannels.apply(x, w, (2, 2), "reflect"),
+        "reflect_conv2d": lambda: ReflectConv2d.apply(x, w, None),
+    }
+    for name, call in cases.items():
+        (grad,) = torch.autograd.grad(call().sum(), w, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"{name}: double backward is not supported"):
+            (x.sum() + grad.square().sum()).backward()

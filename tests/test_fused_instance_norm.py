@@ -764,11 +764,11 @@ def test_double_backward_says_that_it_is_not_supported(device: str) -> None:
     x = tensor(1, 2, 4, 4, device=device).requires_grad_()
     result = OP(x, activation="silu")
     (grad,) = torch.autograd.grad(result.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"(?i)double backward|twice|once_differentiable"):
+    with pytest.raises(RuntimeError, match="fused_instance_norm: double backward is not supported"):
         grad.sum().backward()
     y = OP(x, activation="silu")
     (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"(?i)double backward|twice|once_differentiable"):
+    with pytest.raises(RuntimeError, match="fused_instance_norm: double backward is not supported"):
         (x.sum() + grad.square().sum()).backward()
 
 

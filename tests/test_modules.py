@@ -512,3 +512,39 @@ def test_precision_is_asked_at_every_call(monkeypatch: pytest.MonkeyPatch) -> No
             layer(x)
             fixed(x)
     assert seen == ["tf32", "ieee", "ieee", "ieee", "tf32", "ieee"]
+
+
+@pytest.mark.parametrize("track", [False, True])
+def test_symbolic_trace(track: bool) -> None:
+    """As with PyTorch's layers: torch.fx follows a model that they are in."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3),
+        styleforge.FusedInstanceNorm2d(3, track_running_stats=track),
+        styleforge.FusedConvInstanceNormReLU(3, 4, 3),
+        styleforge.ResidualBlock(4),
+        nn.Flatten(2),
+        styleforge.FusedFFN(16, 8, 0.0),
+        styleforge.FusedAttention(16, 2),
+    ).eval()
+    graph = torch.fx.symbolic_trace(model)
+    x = tensor(2, 2, 6, 6)
+    torch.testing.assert_close(graph(x), model(x))
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x), model(x))
+
+
+def test_symbolic_trace_of_attention_in_the_place_of_pytorchs() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = styleforge.FusedAttention(6, 2)
+
+        def forward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+            first = self.attention(x, x, x, need_weights=False)[0]
+            second, weights = self.attention(first, memory, memory)
+            return second, weights
+
+    block = Block()
+    x, memory = torch.randn(2, 5, 6), torch.randn(2, 4, 6)
+    for ours, expected in zip(torch.fx.symbolic_trace(block)(x, memory), block(x, memory), strict=True):
+        torch.testing.assert_close(ours, expected)

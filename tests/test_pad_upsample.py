@@ -98,3 +98,10 @@ def test_no_algorithm_that_is_not_repeatable(mode: str, device: str) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert x.grad is not None and x.grad.sum().item() == pytest.approx(4 * 13 * 13)
+
+
+def test_double_backward_says_that_it_is_not_supported() -> None:
+    x = torch.randn(1, 2, 4, 5).requires_grad_()
+    (grad,) = torch.autograd.grad(pad_upsample(x, 1).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="pad_upsample: double backward is not supported"):
+        grad.sum().backward()

@@ -3,12 +3,12 @@
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations.
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from styleforge.ops import _few_channels as few_channels
 from styleforge.ops import pad_upsample
 from styleforge.ops._cast import cast
-from styleforge.ops._common import differentiates_forward
 
 __all__ = ["reflect_conv2d", "reflect_conv2d_by_columns"]
 
@@ -99,7 +99,7 @@ def _takes_operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether our operator convolves: on the GPU and without a gradient."""
     if x.device.type != "cuda" or weight.dtype != x.dtype:
         return False  # under autocast the dtypes may differ: PyTorch's convolution settles that
-    if not torch.jit.is_scripting() and differentiates_forward():  # type: ignore[attr-defined]
+    if not torch.jit.is_scripting() and forward_ad._current_level >= 0:  # type: ignore[attr-defined]
         return False  # PyTorch's convolution has forward-mode derivatives
     return not torch.is_autocast_enabled() and not _needs_gradient(x, weight, bias)
 

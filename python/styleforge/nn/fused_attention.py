@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from styleforge.nn._checks import check_choice
+from styleforge.nn._symbolic import call_in_graph, is_symbolic
 from styleforge.ops import matmul_precision
 from styleforge.ops._common import PRECISIONS, BelowAutograd, autograd_is_idle
 from styleforge.ops._precision import matmuls_of_module, precision_of_products
@@ -247,6 +248,10 @@ class FusedAttention(nn.Module):
             The result, like query; with a key, the pair of it and the weights ([N, queries, keys], or [N,
             num_heads, queries, keys] where they are not averaged) or None.
         """
+        if not _is_scripting():
+            if is_symbolic(query):
+                masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+                return call_in_graph(self, query, key, value, *masks)
         if key is None:
             if not _is_scripting() and attn_mask is None:
                 output = _infer(self, query, key_padding_mask, is_causal)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad as _forward_ad
+from torch.autograd import forward_ad
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")
 FFN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -53,32 +54,15 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
 
 
-def differentiates_forward() -> bool:
-    """Whether tensors may carry forward-mode derivatives, those of ``torch.func.jvp`` among others."""
-    return _forward_ad._current_level >= 0
-
-
-def refuse_tangents(op: str, tensors: Iterable[Any]) -> None:
-    """Says that there is no forward-mode derivative where one is asked for; it would silently be zero.
-
-    Under ``differentiates_forward`` only.
-
-    Raises:
-        RuntimeError: one of the tensors carries a tangent.
-    """
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and _forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{op}: forward-mode differentiation is not supported")
-
-
 def autograd_is_idle(input: Tensor) -> bool:
     """Whether autograd's kernel would find nothing to do, so that a module may call its operator past it.
 
     That kernel is in Python, which takes the host more time than the rest of a call. All other dispatch keys
     see the call as ever. Not where somebody looks on: modes and subclasses of tensors, who may want gradients
-    after all, TorchScript's tracing, which notes where a call stands, and dynamo, which knows no such guard.
+    after all, TorchScript's tracing, which notes where a call stands, and dynamo, which knows no such guard;
+    nor inside of forward-mode differentiation, which no_grad does not switch off.
     """
-    if _is_dynamo_compiling() or _is_grad_enabled() or _forward_ad._current_level >= 0:
+    if _is_dynamo_compiling() or _is_grad_enabled() or forward_ad._current_level >= 0:
         return False
     return type(input) is Tensor and not _dispatch_modes() and not _is_tracing()
 
@@ -300,6 +284,18 @@ def loop_over_slices(
     return tuple(torch.stack(results) for results in zip(*slices, strict=True))
 
 
+def refuse_tangents(op: str, args: Sequence[Any]) -> None:
+    """Raises NotImplementedError if an argument carries a tangent, which the operator would lose.
+
+    Called where ``forward_ad._current_level`` says that there may be some: looking at each takes time.
+    """
+    if not torch._C._is_fwd_grad_enabled():
+        return
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(f"{op}: forward-mode differentiation is not supported")
+
+
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` from inside an operator's autograd kernel, also under ``torch.func`` transforms.
 
@@ -309,6 +305,37 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
         return function.apply(*args)
     with torch._functorch.utils.enable_single_level_autograd_function():
         return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _as_leaf(tensor: Tensor) -> Tensor:
+    leaf = tensor.detach()
+    leaf.requires_grad = True  # requires_grad_() is refused inside of torch.func's transforms
+    return leaf
+
+
+def first_order(op: str) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., Any]]:
+    """Decorates an ``autograd.Function``'s ``backward``: differentiating that fails with a clear message.
+
+    As ``torch.autograd.function.once_differentiable``, whose message names no operator, and which lets a
+    gradient of what was saved get lost where ``grad_output`` itself needs none.
+    """
+
+    def decorate(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+        @wraps(backward)
+        def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+            with torch.no_grad():
+                result = backward(ctx, *grads)
+            if not _is_grad_enabled():
+                return result
+            if not any(t is not None and t.requires_grad for t in (*grads, *ctx.saved_tensors)):
+                return result
+            message = f"{op}: double backward is not supported"
+            refuse: Any = torch._C._functions.DelayedError(message.encode(), len(result))
+            return refuse(*(None if g is None else _as_leaf(g) for g in result))
+
+        return wrapper
+
+    return decorate
 
 
 class FirstOrderFunction(torch.autograd.Function):

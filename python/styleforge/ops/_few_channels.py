@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from styleforge.ops import _common as common
 from styleforge.ops._column_gradient import CHANNELS, MOST_ROWS
 from styleforge.ops._unfold_columns import MOST_CHANNELS
 
@@ -95,7 +95,7 @@ class FewInputChannels(torch.autograd.Function):
         ctx.save_for_backward(input, weight)
 
     @staticmethod
-    @once_differentiable
+    @common.first_order("fused_conv_instance_norm_relu")
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         channels, width = weight.shape[1], weight.shape[3]
@@ -154,7 +154,7 @@ class ReflectConv2d(torch.autograd.Function):
         ctx.save_for_backward(input, weight)
 
     @staticmethod
-    @once_differentiable
+    @common.first_order("reflect_conv2d")
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad

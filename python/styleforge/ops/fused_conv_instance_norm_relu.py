@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from styleforge.ops import _common as common
 from styleforge.ops import _few_channels as few_channels
@@ -192,7 +192,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(input, weight)
 
     @staticmethod
-    @once_differentiable
+    @common.first_order(NAME)
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         mask = [*ctx.needs_input_grad[:2], False]
@@ -221,7 +221,6 @@ class _UnusedBias(torch.autograd.Function):
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         return grad_output, torch.zeros_like(ctx.saved_tensors[0])
 
@@ -229,7 +228,7 @@ class _UnusedBias(torch.autograd.Function):
 def _autograd(keyset: Any, *args: Any) -> Tensor:
     # As in fused_instance_norm, the first lines are what a call under no_grad costs on top of the operator.
     # Here the arguments stay a tuple: the dispatcher has left out trailing defaults, of which there are many.
-    if common.differentiates_forward():
+    if forward_ad._current_level >= 0:
         common.refuse_tangents(NAME, args)
     if not _is_grad_enabled() or not _any_requires_grad(*args):
         result: Tensor = _redispatch(_below_autograd[keyset.raw_repr()], *args)
@@ -323,16 +322,16 @@ def _autocast(
     with common.no_autocast(input):
         dtype = common.autocast_dtype(input)
         norm_weight, norm_bias = common.norm_params_for(dtype, norm_weight, norm_bias)
-        narrow_weight = cast(weight, dtype)
         if bias is not None:
             # Checked, and not cast: it is not read, and its gradient is zeros in its own dtype.
             common.check_device(NAME, "bias", bias, input)
             common.check_like(NAME, "bias", bias, bias, weight.shape[:1])
-            if _is_grad_enabled() and bias.requires_grad:
-                narrow_weight = common.apply_function(_UnusedBias, narrow_weight, bias)
+        weight = cast(weight, dtype)
+        if bias is not None and _is_grad_enabled() and bias.requires_grad:
+            weight = common.apply_function(_UnusedBias, weight, bias)
         result: Tensor = _op(
             cast(input, dtype),
-            narrow_weight,
+            weight,
             None,
             norm_weight,
             norm_bias,
