@@ -207,6 +207,15 @@ def test_constant_planes_give_the_bias(dtype: torch.dtype, layout: str, device: 
         torch.testing.assert_close(OP(x, None, bias), expected, **close)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_square_of_a_mean_may_overflow(layout: str) -> None:
+    """In float64, whose sums have no wider type. Powers of two: means without a rounding."""
+    for sizes in ((1, 16, 8, 8), (2, 3, 5, 7), (1, 600, 2, 2)):
+        x = torch.full(sizes, 2.0**600, dtype=torch.float64)
+        x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+        assert (OP(x) == 0).all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
