@@ -247,6 +247,15 @@ void check_like(const char* op, const char* name, const TensorFacts& tensor, con
   check_sizes(op, name, tensor, sizes.begin(), static_cast<int64_t>(sizes.size()));
 }
 
+void check_with_dtype(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
+                      ScalarType dtype, std::initializer_list<int64_t> sizes) {
+  check_device(op, name, tensor, input);
+  if (tensor.scalar_type() != dtype) {
+    fail(op, name, " must be ", dtype_text(dtype), ", got ", dtype_text(tensor.scalar_type()));
+  }
+  check_sizes(op, name, tensor, sizes.begin(), static_cast<int64_t>(sizes.size()));
+}
+
 void check_alike(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input) {
   check_like(op, name, tensor, input, nullptr);
   check_sizes(op, name, tensor, input.sizes, input.dim);

@@ -207,6 +207,15 @@ def test_constant_planes_give_the_bias(dtype: torch.dtype, layout: str, device: 
         torch.testing.assert_close(OP(x, None, bias), expected, **close)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_square_of_a_mean_may_overflow(layout: str) -> None:
+    """In float64, whose sums have no wider type. Powers of two: means without a rounding."""
+    for sizes in ((1, 16, 8, 8), (2, 3, 5, 7), (1, 600, 2, 2)):
+        x = torch.full(sizes, 2.0**600, dtype=torch.float64)
+        x = x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+        assert (OP(x) == 0).all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -912,6 +921,36 @@ def test_each_error_is_one_line_that_names_the_argument(case: str, way: str, dev
     with pytest.raises(RuntimeError) as caught:
         OP(*args, **kwargs)
     assert str(caught.value).splitlines()[0] == f"fused_instance_norm: {message}"
+
+
+# what replaces the mean, message after "mean "
+STATISTICS: dict[str, tuple[Tensor, str]] = {
+    "too few": (torch.ones(0), "must have shape [2, 3], got [0]"),
+    "transposed": (torch.ones(3, 2), "must have shape [2, 3], got [3, 2]"),
+    "dtype": (torch.ones(2, 3, dtype=torch.float64), "must be float32, got float64"),
+}
+
+
+@pytest.mark.parametrize("argument", ["mean", "rstd"])
+@pytest.mark.parametrize("case", STATISTICS)
+def test_the_backward_reads_no_statistics_of_another_size(case: str, argument: str) -> None:
+    given, message = STATISTICS[case]
+    x, fits = _x(), torch.ones(2, 3)
+    mean, rstd = (given, fits) if argument == "mean" else (fits, given)
+    with pytest.raises(RuntimeError) as caught:
+        BACKWARD(x, x, mean, rstd, None, None, "none", 0.01, None, None)
+    assert str(caught.value).splitlines()[0] == f"_fused_instance_norm_backward: {argument} {message}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_backward_takes_statistics_of_any_strides(device: str) -> None:
+    x, grad = (tensor(2, 3, 6, 5, device=device) for _ in range(2))
+    _, mean, rstd = FORWARD(x, None, None, 1e-5, "relu", 0.01, None)
+    rest = (None, None, "relu", 0.01, None, None)
+    expected = BACKWARD(grad, x, mean, rstd, *rest)
+    found = BACKWARD(grad, x, mean.t().contiguous().t(), rstd.t().contiguous().t(), *rest)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("argument", ["weight", "bias", "residual"])

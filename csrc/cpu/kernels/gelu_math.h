@@ -152,4 +152,11 @@ inline ValueAndSlope<Vector<Scalar, N>> ffn_activate_with_slope(Vector<Scalar, N
   return {x < V{} ? V{} : x, x <= V{} ? V{} : V{} + one};
 }
 
+// grad * slope at x. relu chooses, as PyTorch's does: 0 times a gradient that overflowed would be NaN.
+template <FfnActivation kActivation, typename V>
+inline V ffn_gradient(V grad, V x, V slope) {
+  if constexpr (kActivation == FfnActivation::kRelu) return x <= V{} ? V{} : grad;
+  return grad * slope;
+}
+
 }  // namespace styleforge::cpu::STYLEFORGE_CPU_ISA
