@@ -45,6 +45,11 @@ styleforge_build_info(styleforge_cuda_build_info)
 add_library(styleforge_cuda SHARED ${STYLEFORGE_CUDA_OPS} ${STYLEFORGE_CUDA_KERNELS}
                                    ${PROJECT_BINARY_DIR}/styleforge_cuda_build_info.cpp)
 target_compile_definitions(styleforge_cuda PRIVATE USE_CUDA)  # the CUDA part of the C shim headers
+# Whether GPUs of 9.0 get code with wgmma, which a kernel cannot be asked at run time ("90-virtual" alone has none).
+if("${STYLEFORGE_CUDA_ARCHS_RESOLVED}" MATCHES "90a")
+  set_source_files_properties(${PROJECT_SOURCE_DIR}/csrc/cuda/common/device_facts.cu
+                              PROPERTIES COMPILE_DEFINITIONS STYLEFORGE_CUDA_90A)
+endif()
 # NDEBUG in every configuration: with assertions in device code ptxas serialises wgmma (warning C7510) and spills.
 target_compile_definitions(styleforge_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:NDEBUG>)
 # Register spills are shown, but are no error: a few bytes in a cold kernel beat what it takes to avoid them. Every other

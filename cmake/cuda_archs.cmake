@@ -3,7 +3,8 @@
 # One architecture is written "90a", "9.0a", "90a-real", "90a-virtual" or "9.0a+PTX"; commas, semicolons and blanks
 # separate. Plain entries become machine code only; if no entry asks for PTX, the highest one without an "a" or "f"
 # suffix also carries its PTX, so that GPUs newer than the toolkit can run the library (PTX of a suffixed architecture
-# runs on that architecture alone).
+# runs on that architecture alone). Machine code of 9.0 is always that of 9.0a, which runs on the same GPUs and alone has
+# wgmma: PyTorch's own lists, which TORCH_CUDA_ARCH_LIST comes from, say 9.0.
 
 set(STYLEFORGE_DEFAULT_CUDA_ARCHS 75 80 86 89 90a 100 120)
 
@@ -53,12 +54,16 @@ function(styleforge_resolve_archs result requested known)
     set(name ${number}${CMAKE_MATCH_3})
     set(plain_name "${CMAKE_MATCH_3}")
     set(form "${CMAKE_MATCH_4}")
+    set(real_name ${name})
+    if(name STREQUAL "90")
+      set(real_name 90a)
+    endif()
     if(NOT number IN_LIST known)
       list(JOIN known " " known_text)
       message(FATAL_ERROR "styleforge: ${STYLEFORGE_NVCC} cannot compile for architecture ${name}; it knows ${known_text}")
     endif()
     if(NOT form STREQUAL "-virtual")
-      list(APPEND real ${name}-real)
+      list(APPEND real ${real_name}-real)
     endif()
     if(form STREQUAL "-virtual" OR form STREQUAL "+PTX")
       list(APPEND virtual ${name}-virtual)

@@ -4,6 +4,12 @@ namespace styleforge::cuda {
 
 namespace {
 constexpr int kMaxDevices = 64;
+// Whether GPUs of 9.0 run code of 9.0a (cmake/cuda.cmake says it). Kernels with wgmma are empty without.
+#ifdef STYLEFORGE_CUDA_90A
+constexpr bool kCompiledFor90a = true;
+#else
+constexpr bool kCompiledFor90a = false;
+#endif
 __global__ void architecture_probe() {}
 }  // namespace
 
@@ -29,7 +35,7 @@ cudaError_t device_facts(DeviceFacts& facts) {
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&probe, architecture_probe);
     if (error != cudaSuccess) return error;
     fresh.compiled_for = probe.ptxVersion;
-    fresh.clusters = fresh.major >= 9 && probe.ptxVersion >= 90;
+    fresh.clusters = fresh.major >= 9 && probe.ptxVersion >= 90 && (fresh.major != 9 || kCompiledFor90a);
     known[device] = fresh;  // two threads write the same values
     ready[device].store(true, std::memory_order_release);
   }
