@@ -509,6 +509,27 @@ def test_a_bias_changes_nothing(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [(64, 64), (64, 34), (3, 32)], ids=str)
+@pytest.mark.parametrize("size", [(16, 18), (150, 131)], ids=str)
+def test_a_residual_may_begin_anywhere(
+    size: tuple[int, int], channels: tuple[int, int], dtype: torch.dtype, device: str
+) -> None:
+    """One element behind a vector's address, in the result's format; few tiles and many."""
+    ci, co = channels
+    w = _weight(co, ci, 3, 3, dtype, device)
+    flat = torch.randn(2 * co * size[0] * size[1] + 1).to(dtype).to(device)[1:]
+    for layout in ("contiguous", "channels_last"):
+        x = tensor(2, ci, *size, dtype=dtype, device=device, layout=layout)
+        r = flat.view(2, co, *size)
+        if layout == "channels_last":
+            r = flat.view(2, *size, co).permute(0, 3, 1, 2)
+        result = OP(x, w, padding=[1, 1], residual=r)
+        assert torch.equal(result, OP(x, w, padding=[1, 1], residual=r.clone()))
+        assert rms_error(result, conv_instance_norm(x, w, padding=(1, 1), residual=r)) < 2e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_infinity_spread_as_in_pytorch(activation: str, device: str) -> None:
     w, r = _weight(5, 3, 3, 3, torch.float32, device), tensor(3, 5, 8, 9, device=device)

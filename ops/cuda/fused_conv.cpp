@@ -170,6 +170,12 @@ Tensor pad_picture(const Tensor& picture, PaddingMode mode, const std::vector<in
   return padded;
 }
 
+// `residual` where the kernels read vectors of it: a copy where it begins at an address that they can not take.
+OptionalTensor aligned_residual(OptionalTensor residual) {
+  if (residual && !aligned(residual->const_data_ptr())) return torch::stable::clone(*residual);
+  return residual;
+}
+
 // The norm over `output` in place; what has to be copied for it is in `call`.
 const InstanceNormParams& prepare_norm(const InstanceNormRequest& request, const OwnedHandle& output,
                                        const ConvInstanceNormFacts& tensors, InstanceNormParams& params,
@@ -177,12 +183,14 @@ const InstanceNormParams& prepare_norm(const InstanceNormRequest& request, const
   const auto given = [](const TensorFacts& tensor) { return tensor.handle != nullptr ? &tensor : nullptr; };
   const TensorFacts of_output = facts_of(output);
   if (fill_dense(request, {of_output, given(tensors.norm_weight), given(tensors.norm_bias), given(tensors.residual)},
-                 params)) {
+                 params) &&
+      aligned(params.residual)) {
     params.output = mutable_data(output);
     return params;
   }
   call = prepare_instance_norm(request, tensor_of(output.get()), optional_tensor_of(tensors.norm_weight),
-                               optional_tensor_of(tensors.norm_bias), optional_tensor_of(tensors.residual));
+                               optional_tensor_of(tensors.norm_bias),
+                               aligned_residual(optional_tensor_of(tensors.residual)));
   return call->params;
 }
 
@@ -295,7 +303,8 @@ std::optional<Tensor> run_picture_conv(const ConvInstanceNormArgs& args, const C
   params.output = raw.mutable_data_ptr();
   InstanceNormRequest request = norm_request(args, plan);
   request.in_place = true;
-  const auto call = prepare_instance_norm(request, output, args.norm_weight, args.norm_bias, args.residual);
+  const auto call =
+      prepare_instance_norm(request, output, args.norm_weight, args.norm_bias, aligned_residual(args.residual));
   const char* name = nullptr;
   check_cuda(kOp, cuda::launch_picture_conv(params, picture, schedule, call.params, scope.stream(), name));
   record_path("conv_instance_norm_relu:cuda", name);
