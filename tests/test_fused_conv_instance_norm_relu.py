@@ -547,6 +547,26 @@ def test_nan_and_infinity_spread_as_in_pytorch(activation: str, device: str) -> 
             assert torch.equal(result.isinf(), expected.isinf())
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")],
+    ids=str,
+)
+@pytest.mark.parametrize("forced", ["", "sm90", "sm90:two_pass", "mma"])
+def test_one_infinite_pixel_spreads_from_every_tile(
+    forced: str, dtype: torch.dtype, precision: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plane has an infinite mean and no variance: NaN everywhere, and no relu makes zeros of it."""
+    monkeypatch.setenv("STYLEFORGE_PATH", forced)
+    for ci, (y, x) in itertools.product((3, 64), ((0, 0), (3, 20), (37, 41), (69, 59))):
+        w = _weight(64, ci, 1, 1, dtype, device)
+        for layout in ("contiguous", "channels_last"):
+            image = tensor(1, ci, 70, 60, dtype=dtype, device=device, layout=layout)
+            image[0, 1, y, x] = float("inf")
+            assert OP(image, w, precision=precision).isnan().all(), (ci, y, x)
+
+
 # --- layouts --------------------------------------------------------------------------------------
 
 
