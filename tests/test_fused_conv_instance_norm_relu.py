@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import styleforge
+from _cuda import capture
 from _reference import (
     ACTIVATIONS,
     DEVICES,
@@ -401,6 +403,25 @@ def test_one_pass_and_two_passes(
             yardstick = torch_conv_instance_norm(*args, **rest)
         allowed = 1.2 * rms_error(yardstick, reference) + 1e-7
         assert errors["sm90"] <= max(allowed, 5e-4 if precision == "tf32" else 0.0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kernel", [3, 9])
+def test_blocks_of_which_two_do_not_fit(kernel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few enough for two a multiprocessor, whose shared memory has room for one; in a graph and outside."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the fused convolution is for sm_90")
+    monkeypatch.setenv("STYLEFORGE_PATH", "sm90")
+    x = tensor(8, 64, 128, 128, dtype=torch.float16, device="cuda", layout="channels_last")
+    w = _weight(64, 64, kernel, kernel, torch.float16, "cuda")
+    call = partial(OP, x, w, stride=[3, 3], padding=[kernel // 2])
+    graph, result = capture(call)
+    assert styleforge.last_path() == "conv_instance_norm_relu:cuda+sm90"
+    result.zero_()
+    graph.replay()
+    reference = conv_instance_norm(x, w, stride=(3, 3), padding=(kernel // 2, kernel // 2))
+    assert rms_error(result, reference) < 1e-3
+    assert torch.equal(result, call())
 
 
 @pytest.mark.cuda

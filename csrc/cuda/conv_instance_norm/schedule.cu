@@ -109,7 +109,8 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     while (bytes() > room && s.input_stages > std::min(tiles * chunks, 2)) --s.input_stages;
     while (bytes() > room && s.weight_stages > std::min(steps, 3)) --s.weight_stages;
     while (bytes() > room && s.input_stages > 1) --s.input_stages;
-    if (several && bytes() > room) return false;
+    // Half of a multiprocessor's is not enough: two blocks would not be resident.
+    if ((several || (resident && room < kShared)) && bytes() > room) return false;
     while (bytes() > kShared && s.weight_stages > std::min(steps, 2)) --s.weight_stages;
     s.tiles = tiles;
     s.stash_offset = (std::max(rings(), stash_bytes) + 127) / 128 * 128;
