@@ -158,6 +158,9 @@ def resolve(tmp_path: Path) -> Callable[..., str]:
         ("7.5 12.0", "75-real;120-real;120-virtual"),
         ("90a", "90a-real"),
         ("90-virtual", "90-virtual"),
+        ("9.0", "90a-real;90-virtual"),
+        ("8.0 9.0+PTX", "80-real;90a-real;90-virtual"),
+        ("90-real;90a", "90a-real;90-virtual"),
         ("", "75-real;80-real;90a-real;120-real;120-virtual"),
     ],
 )

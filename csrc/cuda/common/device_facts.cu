@@ -1,10 +1,20 @@
+#include <algorithm>
+
 #include "launch.h"
 
 namespace styleforge::cuda {
 
 namespace {
 constexpr int kMaxDevices = 64;
-__global__ void architecture_probe() {}
+
+// Code for sm_90 and for sm_90a has the same version, but only the latter has wgmma: of the former, kernels that are
+// made of it are empty. It says so by its launch bound.
+constexpr int kPlainHopper = 32;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__global__ void __launch_bounds__(kPlainHopper) architecture_probe() {}
+#else
+__global__ void __launch_bounds__(2 * kPlainHopper) architecture_probe() {}
+#endif
 }  // namespace
 
 cudaError_t device_facts(DeviceFacts& facts) {
@@ -30,6 +40,8 @@ cudaError_t device_facts(DeviceFacts& facts) {
     if (error != cudaSuccess) return error;
     fresh.compiled_for = probe.ptxVersion;
     fresh.clusters = fresh.major >= 9 && probe.ptxVersion >= 90;
+    const bool plain_hopper = probe.ptxVersion == 90 && probe.maxThreadsPerBlock == kPlainHopper;
+    fresh.major = std::min(fresh.major, plain_hopper ? 8 : probe.ptxVersion / 10);
     known[device] = fresh;  // two threads write the same values
     ready[device].store(true, std::memory_order_release);
   }

@@ -15,6 +15,8 @@ namespace styleforge::cuda {
 
 struct DeviceFacts {
   int device = 0;
+  // Compute capability; `major` is less where the code that runs there was compiled for less, 8 for plain sm_90 and not
+  // sm_90a: what is chosen by it has its instructions.
   int major = 0, minor = 0;
   int multiprocessors = 0;
   int max_shared_per_block = 0;  // with opt-in
