@@ -100,7 +100,7 @@ __device__ __forceinline__ void merge_tiles(const ConvParams& c, const ConvSched
   }
   const float pixels = static_cast<float>(p.pixels);
   const float shift = sum.x / pixels;
-  const float m2 = fmaxf(sum.y - sum.x * shift, 0.0f);  // fmaxf drops NaN; the mean keeps it
+  const float m2 = relu_acc(sum.y - sum.x * shift);  // NaN stays: beside an infinite mean all of the plane is NaN
   const float rstd = reciprocal_sqrt(m2 / pixels + static_cast<float>(p.eps));
   const float2 result = make_float2(pilot + shift, rstd * weight);
   if constexpr (kPublished) {
