@@ -162,17 +162,14 @@ class LinesOut {
     uint4 results[kLines], activated[kLines];
 #pragma unroll
     for (int i = 0; i < kLines; i += 2) {
-      float h[16], slope[16], g[16];
+      float h[16], g[16];
       unpack_line<T>(h, hidden[i]);
       unpack_line<T>(h + 8, hidden[i + 1]);
       unpack_line<T>(g, v[i]);
       unpack_line<T>(g + 8, v[i + 1]);
-      ffn_activate_with_slope<true>(h, slope, p_.activation);
+      ffn_activate_backward<true>(h, g, p_.activation);
 #pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        g[j] *= slope[j];
-        sums[j % 8] += g[j];
-      }
+      for (int j = 0; j < 16; ++j) sums[j % 8] += g[j];
       results[i] = pack_line<T>(g);
       results[i + 1] = pack_line<T>(g + 8);
       activated[i] = pack_line<T>(h);
