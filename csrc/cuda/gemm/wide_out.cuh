@@ -157,8 +157,14 @@ class LinesOut {
 
   // v is the gradient of the activation's result, `hidden` what was activated. Out come the gradient of that and the
   // activation's result again (to `product`); `sums` takes the gradient in. Of 16-bit numbers.
-  __device__ __forceinline__ void gradient(const uint4 (&v)[kLines], const uint4 (&hidden)[kLines], float (&sums)[8],
-                                           int row, int column) const {
+  __device__ __forceinline__ void gradient(uint4 (&v)[kLines], const uint4 (&hidden)[kLines], float (&sums)[8], int row,
+                                           int column) const {
+    if (row + kPartRows > p_.m) {  // rows beyond the last one: an infinite weight made NaN of their zeros
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+        if (row + row_ + 4 * i >= p_.m) v[i] = {};
+      }
+    }
     uint4 results[kLines], activated[kLines];
 #pragma unroll
     for (int i = 0; i < kLines; i += 2) {
