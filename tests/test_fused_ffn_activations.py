@@ -208,3 +208,23 @@ def test_gradients_that_are_not_finite_as_in_pytorch(activation: str, dtype: tor
             assert torch.equal(gradients[2].isnan(), expected.isnan())
             assert torch.equal(gradients[2].isinf(), expected.isinf())
             assert torch.equal(gradients[2] == 0, expected == 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_relu_stops_infinite_gradients_as_in_pytorch(dtype: torch.dtype, device: str) -> None:
+    """Those that overflowed, say, under a gradient scaler."""
+    torch.manual_seed(0)
+    given = [torch.randn(s, device=device).to(dtype) for s in ((40, 16), (64, 16), (64,), (8, 64), (8,))]
+    upstream = torch.ones(40, 8, device=device, dtype=dtype)
+    upstream[7, 3] = math.inf
+
+    def gradients(own: bool) -> tuple[Tensor, ...]:
+        x, w1, b1, w2, b2 = leaves = [t.clone().requires_grad_() for t in given]
+        linear = torch.nn.functional.linear
+        y = OP(*leaves, "relu") if own else linear(linear(x, w1, b1).relu(), w2, b2)
+        return torch.autograd.grad(y, leaves, upstream)
+
+    for ours, theirs in zip(gradients(True), gradients(False), strict=True):
+        for special in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(special(ours), special(theirs))

@@ -295,6 +295,24 @@ def test_gradients_where_the_kernel_does_not_fit(force: Callable[[str, str], Non
             assert_as_accurate(result, yardstick, reference, factor=1.2)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_an_infinite_weight_beside_rows_that_are_not_there(
+    dtype: torch.dtype, force: Callable[[str, str], None]
+) -> None:
+    """Its products with the zeros beyond the last row are no part of a bias's gradient."""
+    force("sm90", "")
+    given = [random_matrix(197, 104, dtype=dtype), *ffn_parameters(104, 328, 72, dtype)]
+    given[2] += 6  # where gelu's slope is positive
+    given[3][3, 5] = math.inf
+    upstream = random_matrix(197, 72, dtype=dtype).abs()
+    ours = _gradients(OP, given, upstream, "gelu", dtype)
+    assert styleforge.last_path() == BACKWARD
+    theirs = _gradients(torch_ffn, given, upstream, "gelu", dtype)
+    assert theirs[2].isposinf().sum() == 1
+    for special in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(special(ours[2]), special(theirs[2]))
+
+
 def test_gradients_have_the_same_bits(force: Callable[[str, str], None]) -> None:
     force("sm90", "")
     given = [random_matrix(1000, 256, dtype=torch.bfloat16), *ffn_parameters(256, 1024, 256, torch.bfloat16)]
