@@ -145,7 +145,9 @@ Tensor checked_pad_upsample(const ConvInstanceNormBackend& backend, const Tensor
     return empty_dense(input, sizes, channels_last, input.scalar_type());
   }
   const Tensor padded = pad_upsample(backend, input, upsample, mode, sides, channels_last);
-  return padded.get() == input.get() ? torch::stable::clone(input) : padded;  // an operator's result is never its input
+  if (padded.get() != input.get()) return padded;
+  Tensor copy = empty_dense(input, sizes, channels_last, input.scalar_type());  // a result is never the input
+  return torch::stable::copy_(copy, input);
 }
 
 Tensor run_conv_instance_norm(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args,

@@ -56,6 +56,18 @@ def test_columns_as_channels(
         assert not result[:, kernel_width * channels :].any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_columns_of_an_empty_picture(device: str) -> None:
+    for sizes in ((2, 3, 0, 8), (2, 3, 8, 0), (0, 3, 8, 8)):
+        x = torch.empty(sizes, device=device)
+        result = UNFOLD(x, 3, (2, 2), "zeros")
+        assert result.shape == (sizes[0], 12, sizes[2] + 4, sizes[3] + 2)
+        assert not result.any()
+        if x.shape[0] > 0:
+            with pytest.raises(RuntimeError, match=r"non-?empty|non-zero"):
+                UNFOLD(x, 3, (2, 2), "replicate")
+
+
 @pytest.mark.parametrize("major", [7, 8, 9])
 def test_gradients_by_column_are_for_tensor_cores_of_8_0(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below, the kernel has nothing in it."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from _reference import dense_strides
 from styleforge.ops import pad_upsample
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -53,6 +54,19 @@ def test_result_and_gradient(
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance)
     again = torch.autograd.grad(pad_upsample(ours, padding, padding_mode=mode, upsample=upsample), ours, grad)
     assert torch.equal(got, again[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("padding", [(0, 0), (1, 0)])
+def test_any_strides_give_a_dense_result(padding: tuple[int, int], device: str) -> None:
+    x = torch.randn(3, 2, 7, 6, device=device)
+    for given in (x.permute(1, 0, 3, 2), x.permute(1, 2, 3, 0), x[:, :, 1:, 1:], x[:1].expand(3, 2, 7, 6)):
+        result = pad_upsample(given, padding)
+        assert torch.equal(result, plain(given, padding, "zeros", 1))
+        assert result.stride() == dense_strides(result.shape, given)
+        torch.library.opcheck(
+            torch.ops.styleforge._pad_upsample.default, (given, padding), test_utils="test_faketensor"
+        )
 
 
 @pytest.mark.parametrize("mode, padding, upsample", CASES)

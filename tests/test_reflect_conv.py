@@ -142,6 +142,8 @@ def test_operator_opcheck(device: str) -> None:
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
     torch.library.opcheck(op, (x, weight, bias), test_utils=tests)
     torch.library.opcheck(op, (x.contiguous(), weight, None, "tf32"), test_utils=tests)
+    for given in (x, x.contiguous()):  # strides of a single channel as well
+        assert op(given, weight[:1]).stride() == dense_strides((2, 1, 12, 16), given)
 
 
 @pytest.mark.cuda

@@ -112,6 +112,16 @@ def empty_like_format(input: Tensor, sizes: Sequence[Any], channels_last: bool) 
     return torch.empty(tuple(sizes), dtype=input.dtype, device=input.device, memory_format=memory_format)
 
 
+def in_format(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The values in one of the dense formats, with its strides also in dimensions of one element."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    dense = tensor.contiguous(memory_format=memory_format)
+    if 1 not in dense.shape:
+        return dense
+    strides = torch.empty(dense.shape, device="meta", memory_format=memory_format).stride()
+    return dense if dense.stride() == strides else dense.as_strided(dense.shape, strides)
+
+
 def check(op: str, condition: Any, message: Callable[[], str]) -> None:
     """``torch._check`` with the operator's name in front, worded as the C++ checks."""
     torch._check(condition, lambda: f"{op}: {message()}")
