@@ -31,7 +31,8 @@ def capture(
             (warm_up or function)()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Without a stream it takes that of the first graph of the process, on whichever device.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         result = function()
     return graph, result
 
