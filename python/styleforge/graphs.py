@@ -57,6 +57,7 @@ class GraphedModel:
         arguments = tree_unflatten(self._inputs, self._structure)
         with torch.cuda.device(self._device), torch.no_grad():
             self.graph, self._output = capture(lambda: model(*arguments))
+            self._stream = torch.cuda.current_stream()
         # The graph does not keep what it reads alive.
         self._model = model
 
@@ -70,6 +71,10 @@ class GraphedModel:
         if structure != self._structure:
             raise ValueError(f"graphed: expected arguments like {self._structure}, got {structure}")
         with torch.cuda.device(self._device), torch.no_grad():
+            stream = torch.cuda.current_stream()
+            if stream != self._stream:  # where the call before may still read what this one overwrites
+                stream.wait_stream(self._stream)
+                self._stream = stream
             for index, (held, given) in enumerate(zip(self._inputs, leaves, strict=True)):
                 if not isinstance(held, Tensor):
                     if given is not held and given != held:
