@@ -92,6 +92,18 @@ def test_nested_arguments_and_results() -> None:
 
 
 @pytest.mark.cuda
+def test_the_captured_parameters_outlive_the_models() -> None:
+    layer = styleforge.FusedInstanceNorm2d(256).eval().cuda()
+    picture = torch.randn(1, 256, 8, 8, device="cuda")
+    fast = styleforge.graphed(layer, picture)
+    expected = fast(picture).clone()
+    layer.load_state_dict({name: t * 2 for name, t in layer.state_dict().items()}, assign=True)
+    others = [torch.full((256,), float("nan"), device="cuda") for _ in range(64)]
+    assert torch.equal(fast(picture), expected)
+    del others
+
+
+@pytest.mark.cuda
 def test_calls_on_two_streams_do_not_overtake_each_other() -> None:
     def model(x: Tensor) -> Tensor:
         torch.cuda._sleep(50_000_000)

@@ -58,8 +58,11 @@ class GraphedModel:
         with torch.cuda.device(self._device), torch.no_grad():
             self.graph, self._output = capture(lambda: model(*arguments))
             self._stream = torch.cuda.current_stream()
-        # The graph does not keep what it reads alive.
+        # The graph does not keep what it reads alive, nor does the model once it is given other tensors.
         self._model = model
+        self._read: list[Tensor] = []
+        if isinstance(model, torch.nn.Module):
+            self._read = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
 
     def __call__(self, *args: Any) -> Any:
         """The model's result for ``args``, in tensors that the next call overwrites.
@@ -90,7 +93,9 @@ def graphed(model: Callable[..., Any], example: Any) -> GraphedModel:
     """Captures ``model`` in a CUDA graph, for inference with one shape.
 
     A replay costs the host a few microseconds whatever the number of layers; the parameters are read at each
-    replay, so in-place changes of them count. Nothing in the model may wait for the GPU or depend on values.
+    replay, so in-place changes of them count; after those that give the model other tensors (``half``,
+    ``load_state_dict(assign=True)``) it has to be captured again. Nothing in the model may wait for the GPU
+    or depend on values.
 
     Args:
         model: a module in eval mode, or a function.
