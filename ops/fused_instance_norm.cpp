@@ -185,7 +185,7 @@ InstanceNormBackwardCall prepare_instance_norm_backward(const Tensor& grad_outpu
   params.grad_output = dense_data(grad_output, channels_last, call.held);
   if (residual) params.residual = dense_data(*residual, channels_last, call.held);
   if (output) params.saved_output = dense_data(*output, channels_last, call.held);
-  params.mean = const_cast<void*>(param_data(mean, call.held));
+  params.mean = const_cast<void*>(param_data(mean, call.held));  // under vmap the same for all samples: expanded
   params.rstd = const_cast<void*>(param_data(rstd, call.held));
   fill_weight(params, op, weight, bias, call.held);
 

@@ -92,6 +92,37 @@ def test_nested_arguments_and_results() -> None:
 
 
 @pytest.mark.cuda
+def test_the_captured_parameters_outlive_the_models() -> None:
+    layer = styleforge.FusedInstanceNorm2d(256).eval().cuda()
+    picture = torch.randn(1, 256, 8, 8, device="cuda")
+    fast = styleforge.graphed(layer, picture)
+    expected = fast(picture).clone()
+    layer.load_state_dict({name: t * 2 for name, t in layer.state_dict().items()}, assign=True)
+    others = [torch.full((256,), float("nan"), device="cuda") for _ in range(64)]
+    assert torch.equal(fast(picture), expected)
+    del others
+
+
+@pytest.mark.cuda
+def test_calls_on_two_streams_do_not_overtake_each_other() -> None:
+    def model(x: Tensor) -> Tensor:
+        torch.cuda._sleep(50_000_000)
+        return x * 2
+
+    pictures = list(torch.randn(4, 256, 256, device="cuda"))
+    fast = styleforge.graphed(model, pictures[0])
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    results = []
+    for i, picture in enumerate(pictures):
+        with torch.cuda.stream(streams[i % 2]):
+            results.append(fast(picture).clone())
+    torch.cuda.synchronize()
+    for picture, result in zip(pictures, results, strict=True):
+        assert torch.equal(result, picture * 2)
+
+
+@pytest.mark.cuda
 def test_other_arguments_are_refused() -> None:
     fast = styleforge.graphed(lambda x, n: x * n, (torch.ones(2, 3, device="cuda"), 2))
     with pytest.raises(ValueError, match=r"argument 0 was captured with shape \[2, 3\], got \[3, 2\]"):

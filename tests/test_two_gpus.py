@@ -116,6 +116,19 @@ def test_graphs_of_the_second() -> None:
             assert torch.equal(result, expected), case
 
 
+def test_graphed_models_of_both() -> None:
+    """One after the other: the second one's capture must not be the first one's device's."""
+    layers, pictures = {}, {}
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        layers[device] = styleforge.FusedInstanceNorm2d(4).eval().to(device)
+        pictures[device] = torch.randn(2, 1, 4, 16, 16, device=device)
+        fast = styleforge.graphed(layers[device], pictures[device][0])
+        with torch.no_grad():
+            for picture in pictures[device]:
+                assert torch.equal(fast(picture), layers[device](picture))
+    assert torch.cuda.current_device() == 0
+
+
 def test_tensors_of_two_gpus_are_refused() -> None:
     for case in CASES:
         operator, given = CASES[case](torch.float32)

@@ -22,7 +22,7 @@ from styleforge.ops import _common as common
 from styleforge.ops import _few_channels as few_channels
 from styleforge.ops._cast import cast
 from styleforge.ops._pad_upsample import PadUpsample
-from styleforge.ops._precision import conv_precision, convolutions_in
+from styleforge.ops._precision import conv_precision, convolutions_are_in, convolutions_in
 
 NAME = "fused_conv_instance_norm_relu"
 _op = torch.ops.styleforge.fused_conv_instance_norm_relu.default
@@ -296,7 +296,7 @@ def _convolution(
     if upsample != 1 or padding_mode != "zeros":
         sides, padding = (padding, (0, 0)) if padding_mode != "zeros" else ((0, 0), padding)
         input = common.apply_function(PadUpsample, input, sides, padding_mode, upsample)
-    if input.is_cuda and input.dtype == torch.float32 and precision != conv_precision():
+    if input.is_cuda and input.dtype == torch.float32 and not convolutions_are_in(precision):
         result: Tensor = common.apply_function(_Convolution, input, weight, stride, padding, precision)
         return result
     return F.conv2d(input, weight, None, stride, padding)
