@@ -263,11 +263,45 @@ def test_unsupported_layers_are_refused(case: str) -> None:
         ({"padding_mode": "circular"}, "padding_mode must be one of"),
         ({"precision": "fp8"}, "precision must be one of"),
         ({"upsample": 3}, "upsample must be 1 or 2, got 3"),
+        ({"padding": "same"}, "padding must be one or two integers >= 0, got 'same'"),
+        ({"padding": -1}, "padding must be one or two integers >= 0, got -1"),
+        ({"stride": 0}, "stride must be one or two integers >= 1, got 0"),
+        ({"stride": 1.5}, "stride must be one or two integers >= 1, got 1.5"),
+        ({"kernel_size": 0}, "kernel_size must be one or two integers >= 1, got 0"),
+        ({"kernel_size": (3, 3, 3)}, r"kernel_size must be one or two integers >= 1, got \(3, 3, 3\)"),
+        ({"in_channels": 0}, "in_channels must be positive, got 0"),
+        ({"out_channels": -6}, "out_channels must be positive, got -6"),
     ],
 )
 def test_wrong_constructor_arguments_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        FusedConvInstanceNormReLU(4, 6, 3, **arguments)
+        FusedConvInstanceNormReLU(**{"in_channels": 4, "out_channels": 6, **arguments})
+
+
+LAYERS_OF_ANOTHER_CLASS: dict[str, Any] = {
+    "conv must be an nn.Conv2d, got ConvTranspose2d": lambda: FusedConvInstanceNormReLU.from_torch(
+        nn.ConvTranspose2d(4, 4, 3), nn.InstanceNorm2d(4)
+    ),
+    "norm must be an nn.InstanceNorm2d, got BatchNorm2d": lambda: FusedConvInstanceNormReLU.from_torch(
+        nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)
+    ),
+    "norm must be an nn.InstanceNorm2d, got InstanceNorm1d": lambda: FusedInstanceNorm2d.from_torch(
+        nn.InstanceNorm1d(4)
+    ),
+    "attention must be an nn.MultiheadAttention, got FusedAttention": lambda: (
+        styleforge.FusedAttention.from_torch(styleforge.FusedAttention(8, 2))
+    ),
+    "layers must be two linear layers, .* or nn.TransformerEncoderLayer, got Linear": lambda: (
+        styleforge.FusedFFN.from_torch(nn.Linear(4, 4))
+    ),
+}
+
+
+@pytest.mark.parametrize("words", LAYERS_OF_ANOTHER_CLASS)
+def test_layers_of_another_class_are_refused(words: str) -> None:
+    """Some have all the attributes that are read, and would give other numbers without a word."""
+    with pytest.raises(TypeError, match=words):
+        LAYERS_OF_ANOTHER_CLASS[words]()
 
 
 def test_load_from_pytorch_copies() -> None:

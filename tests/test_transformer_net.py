@@ -210,6 +210,33 @@ def test_trains_with_distributed_data_parallel(dtype: torch.dtype | None, tmp_pa
         torch.distributed.destroy_process_group()
 
 
+def test_transforms_match_a_loop() -> None:
+    """vmap over pictures, per-sample gradients, and several networks at once."""
+    from torch.func import functional_call, grad, stack_module_state, vmap
+
+    net, x = make_net(2).double(), photo(3, 3, 12, 16, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def run(parameters: dict[str, Tensor], picture: Tensor) -> Tensor:
+        return functional_call(net, parameters, (picture[None],))[0]
+
+    expected = net(x).detach()
+    torch.testing.assert_close(vmap(run, (None, 0))(parameters, x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(vmap(run, (None, 0))(parameters, x), expected)
+
+    loss = grad(lambda parameters, picture: run(parameters, picture).square().sum())
+    per_sample = vmap(loss, (None, 0))(parameters, x)
+    for i, picture in enumerate(x):
+        for name, gradient in loss(parameters, picture).items():
+            torch.testing.assert_close(per_sample[name][i], gradient, msg=name)
+
+    nets = [make_net(2).double(), net.to_torch()]
+    stacked, _ = stack_module_state([nets[0], TransformerNet.from_torch(nets[1])])
+    results = vmap(run, (0, None))(stacked, x[0])
+    torch.testing.assert_close(results, torch.stack([n(x[:1])[0] for n in nets]))
+
+
 def test_script_saved_and_loaded(tmp_path) -> None:
     net = make_net(4)
     path = tmp_path / "net.pt"

@@ -89,6 +89,13 @@ def _recorded() -> bool:
     return False
 
 
+def formats_are_known() -> bool:
+    """Whether a tensor may be asked for channels_last: ``torch.func.vmap`` refuses that."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+    return True
+
+
 def _needs_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -130,6 +137,7 @@ def _takes_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.size(2) >= height
         and x.size(3) >= width
         and weight.size(0) <= 4
+        and formats_are_known()
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 

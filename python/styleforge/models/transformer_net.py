@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import conv_precision, fused_conv_instance_norm_relu
-from ._reflect_conv import reflect_conv2d
+from ._reflect_conv import formats_are_known, reflect_conv2d
 from .checkpoints import check_state_dict, clean_state_dict, infer_base_channels
 from .torch_transformer_net import TorchTransformerNet
 
@@ -162,10 +162,12 @@ class TransformerNet(nn.Module):
         Raises:
             RuntimeError: where an operator refuses shape, dtype or device, naming the argument.
         """
-        keep_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        keep_channels_last = False
         y = x
-        if self.channels_last:
-            y = y.contiguous(memory_format=torch.channels_last)
+        if formats_are_known():
+            keep_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            if self.channels_last:
+                y = y.contiguous(memory_format=torch.channels_last)
         c1, c2, c3 = self.conv1.conv2d, self.conv2.conv2d, self.conv3.conv2d
         d1, d2 = self.deconv1.conv2d, self.deconv2.conv2d
         n1, n2, n3, n4, n5 = self.in1, self.in2, self.in3, self.in4, self.in5

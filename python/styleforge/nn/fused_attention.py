@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from styleforge.nn._checks import check_choice
+from styleforge.nn._checks import check_choice, check_type
 from styleforge.nn._symbolic import call_in_graph, is_symbolic
 from styleforge.ops import matmul_precision
 from styleforge.ops._common import PRECISIONS, BelowAutograd, autograd_is_idle
@@ -167,8 +167,10 @@ class FusedAttention(nn.Module):
             precision: as in the constructor.
 
         Raises:
+            TypeError: the module is of another class.
             ValueError: the module has something that the fused module does not.
         """
+        check_type("attention", attention, nn.MultiheadAttention)
         if not attention._qkv_same_embed_dim:
             raise ValueError(
                 f"kdim and vdim must be embed_dim, {attention.embed_dim}, got {attention.kdim} and "

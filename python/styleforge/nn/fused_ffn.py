@@ -124,6 +124,7 @@ class FusedFFN(nn.Module):
             precision: as in the constructor.
 
         Raises:
+            TypeError: a layer of another class is given.
             ValueError: the layers have something that the fused module does not.
         """
         fc1, fc2, found, drops = _parts(layers)
@@ -264,6 +265,11 @@ def _parts(
             )
         return layers.linear1, layers.linear2, activation, (layers.dropout.p, layers.dropout2.p)
     expected = "Linear, activation, (Dropout,) Linear, (Dropout)"
+    if not hasattr(layers, "__iter__"):
+        raise TypeError(
+            f"layers must be two linear layers, nn.Sequential of {expected}, or nn.TransformerEncoderLayer, "
+            f"got {type(layers).__name__}"
+        )
     names = ", ".join(type(m).__name__ for m in layers)
     if not isinstance(layers, nn.Sequential):
         if len(layers) != 2 or not all(isinstance(m, nn.Linear) for m in layers):
