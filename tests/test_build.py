@@ -211,7 +211,7 @@ def test_wheel() -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize(("arch", "whole"), [("90a", True), ("90", False), ("80", False)])
 def test_the_probe_tells_code_with_wgmma(arch: str, whole: bool, tmp_path: Path) -> None:
-    """90 and 90a have one version; on a Hopper GPU, code for plain 90 has empty kernels in place of wgmma's."""
+    """90 and 90a have one version, but in code for plain 90 the kernels that need wgmma are empty."""
     ptx = tmp_path / "probe.ptx"
     source = ROOT / "csrc" / "cuda" / "common" / "device_facts.cu"
     subprocess.run(["nvcc", "-std=c++20", "-ptx", f"-arch=compute_{arch}", source, "-o", ptx], check=True)

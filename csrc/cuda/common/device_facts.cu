@@ -5,15 +5,14 @@ namespace styleforge::cuda {
 namespace {
 constexpr int kMaxDevices = 64;
 
-// Tells plain sm_90 code, which the version does not, from that of sm_90a, by the threads that a block may have. In
-// plain code the kernels with wgmma have nothing in them: it counts as code of an older architecture.
-constexpr int kPlainThreads = 96;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define STYLEFORGE_PROBE_THREADS kPlainThreads
+// By its largest block the probe says whether the code that runs was compiled with wgmma, which 90a has and 90 has not:
+// its version is that of both.
+constexpr int kWithWgmma = 64;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__global__ void __launch_bounds__(kWithWgmma) architecture_probe() {}
 #else
-#define STYLEFORGE_PROBE_THREADS 1024
+__global__ void architecture_probe() {}
 #endif
-__global__ void __launch_bounds__(STYLEFORGE_PROBE_THREADS) architecture_probe() {}
 }  // namespace
 
 cudaError_t device_facts(DeviceFacts& facts) {
@@ -38,8 +37,9 @@ cudaError_t device_facts(DeviceFacts& facts) {
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&probe, architecture_probe);
     if (error != cudaSuccess) return error;
     fresh.compiled_for = probe.ptxVersion;
-    const bool plain = fresh.major == 9 && probe.maxThreadsPerBlock == kPlainThreads;
-    fresh.clusters = fresh.major >= 9 && probe.ptxVersion >= 90 && !plain;
+    // On 9.0 schedules hold clusters and wgmma for one; the kernels that need both are empty in code for plain 90.
+    const bool whole = fresh.major != 9 || probe.maxThreadsPerBlock == kWithWgmma;
+    fresh.clusters = fresh.major >= 9 && probe.ptxVersion >= 90 && whole;
     known[device] = fresh;  // two threads write the same values
     ready[device].store(true, std::memory_order_release);
   }
