@@ -70,6 +70,7 @@ ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormOptions& opti
       fail(kOp, "weight's kernel [", of[2], ", ", of[3], "] must not be larger than the padded input, got input ",
            shape_text(input), " with padding [", plan.padding[0], ", ", plan.padding[1], "]");
     }
+    plan.stride[d] = std::min(plan.stride[d], room + 1);  // beyond that there is one position whatever the stride
     plan.output_sizes[2 + d] = room / plan.stride[d] + 1;
   }
   plan.channels_last = prefers_channels_last(input);

@@ -530,6 +530,18 @@ def test_a_bias_changes_nothing(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channels", [3, 64])
+@pytest.mark.parametrize("stride", [(1, 286331153), (613566757, 1), (1, 2**32), (2**40, 2)], ids=str)
+def test_strides_beyond_the_input(stride: tuple[int, int], channels: int, device: str) -> None:
+    """Of which the extent of a tile's input is 0, or 10, or negative in 32 bits."""
+    x, w = tensor(2, channels, 8, 9, device=device), _weight(64, channels, 1, 1, torch.float32, device)
+    result = OP(x, w, stride=stride)
+    expected = conv_instance_norm(x, w, stride=[min(s, 9) for s in stride])
+    assert result.shape == expected.shape
+    assert rms_error(result, expected) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("channels", [(64, 64), (64, 34), (3, 32)], ids=str)
 @pytest.mark.parametrize("size", [(16, 18), (150, 131)], ids=str)

@@ -1,5 +1,7 @@
 #include "fused_conv.h"
 
+#include <algorithm>
+
 #include "../../csrc/cuda/common/launch.h"
 #include "../../csrc/cuda/conv_instance_norm/launch.h"
 #include "../../csrc/cuda/pad/launch.h"
@@ -13,6 +15,14 @@ namespace {
 constexpr const char* kOp = "fused_conv_instance_norm_relu";
 
 int narrow(int64_t value) { return static_cast<int>(value); }
+
+// The kernels' coordinates have 32 bits. Sizes are those of tensors in memory; padding may be anything, and a stride is
+// at most the padded size.
+bool takes_steps(const ConvInstanceNormPlan& plan) {
+  constexpr int64_t kMostStride = 65535, kMostPadding = 1 << 28;
+  return std::max(plan.stride[0], plan.stride[1]) <= kMostStride &&
+         std::max(plan.padding[0], plan.padding[1]) <= kMostPadding;
+}
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
@@ -222,7 +232,7 @@ std::optional<OwnedHandle> run_fused_conv(const ConvInstanceNormOptions& options
                                           const ConvInstanceNormPlan& plan) {
   const bool phases = takes_upsample_phases(options, tensors.weight, plan);
   cuda::ConvParams params = output_params(tensors.input, plan);
-  if (params.dtype == DType::kFloat64 || (options.upsample != 1 && !phases)) return {};
+  if (params.dtype == DType::kFloat64 || (options.upsample != 1 && !phases) || !takes_steps(plan)) return {};
   params.in_channels = narrow(tensors.input.sizes[1]);
   params.height = narrow(tensors.input.sizes[2]);
   params.width = narrow(tensors.input.sizes[3]);
@@ -267,7 +277,7 @@ std::optional<OwnedHandle> run_fused_conv(const ConvInstanceNormOptions& options
 }
 
 std::optional<Tensor> run_picture_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
-  if (args.upsample != 1) return {};
+  if (args.upsample != 1 || !takes_steps(plan)) return {};
   cuda::ConvParams params = output_params(args.input, plan);
   params.in_channels = narrow(args.input.size(1));
   params.height = narrow(args.input.size(2));
@@ -315,6 +325,7 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
   const int64_t full = 16 / static_cast<int64_t>(args.input.element_size());
   const int64_t kernel_w = args.weight.size(3);
   if (args.input.scalar_type() == ScalarType::Double || args.upsample != 1 || args.input.size(1) >= full) return {};
+  if (!takes_steps(plan)) return {};
   cuda::ConvParams params = output_params(args.input, plan);
   params.precision = float32_where_cudnn_has_it(params.precision);
   const int64_t padded_width = args.input.size(3) + 2 * plan.padding[1];

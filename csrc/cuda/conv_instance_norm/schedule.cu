@@ -38,6 +38,7 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   // A chunk is always computed whole: not where most of it would be zeros.
   if (p.in_channels * element * 2 < kChunk) return;
   if (p.batch > 65535 || int64_t{p.height} * p.width * p.in_channels > INT32_MAX) return;
+  if (weights_of(p) > kMaxWeights) return;
 
   const int height = p.phases == 1 ? p.out_height : p.height;
   const int width = p.phases == 1 ? p.out_width : p.width;
@@ -78,6 +79,7 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
 
   s.halo_height = (s.tile_height - 1) * p.stride_h + p.kernel_h;
   s.halo_width = (s.kTileWidth - 1) * p.stride_w + p.kernel_w;
+  if (s.halo_height > 256 || s.halo_width > 256) return;  // of a TMA box
   s.halo_divisor = rounded_reciprocal(s.halo_width);
   s.tiles_x_divisor = rounded_reciprocal(s.tiles_x);
   s.halo_bytes = (s.halo_height * s.halo_width * kChunk + 1023) / 1024 * 1024;
@@ -131,7 +133,6 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   // To NCHW, the phases of an upsampling would each write every second element; tiles of 128 channels take the same
   // time in TF32 either way, and in fp16 1.5 us more in one pass (1x128x128x128 and 8x128x64x64).
   s.resident_nchw = s.resident && p.phases == 1 && (s.columns < 128 || one_pass);
-  if (s.halo_height > 256 || s.halo_width > 256) return;  // of a TMA box
   // Blocks with other columns of the same tile bring its input for each other, where all of it has a place of its own:
   // 0.3 us of 6 to 9 in 16 bits, but of four chunks 0.2 more. Clusters of two always find room, those of four do not.
   const bool once = s.resident && s.tiles == 1 && chunks <= std::min(s.input_stages, 2) && all <= facts.multiprocessors;

@@ -17,6 +17,13 @@ constexpr int kMaxInputStages = 4, kMaxWeightStages = 8;
 // Channels that a block merges at a time where the merge is a step of its own: a sector of 32 bytes of moments.
 constexpr int kMergeSlice = 4;
 
+// What the fused kernels take: those that rewrite weights number their threads in 32 bits, the idle ones of a last
+// block or plane of blocks included.
+constexpr int64_t kMaxWeights = INT32_MAX / 2;
+inline int64_t weights_of(const ConvParams& p) {
+  return int64_t{p.phases} * p.out_channels * p.kernel_h * p.kernel_w * p.in_channels;
+}
+
 // __umulhi(value, rounded_reciprocal(d)) is value / d where value * d < 2^32 and d > 1.
 inline unsigned rounded_reciprocal(int d) {
   return static_cast<unsigned>((uint64_t{1} << 32) / static_cast<unsigned>(d) + 1);
