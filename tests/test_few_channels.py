@@ -80,6 +80,26 @@ def test_gradients_by_column_are_for_tensor_cores_of_8_0(major: int, monkeypatch
     assert few_channels._takes_column_gradient(grad, input, weight) == (major >= 8)
 
 
+@pytest.mark.parametrize("batch", [0, 1, 65535, 65536])
+def test_gradients_by_column_are_for_what_a_grid_holds(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
+    with FakeTensorMode():
+        grad, input, weight = (
+            torch.empty(sizes, dtype=torch.float16, device="cuda")
+            for sizes in ((batch, 32, 8, 8), (batch, 32, 16, 8), (32, 32, 9, 1))
+        )
+    assert few_channels._takes_column_gradient(grad, input, weight) == (0 < batch <= 65535)
+
+
+@pytest.mark.cuda
+def test_no_picture_trains() -> None:
+    x = torch.empty(0, 3, 16, 16, device="cuda", dtype=torch.float16, requires_grad=True)
+    w = torch.randn(32, 3, 9, 9, device="cuda", dtype=torch.float16, requires_grad=True)
+    fused_conv_instance_norm_relu(x, w, padding=4).sum().backward()
+    assert w.grad is not None and not w.grad.any()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size, padding", [((5, 5), (2, 2)), ((3, 6), (0, 1)), ((4, 5), (1, 3))])
 def test_gradients_of_few_input_channels(size: tuple[int, int], padding: tuple[int, int], mode: str) -> None:

@@ -97,10 +97,10 @@ def empty_like_format(input: Tensor, sizes: Sequence[Any], channels_last: bool) 
 
 
 def in_format(tensor: Tensor, channels_last: bool) -> Tensor:
-    """The values in one of the dense formats, with its strides also in dimensions of one element."""
+    """The values in one of the dense formats, with its strides also in dimensions of one element or none."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     dense = tensor.contiguous(memory_format=memory_format)
-    if 1 not in dense.shape:
+    if all(size > 1 for size in dense.shape):
         return dense
     strides = torch.empty(dense.shape, device="meta", memory_format=memory_format).stride()
     return dense if dense.stride() == strides else dense.as_strided(dense.shape, strides)

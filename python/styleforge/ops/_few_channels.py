@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from styleforge.ops import _common as common
-from styleforge.ops._column_gradient import CHANNELS, MOST_ROWS
+from styleforge.ops._column_gradient import CHANNELS, MOST_ROWS, MOST_SAMPLES
 from styleforge.ops._unfold_columns import MOST_CHANNELS
 
 _unfold = torch.ops.styleforge._unfold_columns.default
@@ -68,6 +68,7 @@ def _takes_column_gradient(grad_output: Tensor, input: Tensor, weight: Tensor) -
         and weight.shape[0] == weight.shape[1] == CHANNELS
         and weight.shape[2] <= MOST_ROWS
         and grad_output.dtype == input.dtype
+        and 0 < input.shape[0] <= MOST_SAMPLES
         and torch.cuda.get_device_properties(input.device).major >= 8
     )
 
