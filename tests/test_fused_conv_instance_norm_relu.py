@@ -888,7 +888,7 @@ ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "norm_weight dtype": (
         (_x(), _w()),
         {"norm_weight": _x(4, dtype=torch.float16)},
-        "norm_weight must be float32 (the dtype of input) or float32, got float16",
+        "norm_weight must be float32, got float16",
     ),
     "norm shapes": (
         (_x(), _w()),

@@ -863,7 +863,7 @@ ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "weight float64": (
         (_x(), _x(3, dtype=torch.float64)),
         {},
-        "weight must be float32 (the dtype of input) or float32, got float64",
+        "weight must be float32, got float64",
     ),
     "bias length": ((_x(), None, _x(5)), {}, "bias must have shape [3] or [2, 3], got [5]"),
     "bias dtype": (

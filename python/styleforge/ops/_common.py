@@ -137,10 +137,8 @@ def check_norm_params(
             continue
         check_device(op, name, param, input)
         if param.dtype not in (input.dtype, torch.float32):
-            raise RuntimeError(
-                f"{op}: {name} must be {_name(input.dtype)} (the dtype of input) or float32, "
-                f"got {_name(param.dtype)}"
-            )
+            other = "" if input.dtype == torch.float32 else " (the dtype of input) or float32"
+            raise RuntimeError(f"{op}: {name} must be {_name(input.dtype)}{other}, got {_name(param.dtype)}")
         batch = input.shape[0]
         expected = (batch, channels) if param.dim() == 2 else (channels,)
         fits = param.dim() in (1, 2) and all(a == b for a, b in zip(param.shape, expected, strict=False))
