@@ -22,7 +22,8 @@ function(styleforge_add_cpu_kernels isa)
   add_library(styleforge_cpu_${isa} OBJECT ${STYLEFORGE_CPU_KERNELS})
   target_compile_definitions(styleforge_cpu_${isa} PRIVATE STYLEFORGE_CPU_ISA=${isa})
   target_compile_options(styleforge_cpu_${isa} PRIVATE -Wall -Wextra -Wno-psabi
-                                                       -Wno-uninitialized -Wno-maybe-uninitialized
+                                                       $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized>
+                                                       $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>
                                                        -O3 -fno-math-errno -fno-trapping-math
                                                        $<$<BOOL:${STYLEFORGE_WERROR}>:-Werror> ${ARGN})
   target_sources(styleforge PRIVATE $<TARGET_OBJECTS:styleforge_cpu_${isa}>)
