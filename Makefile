@@ -5,6 +5,7 @@
 # make docs    the reference from the docstrings, in build/docs; looks for links that lead nowhere
 # make lint    ruff, mypy and clang-format; `make format` rewrites what can be rewritten
 # make cuda    the CUDA library with nvcc (no GPU needed), e.g. make cuda ARCHS="80;90a" WERROR=ON
+# make sanitize    the CPU library with GCC's address and undefined-behaviour sanitizers, and the operators' tests on it
 # make wheel   a wheel in dist/
 # make clean   removes what the above made, the environment included
 #
@@ -30,7 +31,7 @@ CPP_SOURCES := $(shell find ops csrc cmake include examples tests/cpp -name '*.c
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export SKBUILD_BUILD_DIR := $(BUILD)/{wheel_tag}
 
-.PHONY: demo test support-table performance-tables docs lint format cuda wheel clean
+.PHONY: demo test support-table performance-tables docs lint format cuda sanitize wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.package
@@ -73,6 +74,16 @@ cuda: $(VENV)/.build-tools
 	  -DSTYLEFORGE_WERROR=$(WERROR)
 	$(BIN)/cmake --build $(BUILD)/cuda
 	@echo "built $(abspath $(BUILD))/cuda/libstyleforge_cuda.so"
+
+# Python is not made with the sanitizer, so its runtime has to come first; what Python leaves behind is not looked at.
+sanitize: $(VENV)/.package $(VENV)/.test
+	$(BIN)/cmake -S . -B $(BUILD)/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DSTYLEFORGE_CUDA=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1 \
+	  -DSTYLEFORGE_SANITIZE=address,undefined
+	$(BIN)/cmake --build $(BUILD)/sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 STYLEFORGE_LIBRARY_PATH=$(abspath $(BUILD))/sanitize OMP_NUM_THREADS=2 \
+	  $(BIN)/python -m pytest -m "not cuda" $(PYTEST_ARGS) $(wildcard tests/test_fused_*.py)
 
 wheel: $(VENV)/.build-tools
 	$(PIP) wheel --no-build-isolation --no-deps -w $(DIST) .

@@ -17,13 +17,18 @@ install(FILES ${PROJECT_SOURCE_DIR}/include/styleforge/load.h DESTINATION stylef
 # csrc/cpu/dispatch.cpp chooses at run time. Kernels see no torch header and rely on no errno or floating-point traps;
 # NaN and infinities keep their meaning (no -ffast-math). The two -Wno-...uninitialized quiet GCC 12's own intrinsics
 # headers (GCC bug 105593).
+set(_optimize -O3)
+if(STYLEFORGE_SANITIZE)
+  set(_optimize -O1)  # -O3 with checks in between takes minutes a file
+endif()
 file(GLOB STYLEFORGE_CPU_KERNELS CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cpu/kernels/*.cpp)
 function(styleforge_add_cpu_kernels isa)
   add_library(styleforge_cpu_${isa} OBJECT ${STYLEFORGE_CPU_KERNELS})
   target_compile_definitions(styleforge_cpu_${isa} PRIVATE STYLEFORGE_CPU_ISA=${isa})
   target_compile_options(styleforge_cpu_${isa} PRIVATE -Wall -Wextra -Wno-psabi
-                                                       -Wno-uninitialized -Wno-maybe-uninitialized
-                                                       -O3 -fno-math-errno -fno-trapping-math
+                                                       $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized>
+                                                       $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>
+                                                       ${_optimize} -fno-math-errno -fno-trapping-math
                                                        $<$<BOOL:${STYLEFORGE_WERROR}>:-Werror> ${ARGN})
   target_sources(styleforge PRIVATE $<TARGET_OBJECTS:styleforge_cpu_${isa}>)
 endfunction()

@@ -3,7 +3,8 @@
 # One architecture is written "90a", "9.0a", "90a-real", "90a-virtual" or "9.0a+PTX"; commas, semicolons and blanks
 # separate. Plain entries become machine code only; if no entry asks for PTX, the highest one without an "a" or "f"
 # suffix also carries its PTX, so that GPUs newer than the toolkit can run the library (PTX of a suffixed architecture
-# runs on that architecture alone).
+# runs on that architecture alone). Machine code for 90 is always that of 90a: no other device runs either, and wgmma is
+# in 90a alone.
 
 set(STYLEFORGE_DEFAULT_CUDA_ARCHS 75 80 86 89 90a 100 120)
 
@@ -58,7 +59,11 @@ function(styleforge_resolve_archs result requested known)
       message(FATAL_ERROR "styleforge: ${STYLEFORGE_NVCC} cannot compile for architecture ${name}; it knows ${known_text}")
     endif()
     if(NOT form STREQUAL "-virtual")
-      list(APPEND real ${name}-real)
+      if(name STREQUAL "90")
+        list(APPEND real 90a-real)
+      else()
+        list(APPEND real ${name}-real)
+      endif()
     endif()
     if(form STREQUAL "-virtual" OR form STREQUAL "+PTX")
       list(APPEND virtual ${name}-virtual)

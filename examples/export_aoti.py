@@ -5,7 +5,7 @@ What loads it needs `import styleforge` in Python, libstyleforge.so in C++ (cpp/
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 from torch.export import Dim
@@ -14,7 +14,12 @@ import styleforge
 from styleforge.models import load_style
 
 
-def main(path: str = "mosaic.pt2") -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "path", nargs="?", default="mosaic.pt2", help="the file to write, %(default)s by default"
+    )
+    path: str = parser.parse_args().path
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = load_style("mosaic", device=device).eval()
     dtype = next(net.parameters()).dtype
@@ -33,4 +38,4 @@ def main(path: str = "mosaic.pt2") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -6,7 +6,7 @@ The file holds standard operators only: what runs it needs neither PyTorch nor s
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import onnxruntime
 import torch
@@ -15,7 +15,12 @@ import styleforge
 from styleforge.models import load_style
 
 
-def main(path: str = "mosaic.onnx") -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "path", nargs="?", default="mosaic.onnx", help="the file to write, %(default)s by default"
+    )
+    path: str = parser.parse_args().path
     net = load_style("mosaic", device="cpu", dtype=torch.float32).eval()
     example = 255 * torch.rand(2, 3, 256, 256)
     sizes = {0: "batch", 2: "height", 3: "width"}
@@ -32,4 +37,4 @@ def main(path: str = "mosaic.onnx") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -5,7 +5,7 @@ What loads it needs `import styleforge` in Python, libstyleforge.so in C++ (cpp/
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 
@@ -13,7 +13,12 @@ import styleforge  # registers the operators: needed to load the file as well
 from styleforge.models import load_style
 
 
-def main(path: str = "mosaic.pt") -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "path", nargs="?", default="mosaic.pt", help="the file to write, %(default)s by default"
+    )
+    path: str = parser.parse_args().path
     net = load_style("mosaic", device="cpu", dtype=torch.float32).eval()
     torch.jit.script(net).save(path)
 
@@ -27,4 +32,4 @@ def main(path: str = "mosaic.pt") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -213,8 +213,8 @@ void check_norm_param(const char* op, const char* name, const TensorFacts& param
   static const int32_t float32 = aoti_torch_dtype_float32();
   check_device(op, name, param, input);
   if (param.dtype != input.dtype && param.dtype != float32) {
-    fail(op, name, " must be ", dtype_text(input.scalar_type()), " (the dtype of input) or float32, got ",
-         dtype_text(param.scalar_type()));
+    fail(op, name, " must be ", dtype_text(input.scalar_type()),
+         input.dtype == float32 ? ", got " : " (the dtype of input) or float32, got ", dtype_text(param.scalar_type()));
   }
   const bool per_channel = param.dim == 1 && param.sizes[0] == channels;
   const bool per_sample = param.dim == 2 && param.sizes[0] == batch && param.sizes[1] == channels;
@@ -244,6 +244,15 @@ void check_like(const char* op, const char* name, const TensorFacts& tensor, con
 void check_like(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
                 std::initializer_list<int64_t> sizes) {
   check_like(op, name, tensor, input, nullptr);
+  check_sizes(op, name, tensor, sizes.begin(), static_cast<int64_t>(sizes.size()));
+}
+
+void check_with_dtype(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
+                      ScalarType dtype, std::initializer_list<int64_t> sizes) {
+  check_device(op, name, tensor, input);
+  if (tensor.scalar_type() != dtype) {
+    fail(op, name, " must be ", dtype_text(dtype), ", got ", dtype_text(tensor.scalar_type()));
+  }
   check_sizes(op, name, tensor, sizes.begin(), static_cast<int64_t>(sizes.size()));
 }
 

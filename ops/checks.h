@@ -69,7 +69,10 @@ void check_like(const char* op, const char* name, const TensorFacts& tensor, con
                 const std::vector<int64_t>* sizes);
 void check_like(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
                 std::initializer_list<int64_t> sizes);
-// The same, of the sizes of `input`.
+// The same of a tensor with a dtype of its own.
+void check_with_dtype(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input,
+                      ScalarType dtype, std::initializer_list<int64_t> sizes);
+// The same, of the dtype and the sizes of `input`.
 void check_alike(const char* op, const char* name, const TensorFacts& tensor, const TensorFacts& input);
 
 // Records which path the most recent operator call took, and the path of the stage it ends in where that one has a

@@ -64,6 +64,10 @@ double scale_of(const std::optional<double>& scale, int64_t head_dim) {
   return scale ? *scale : 1 / std::sqrt(static_cast<double>(head_dim));
 }
 
+ScalarType logsumexp_dtype(const Tensor& input) {
+  return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // Dense [N, S, width] and its rows.
 Tensor tokens(const AttentionBackend& backend, const Tensor& like, int64_t width) {
   const Tensor tensor = empty_dense(like, {like.size(0), like.size(1), width}, false, like.scalar_type());
@@ -149,9 +153,7 @@ FusedAttentionResult run_attention(const AttentionBackend& backend, const Attent
     if (!keep) return result;
     result.qkv = qkv;
     result.attention = tokens(backend, input, plan.embed);
-    const bool wide = input.scalar_type() == ScalarType::Double;
-    result.logsumexp =
-        empty_dense(input, {plan.batch, plan.heads, plan.length}, false, wide ? ScalarType::Double : ScalarType::Float);
+    result.logsumexp = empty_dense(input, {plan.batch, plan.heads, plan.length}, false, logsumexp_dtype(input));
     return result;
   }
   const bool first_own = project(backend, *qkv, as_rows(input, plan.rows()), tensor_of(args.qkv_weight.handle),
@@ -180,11 +182,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_attention_backward(const 
                                                                           const FusedAttentionBackwardArgs& args) {
   constexpr const char* kOp = "_fused_attention_backward";
   const Tensor& input = args.input;
+  if (input.dim() != 3) fail(kOp, "input must have shape [N, S, embed_dim], got ", shape_text(input));
   const int64_t n = input.size(0), s = input.size(1), embed = input.size(2), rows = n * s;
+  if (args.heads < 1 || embed % args.heads != 0) {
+    fail(kOp, "num_heads must divide embed_dim, ", embed, ", got ", args.heads);
+  }
   const bool tf32 = parse_tf32(kOp, args.precision.value);
   check_argument(kOp, "grad_output", args.grad_output, input, {n, s, embed});
   check_argument(kOp, "qkv", args.qkv, input, {n, s, 3 * embed});
   check_argument(kOp, "attention", args.attention, input, {n, s, embed});
+  check_with_dtype(kOp, "logsumexp", args.logsumexp, input, logsumexp_dtype(input), {n, args.heads, s});
+  check_argument(kOp, "qkv_weight", args.qkv_weight, input, {3 * embed, embed});
+  check_argument(kOp, "out_weight", args.out_weight, input, {embed, embed});
+  check_mask(kOp, facts_of(args.key_padding_mask), input);
 
   const Tensor grad_output = as_rows(args.grad_output, rows);
   const Tensor attention = dense(args.attention);

@@ -70,6 +70,7 @@ ConvInstanceNormPlan plan_conv_instance_norm(const ConvInstanceNormOptions& opti
       fail(kOp, "weight's kernel [", of[2], ", ", of[3], "] must not be larger than the padded input, got input ",
            shape_text(input), " with padding [", plan.padding[0], ", ", plan.padding[1], "]");
     }
+    plan.stride[d] = std::min(plan.stride[d], room + 1);  // beyond that there is one position whatever the stride
     plan.output_sizes[2 + d] = room / plan.stride[d] + 1;
   }
   plan.channels_last = prefers_channels_last(input);
@@ -145,7 +146,9 @@ Tensor checked_pad_upsample(const ConvInstanceNormBackend& backend, const Tensor
     return empty_dense(input, sizes, channels_last, input.scalar_type());
   }
   const Tensor padded = pad_upsample(backend, input, upsample, mode, sides, channels_last);
-  return padded.get() == input.get() ? torch::stable::clone(input) : padded;  // an operator's result is never its input
+  if (padded.get() != input.get()) return padded;
+  Tensor copy = empty_dense(input, sizes, channels_last, input.scalar_type());  // a result is never the input
+  return torch::stable::copy_(copy, input);
 }
 
 Tensor run_conv_instance_norm(const ConvInstanceNormBackend& backend, const ConvInstanceNormArgs& args,

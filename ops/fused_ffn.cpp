@@ -135,8 +135,15 @@ FfnResult run_ffn(const FfnBackend& backend, const FfnArgs& args, const FfnPlan&
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_ffn_backward(const FfnBackend& backend,
                                                                     const FfnBackwardArgs& args) {
   const Tensor& input = args.input;
-  const int64_t embed = args.fc1_weight.size(1), hidden = args.fc1_weight.size(0), out = args.fc2_weight.size(0);
   const auto sizes = input.sizes();
+  if (sizes.size() == 0 || args.fc1_weight.dim() != 2 || args.fc2_weight.dim() != 2) {
+    fail(kBackwardOp, "input, fc1_weight and fc2_weight must be [..., embed_dim] and matrices, got ", shape_text(input),
+         ", ", shape_text(args.fc1_weight), " and ", shape_text(args.fc2_weight));
+  }
+  const int64_t embed = sizes.back(), hidden = args.fc1_weight.size(0), out = args.fc2_weight.size(0);
+  check_like(kBackwardOp, "fc1_weight", args.fc1_weight, input, {hidden, embed});
+  check_like(kBackwardOp, "fc2_weight", args.fc2_weight, input, {out, hidden});
+  if (args.fc1_bias) check_like(kBackwardOp, "fc1_bias", *args.fc1_bias, input, {hidden});
   int64_t rows = 1;
   for (size_t d = 0; d + 1 < sizes.size(); ++d) rows *= sizes[d];
   std::vector<int64_t> expected(sizes.begin(), sizes.end());

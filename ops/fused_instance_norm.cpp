@@ -14,6 +14,7 @@ const void* dense_data(const Tensor& tensor, bool channels_last, std::vector<Ten
   return held.back().const_data_ptr();
 }
 
+// The same of a vector or a matrix; null of nothing.
 const void* param_data(const OptionalTensor& param, std::vector<Tensor>& held) {
   if (!param) return nullptr;
   held.push_back(param->is_contiguous() ? *param : to_contiguous(*param, false));
@@ -168,6 +169,8 @@ InstanceNormBackwardCall prepare_instance_norm_backward(const Tensor& grad_outpu
   check_like(op, "grad_output", grad_output, input, &sizes);
   if (residual) check_like(op, "residual", *residual, input, &sizes);
   if (output) check_like(op, "output", *output, input, &sizes);
+  check_with_dtype(op, "mean", mean, input, stats_dtype(input), {sizes[0], sizes[1]});
+  check_with_dtype(op, "rstd", rstd, input, stats_dtype(input), {sizes[0], sizes[1]});
   check_norm_params(op, "weight", "bias", input, weight, bias, sizes[0], sizes[1]);
 
   InstanceNormBackwardCall call;
@@ -182,8 +185,8 @@ InstanceNormBackwardCall prepare_instance_norm_backward(const Tensor& grad_outpu
   params.grad_output = dense_data(grad_output, channels_last, call.held);
   if (residual) params.residual = dense_data(*residual, channels_last, call.held);
   if (output) params.saved_output = dense_data(*output, channels_last, call.held);
-  params.mean = const_cast<void*>(mean.const_data_ptr());
-  params.rstd = const_cast<void*>(rstd.const_data_ptr());
+  params.mean = const_cast<void*>(param_data(mean, call.held));  // under vmap the same for all samples: expanded
+  params.rstd = const_cast<void*>(param_data(rstd, call.held));
   fill_weight(params, op, weight, bias, call.held);
 
   call.grad_input = empty_dense(input, sizes, channels_last, input.scalar_type());

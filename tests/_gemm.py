@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -53,3 +54,15 @@ def assert_same_bits(x: Tensor, other: Tensor, parameters: list[Tensor], precisi
         result.fill_(math.nan)
         graph.replay()
         assert torch.equal(result, wanted)
+
+
+def assert_same_bits_beside_copies(call: Callable[[], Tensor]) -> None:
+    """On every call, while copies on another stream delay what its warps load, some more than others."""
+    expected = call()
+    copies, stream = torch.zeros(2, 2**26, device="cuda"), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(50):
+        with torch.cuda.stream(stream):
+            copies[0].copy_(copies[1])
+        assert torch.equal(call(), expected)
+    torch.cuda.current_stream().wait_stream(stream)

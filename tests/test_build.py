@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -157,6 +158,9 @@ def resolve(tmp_path: Path) -> Callable[..., str]:
         ("8.0;9.0a+PTX", "80-real;90a-real;90a-virtual"),
         ("7.5 12.0", "75-real;120-real;120-virtual"),
         ("90a", "90a-real"),
+        ("8.0;9.0", "80-real;90a-real;90-virtual"),
+        ("9.0+PTX", "90a-real;90-virtual"),
+        ("90;90a", "90a-real;90-virtual"),
         ("90-virtual", "90-virtual"),
         ("", "75-real;80-real;90a-real;120-real;120-virtual"),
     ],
@@ -202,3 +206,13 @@ def test_wheel() -> None:
     }
     assert shipped <= styles
     assert [requirement.replace(" ", "") for requirement in requirements] == ["torch>=2.10"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize(("arch", "whole"), [("90a", True), ("90", False), ("80", False)])
+def test_the_probe_tells_code_with_wgmma(arch: str, whole: bool, tmp_path: Path) -> None:
+    """90 and 90a have one version, but in code for plain 90 the kernels that need wgmma are empty."""
+    ptx = tmp_path / "probe.ptx"
+    source = ROOT / "csrc" / "cuda" / "common" / "device_facts.cu"
+    subprocess.run(["nvcc", "-std=c++20", "-ptx", f"-arch=compute_{arch}", source, "-o", ptx], check=True)
+    assert (".maxntid" in ptx.read_text()) == whole

@@ -43,6 +43,15 @@ def test_help_names_every_command() -> None:
         assert command in result.stdout
 
 
+@pytest.mark.parametrize("command", ["stylize", "export", "styles", "verify", "profile", "bench", "info"])
+def test_no_help_is_cut_off(command: str) -> None:
+    """A terminal of 80 columns, where a long word ends in an ellipsis."""
+    result = runner.invoke(app, [command, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert result.exit_code == 0
+    text = result.stdout.replace("...", "")
+    assert "│" in text and "\N{HORIZONTAL ELLIPSIS}" not in text
+
+
 def test_the_command_modules_import_no_heavy_package() -> None:
     """Only the package's own ``__init__`` may cost time; here it is replaced by an empty one."""
     package = Path(styleforge.__path__[-1])

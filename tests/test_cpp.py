@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,14 @@ def test_torchscript_transformer_net(programs: Path, tmp_path: Path) -> None:
         expected = net(x)
     result = output(programs / "examples" / "run_torchscript", tmp_path / "net.pt", x)
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_several_threads(programs: Path, tmp_path: Path) -> None:
+    """The same results in each, and errors that stay in the call that they belong to."""
+    torch.jit.script(Every().eval()).save(tmp_path / "model.pt")
+    torch.save(torch.randn(SIZES[0]), tmp_path / "x.pt")
+    done = run(programs / "threads", tmp_path / "model.pt", tmp_path / "x.pt", 6, 10)
+    assert done.stdout == "60 equal, 6 refused\n", done.stderr
 
 
 @pytest.mark.cuda
@@ -197,6 +206,35 @@ def test_find_package_says_where_it_looked(tmp_path: Path) -> None:
     assert done.returncode == 1
     said = " ".join(done.stderr.split())
     assert f"libstyleforge.so is not in {tmp_path}; set STYLEFORGE_LIBRARY_PATH" in said
+
+
+SPACES = """
+cmake_minimum_required(VERSION 3.26)
+project(spaces LANGUAGES CXX)
+set(CMAKE_CXX_STANDARD 20)
+find_package(Torch REQUIRED)
+find_package(styleforge REQUIRED)
+add_executable(explain "{source}")
+target_link_libraries(explain PRIVATE ${{TORCH_LIBRARIES}} styleforge::styleforge)
+"""
+
+
+def test_a_folder_with_spaces(tmp_path: Path) -> None:
+    libraries = tmp_path / "my libraries"
+    libraries.mkdir()
+    shutil.copy(library_folder() / "libstyleforge.so", libraries)
+    (tmp_path / "CMakeLists.txt").write_text(SPACES.format(source=ROOT / "tests" / "cpp" / "explain.cpp"))
+    configure = [
+        *("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DSTYLEFORGE_LIBRARY_PATH={libraries}"),
+        f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path};{styleforge.cmake_prefix_path}",
+        *("-S", str(tmp_path), "-B", str(tmp_path / "built")),
+    ]
+    for arguments in (configure, ["--build", str(tmp_path / "built")]):
+        done = subprocess.run([tool("cmake"), *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    program = tmp_path / "built" / "explain"
+    assert "libstyleforge.so" in _needed(program)
+    assert run(program, "some text").stdout == "some text\n"
 
 
 # --- the programs themselves ----------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import styleforge
@@ -222,6 +223,24 @@ def test_transforms(name: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(torch.func.grad(loss)(x), leaf.grad)
         torch.testing.assert_close(torch.func.grad(cut)(x), module(x))
+
+
+@CASES
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_is_refused(name: str, trained: bool, grad: bool) -> None:
+    """A tangent that got lost would be a derivative of zero without a word."""
+    module, x = _module(name).requires_grad_(trained), _input(name)
+    message = f"{OVERLOADS[name].name().split('::')[1]}: forward-mode differentiation is not supported"
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(NotImplementedError, match=message):
+            torch.func.jvp(module, (x,), (x,))
+        with forward_ad.dual_level():
+            with pytest.raises(NotImplementedError, match=message):
+                module(forward_ad.make_dual(x, x))
+            assert torch.equal(module(x), copy.deepcopy(module)(x))  # no tangent, nothing to lose
+            with torch.inference_mode():
+                module(x)
 
 
 @CASES

@@ -487,6 +487,34 @@ def test_func_grad(activation: str, device: str) -> None:
         torch.testing.assert_close(result, torch.stack([e[k] for e in expected]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("operator", ["norm", "convolution", "ffn", "attention"])
+def test_jacobians(operator: str, batch: int, device: str) -> None:
+    """jacrev: gradients of the result vmapped over what the forward saved only once."""
+    scale, shift = torch.rand(4, device=device) + 0.5, torch.rand(4, device=device)
+    kernel = torch.randn(4, 4, 3, 3, device=device)
+    picture = torch.randn(batch, 4, 4, 3, device=device) * torch.arange(1, 5, device=device)[:, None, None]
+    tokens = torch.randn(batch, 3, 4, device=device)
+    parameters = [torch.randn(12, 4, device=device), torch.randn(4, 12, device=device)]
+    functions: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+        "norm": (lambda x: NORM(x, scale, shift, 1e-5, "silu", 0.01, x), picture),
+        "convolution": (lambda x: CONV(x, kernel, None, scale, shift, padding=[1, 1]), picture),
+        "ffn": (lambda x: FFN(x, parameters[0], None, parameters[1], None), tokens),
+        "attention": (
+            lambda x: ATTENTION(x, parameters[0], None, parameters[1][:, :4].contiguous(), None, 2),
+            tokens,
+        ),
+    }
+    function, given = functions[operator]
+    jacobian = torch.func.jacrev(function)(given)
+    leaf = given.clone().requires_grad_()
+    result = function(leaf)
+    rows = [torch.autograd.grad(y, leaf, retain_graph=True)[0] for y in result.flatten()]
+    expected = torch.stack(rows).reshape(jacobian.shape)
+    torch.testing.assert_close(jacobian, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_func_grad_of_the_convolution() -> None:
     x, w = torch.randn(2, 3, 6, 5), torch.randn(4, 3, 3, 3)
     bias = torch.randn(4)

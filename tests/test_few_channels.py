@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from _reference import assert_as_accurate
 from styleforge.models._reflect_conv import reflect_conv2d
+from styleforge.ops import _few_channels as few_channels
 from styleforge.ops import fused_conv_instance_norm_relu
 from styleforge.ops._few_channels import FewInputChannels, ReflectConv2d
 
@@ -50,6 +54,50 @@ def test_columns_as_channels(
             part = result[:, j * channels : (j + 1) * channels].double()
             assert torch.equal(part, wide[:, :, :, j : j + width])
         assert not result[:, kernel_width * channels :].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_columns_of_an_empty_picture(device: str) -> None:
+    for sizes in ((2, 3, 0, 8), (2, 3, 8, 0), (0, 3, 8, 8)):
+        x = torch.empty(sizes, device=device)
+        result = UNFOLD(x, 3, (2, 2), "zeros")
+        assert result.shape == (sizes[0], 12, sizes[2] + 4, sizes[3] + 2)
+        assert not result.any()
+        if x.shape[0] > 0:
+            with pytest.raises(RuntimeError, match=r"non-?empty|non-zero"):
+                UNFOLD(x, 3, (2, 2), "replicate")
+
+
+@pytest.mark.parametrize("major", [7, 8, 9])
+def test_gradients_by_column_are_for_tensor_cores_of_8_0(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below, the kernel has nothing in it."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    with FakeTensorMode():
+        grad, input, weight = (
+            torch.empty(sizes, dtype=torch.float16, device="cuda")
+            for sizes in ((2, 32, 8, 8), (2, 32, 16, 8), (32, 32, 9, 1))
+        )
+    assert few_channels._takes_column_gradient(grad, input, weight) == (major >= 8)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 65535, 65536])
+def test_gradients_by_column_are_for_what_a_grid_holds(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
+    with FakeTensorMode():
+        grad, input, weight = (
+            torch.empty(sizes, dtype=torch.float16, device="cuda")
+            for sizes in ((batch, 32, 8, 8), (batch, 32, 16, 8), (32, 32, 9, 1))
+        )
+    assert few_channels._takes_column_gradient(grad, input, weight) == (0 < batch <= 65535)
+
+
+@pytest.mark.cuda
+def test_no_picture_trains() -> None:
+    x = torch.empty(0, 3, 16, 16, device="cuda", dtype=torch.float16, requires_grad=True)
+    w = torch.randn(32, 3, 9, 9, device="cuda", dtype=torch.float16, requires_grad=True)
+    fused_conv_instance_norm_relu(x, w, padding=4).sum().backward()
+    assert w.grad is not None and not w.grad.any()
+    assert x.grad is not None and x.grad.shape == x.shape
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -160,3 +208,17 @@ def _compare(ours: object, plain: object, inputs: list[Tensor]) -> None:
     assert found[2].stride() == inputs[1].stride()  # of the weight
     for result, yardstick, reference in zip(found, theirs, exact, strict=True):
         assert_as_accurate(result, yardstick, reference, ulps=1.0)
+
+
+def test_double_backward_says_that_it_is_not_supported() -> None:
+    """Also where the gradient of the result needs none: a gradient penalty must not vanish without a word."""
+    x = torch.randn(1, 3, 8, 7, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(3, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    cases = {
+        "fused_conv_instance_norm_relu": lambda: FewInputChannels.apply(x, w, (2, 2), "reflect"),
+        "reflect_conv2d": lambda: ReflectConv2d.apply(x, w, None),
+    }
+    for name, call in cases.items():
+        (grad,) = torch.autograd.grad(call().sum(), w, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"{name}: double backward is not supported"):
+            (x.sum() + grad.square().sum()).backward()

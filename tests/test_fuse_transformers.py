@@ -117,6 +117,25 @@ def test_encoder_layers(norm_first: bool, activation: Any) -> None:
     assert runs(layer, tokens(), src_mask=causal()) == (0, 1)
 
 
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("how", ["fuse", "compiled", "backend"])
+def test_the_shortcut_stays_in_float32_under_autocast(norm_first: bool, how: str) -> None:
+    """PyTorch adds a 16-bit result to it with promotion; rounded, it loses what is small beside it."""
+    torch._dynamo.reset()
+    layer = layers(norm_first=norm_first).float()
+    fused = styleforge.fuse(layer)
+    run = {
+        "fuse": lambda: fused,
+        "compiled": lambda: torch.compile(fused, backend="aot_eager"),
+        "backend": lambda: torch.compile(layer, backend="styleforge"),
+    }[how]()
+    x = 100 + torch.rand(3, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, ours = layer(x), run(x)
+    assert ours.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.03)
+
+
 def test_encoders_with_nested_tensors_take_pytorchs_path() -> None:
     encoder = nn.TransformerEncoder(layers(), 2, enable_nested_tensor=True).eval()
     assert runs(encoder, tokens()) == (2, 2)

@@ -241,6 +241,43 @@ def test_each_error_is_one_line_that_names_the_argument(case: str, name: str, wa
     assert str(caught.value).splitlines()[0] == f"{name}: {message}"
 
 
+# what replaces an argument of the backward, message after "_fused_attention_backward: "
+BACKWARD_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "rank 2": ({"input": _x(5, 6)}, "input must have shape [N, S, embed_dim], got [5, 6]"),
+    "no heads": ({"num_heads": 0}, "num_heads must divide embed_dim, 6, got 0"),
+    "logsumexp shape": ({"logsumexp": _x(1)}, "logsumexp must have shape [2, 3, 5], got [1]"),
+    "logsumexp dtype": ({"logsumexp": _x(2, 3, 5).double()}, "logsumexp must be float32, got float64"),
+    "qkv_weight": ({"qkv_weight": _x(6, 6)}, "qkv_weight must have shape [18, 6], got [6, 6]"),
+    "out_weight": ({"out_weight": _x(5, 6)}, "out_weight must have shape [6, 6], got [5, 6]"),
+    "mask": (
+        {"key_padding_mask": _x(2, 9, dtype=torch.bool)},
+        "key_padding_mask must have shape [2, 5], got [2, 9]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BACKWARD_ERRORS)
+def test_the_backward_checks_what_it_reads(case: str) -> None:
+    changed, message = BACKWARD_ERRORS[case]
+    call = {
+        "grad_output": _x(2, 5, 6),
+        "input": _x(2, 5, 6),
+        "qkv": _x(2, 5, 18),
+        "attention": _x(2, 5, 6),
+        "logsumexp": _x(2, 3, 5),
+        "qkv_weight": _x(18, 6),
+        "out_weight": _x(6, 6),
+        "num_heads": 3,
+        "scale": None,
+        "is_causal": False,
+        "key_padding_mask": None,
+        **changed,
+    }
+    with pytest.raises(RuntimeError) as caught:
+        BACKWARD(*call.values(), "ieee", *(True,) * 5)
+    assert str(caught.value).splitlines()[0] == f"_fused_attention_backward: {message}"
+
+
 ARGUMENTS = ["qkv_weight", "qkv_bias", "out_weight", "out_bias", "key_padding_mask"]
 
 

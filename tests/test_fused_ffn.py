@@ -664,6 +664,38 @@ def test_each_error_is_one_line_that_names_the_argument(case: str, way: str, dev
     assert str(caught.value).splitlines()[0] == f"fused_ffn: {message}"
 
 
+# what replaces an argument of the backward, message after "_fused_ffn_backward: "
+MATRICES = "input, fc1_weight and fc2_weight must be [..., embed_dim] and matrices, got "
+BACKWARD_ERRORS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "no rank": ({"input": torch.tensor(1.0)}, f"{MATRICES}[], [7, 5] and [4, 7]"),
+    "fc1_weight rank": ({"fc1_weight": _x(5)}, f"{MATRICES}[2, 3, 5], [5] and [4, 7]"),
+    "fc1_weight width": ({"fc1_weight": _x(7, 6)}, "fc1_weight must have shape [7, 5], got [7, 6]"),
+    "fc1_bias": ({"fc1_bias": _x(1)}, "fc1_bias must have shape [7], got [1]"),
+    "fc2_weight": ({"fc2_weight": _x(4, 6)}, "fc2_weight must have shape [4, 7], got [4, 6]"),
+    "fc2_weight dtype": (
+        {"fc2_weight": _x(4, 7).double()},
+        "fc2_weight must have the dtype of input, float32, got float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BACKWARD_ERRORS)
+def test_the_backward_checks_what_it_reads(case: str) -> None:
+    changed, message = BACKWARD_ERRORS[case]
+    call = {
+        "grad_output": _x(2, 3, 4),
+        "input": _x(2, 3, 5),
+        "hidden": _x(2, 3, 7),
+        "fc1_weight": _x(7, 5),
+        "fc1_bias": _x(7),
+        "fc2_weight": _x(4, 7),
+        **changed,
+    }
+    with pytest.raises(RuntimeError) as caught:
+        BACKWARD(*call.values(), "gelu", "ieee", *(True,) * 5)
+    assert str(caught.value).splitlines()[0] == f"_fused_ffn_backward: {message}"
+
+
 ARGUMENTS = ["fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "residual"]
 
 

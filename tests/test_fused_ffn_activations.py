@@ -20,6 +20,7 @@ import styleforge
 from _reference import DEVICES, FFN_ACTIVATIONS, FLOATS, ffn_activate, torch_ffn_activate
 
 OP = torch.ops.styleforge.fused_ffn
+BACKWARD = torch.ops.styleforge._fused_ffn_backward
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -186,3 +187,44 @@ def test_nan_and_infinity_as_in_pytorch(activation: str, dtype: torch.dtype, dev
         assert torch.equal(result.isposinf(), expected.isposinf())
         finite = expected.isfinite()
         torch.testing.assert_close(result[finite], expected[finite], rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("activation", FFN_ACTIVATIONS)
+def test_gradients_that_are_not_finite_as_in_pytorch(activation: str, dtype: torch.dtype) -> None:
+    """Above all relu's: what is cut off has the gradient 0, whatever comes from behind."""
+    hidden = torch.tensor([1.0, -2.0, 0.0, 0.5, math.nan, -30.0, 3.0], dtype=dtype)
+    for value in (math.inf, -math.inf, math.nan):
+        for width in (1, 40):
+            x = hidden.repeat(width).requires_grad_()
+            grad = torch.full_like(x, value)
+            (expected,) = torch.autograd.grad(torch_ffn_activate(x, activation), x, grad)
+            one = torch.ones(1, 1, dtype=dtype)
+            weight = torch.ones(x.numel(), 1, dtype=dtype)
+            needs = (False, False, True, False, False)
+            gradients = BACKWARD(
+                grad[:1, None], one, x.detach()[None], weight, None, weight.T, activation, "ieee", *needs
+            )
+            assert torch.equal(gradients[2].isnan(), expected.isnan())
+            assert torch.equal(gradients[2].isinf(), expected.isinf())
+            assert torch.equal(gradients[2] == 0, expected == 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_relu_stops_infinite_gradients_as_in_pytorch(dtype: torch.dtype, device: str) -> None:
+    """Those that overflowed, say, under a gradient scaler."""
+    torch.manual_seed(0)
+    given = [torch.randn(s, device=device).to(dtype) for s in ((40, 16), (64, 16), (64,), (8, 64), (8,))]
+    upstream = torch.ones(40, 8, device=device, dtype=dtype)
+    upstream[7, 3] = math.inf
+
+    def gradients(own: bool) -> tuple[Tensor, ...]:
+        x, w1, b1, w2, b2 = leaves = [t.clone().requires_grad_() for t in given]
+        linear = torch.nn.functional.linear
+        y = OP(*leaves, "relu") if own else linear(linear(x, w1, b1).relu(), w2, b2)
+        return torch.autograd.grad(y, leaves, upstream)
+
+    for ours, theirs in zip(gradients(True), gradients(False), strict=True):
+        for special in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(special(ours), special(theirs))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import styleforge
-from _gemm import SM90, assert_same_bits, ffn_parameters, random_matrix
+from _gemm import SM90, assert_same_bits, assert_same_bits_beside_copies, ffn_parameters, random_matrix
 from _reference import FFN_ACTIVATIONS, assert_as_accurate, ffn, ffn_activate, poison, torch_ffn
 
 OP = torch.ops.styleforge.fused_ffn
@@ -99,6 +99,22 @@ def test_products_that_fill_the_device(dtype: torch.dtype, force: Callable[[str,
         _check(LARGE, x, *ffn_parameters(embed, hidden, out, dtype), "gelu", r)
 
 
+@pytest.mark.parametrize("narrow", [0, 200])
+@pytest.mark.parametrize("columns", [192, 256])
+def test_the_last_tiles_cut_up(columns: int, narrow: int, force: Callable[[str, str], None]) -> None:
+    """They take another way through shared memory than whole ones: in blocks that had some of these, or none.
+
+    A block gets one piece at most, however many are asked for.
+    """
+    force("sm90", f"{KERNELS['large']},columns={columns},narrow={narrow}")
+    dtype = torch.bfloat16
+    for rows, embed, hidden, out in ((4096, 64, 5 * columns, columns), (8192, 512, 2048, 512)):
+        x, r = random_matrix(rows, embed, dtype=dtype), random_matrix(rows, out, dtype=dtype)
+        args: tuple[Any, ...] = (x, *ffn_parameters(embed, hidden, out, dtype), "gelu", r)
+        _check(LARGE, *args)
+        assert_same_bits_beside_copies(lambda args=args: OP(*args))
+
+
 @pytest.mark.parametrize("part", range(8))
 def test_random_shapes_and_cuts(part: int, force: Callable[[str, str], None]) -> None:
     draw = random.Random(part)
@@ -149,15 +165,17 @@ def test_every_value_through_the_epilogue(
 def test_nan_and_infinity_stay_where_they_belong(
     kernel: str, dtype: torch.dtype, force: Callable[[str, str], None]
 ) -> None:
+    """Also beyond widths that are no whole number of turns."""
     force("sm90", kernel)
     x = random_matrix(200, 64, dtype=dtype)
-    w1, b1, w2, b2 = ffn_parameters(64, 128, 64, dtype)
+    w1, b1, w2, b2 = ffn_parameters(64, 136, 64, dtype)
     x[3, 5], x[4, 6], x[199, 5] = math.inf, math.nan, -math.inf
     w2[7, 7] = -math.inf
-    ours, theirs = OP(x, w1, b1, w2, b2, "relu"), torch_ffn(x, w1, b1, w2, b2, "relu")
-    assert styleforge.last_path() == PATHS[kernel]
-    for special in (torch.isnan, torch.isposinf, torch.isneginf):
-        assert torch.equal(special(ours), special(theirs))
+    for second in (w2, w2.abs()):  # of one sign: infinite hidden numbers give infinity, not NaN
+        ours, theirs = OP(x, w1, b1, second, b2, "relu"), torch_ffn(x, w1, b1, second, b2, "relu")
+        assert styleforge.last_path() == PATHS[kernel]
+        for special in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(special(ours), special(theirs))
 
 
 # --- layouts, streams, repetition -----------------------------------------------------------------
@@ -275,6 +293,24 @@ def test_gradients_where_the_kernel_does_not_fit(force: Callable[[str, str], Non
         exact = _gradients(ffn, given, upstream, "gelu", torch.float64)
         for result, yardstick, reference in zip(ours, theirs, exact, strict=True):
             assert_as_accurate(result, yardstick, reference, factor=1.2)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_an_infinite_weight_beside_rows_that_are_not_there(
+    dtype: torch.dtype, force: Callable[[str, str], None]
+) -> None:
+    """Its products with the zeros beyond the last row are no part of a bias's gradient."""
+    force("sm90", "")
+    given = [random_matrix(197, 104, dtype=dtype), *ffn_parameters(104, 328, 72, dtype)]
+    given[2] += 6  # where gelu's slope is positive
+    given[3][3, 5] = math.inf
+    upstream = random_matrix(197, 72, dtype=dtype).abs()
+    ours = _gradients(OP, given, upstream, "gelu", dtype)
+    assert styleforge.last_path() == BACKWARD
+    theirs = _gradients(torch_ffn, given, upstream, "gelu", dtype)
+    assert theirs[2].isposinf().sum() == 1
+    for special in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(special(ours[2]), special(theirs[2]))
 
 
 def test_gradients_have_the_same_bits(force: Callable[[str, str], None]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import styleforge
-from _gemm import SM90, assert_same_bits, ffn_parameters, random_matrix
+from _gemm import SM90, assert_same_bits, assert_same_bits_beside_copies, ffn_parameters, random_matrix
 from _reference import FFN_ACTIVATIONS, assert_as_accurate, ffn, ffn_activate, poison, torch_ffn
 
 OP = torch.ops.styleforge.fused_ffn
@@ -120,6 +120,21 @@ def test_products_that_fill_the_device(force: Callable[[str, str], None]) -> Non
         args: tuple[Any, ...] = (x, *ffn_parameters(embed, hidden, out), "gelu", r)
         _check(*args)
         assert_as_accurate(OP(*args, "tf32"), torch_ffn(*args), ffn(*args), factor=1.2)
+
+
+@pytest.mark.parametrize("narrow", [0, 200])
+@pytest.mark.parametrize("columns", [192, 256])
+def test_the_last_tiles_cut_up(columns: int, narrow: int, force: Callable[[str, str], None]) -> None:
+    """They take another way through shared memory than whole ones: in blocks that had some of these, or none.
+
+    A block gets one piece at most, however many are asked for.
+    """
+    force("sm90", f"{WIDE},columns={columns},narrow={narrow}")
+    for rows, embed, hidden, out in ((4096, 64, 5 * columns, columns), (8192, 512, 2048, 512)):
+        x, r = random_matrix(rows, embed), random_matrix(rows, out)
+        args: tuple[Any, ...] = (x, *ffn_parameters(embed, hidden, out), "gelu", r)
+        _check(*args)
+        assert_same_bits_beside_copies(lambda args=args: OP(*args, "tf32"))
 
 
 @pytest.mark.parametrize("part", range(4))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import styleforge
+from styleforge import graphs
 from styleforge.models import TransformerNet
 
 
@@ -24,6 +25,31 @@ def test_a_model_in_training_mode_is_refused() -> None:
         ValueError, match=r"graphed: the model is in training mode; call model.eval\(\) first"
     ):
         styleforge.graphed(nn.Dropout(), torch.ones(2))
+
+
+def test_copies_of_arguments_may_be_written_to_in_every_mode() -> None:
+    with torch.inference_mode():
+        x = torch.ones(2)
+        copies = [graphs._copy(x)]
+    copies.append(graphs._copy(x))
+    for copy in copies:
+        with torch.no_grad():
+            copy.copy_(x + 1)
+        with torch.inference_mode():
+            copy.copy_(x + 2)
+        assert copy.tolist() == [3, 3]
+
+
+@pytest.mark.cuda
+def test_captured_in_inference_mode_and_called_outside() -> None:
+    layer = styleforge.FusedInstanceNorm2d(4).eval().cuda()
+    with torch.inference_mode():
+        x, y = torch.randn(2, 1, 4, 8, 8, device="cuda")
+        fast = styleforge.graphed(layer, x)
+    with torch.no_grad():
+        assert torch.equal(fast(y), layer(y))
+    with torch.inference_mode():
+        assert torch.equal(fast(x), layer(x))
 
 
 @pytest.mark.cuda
@@ -63,6 +89,37 @@ def test_nested_arguments_and_results() -> None:
     result = fast((b, b), 2.0)
     torch.testing.assert_close(result["sum"], 4 * b)
     torch.testing.assert_close(result["first"], b)
+
+
+@pytest.mark.cuda
+def test_the_captured_parameters_outlive_the_models() -> None:
+    layer = styleforge.FusedInstanceNorm2d(256).eval().cuda()
+    picture = torch.randn(1, 256, 8, 8, device="cuda")
+    fast = styleforge.graphed(layer, picture)
+    expected = fast(picture).clone()
+    layer.load_state_dict({name: t * 2 for name, t in layer.state_dict().items()}, assign=True)
+    others = [torch.full((256,), float("nan"), device="cuda") for _ in range(64)]
+    assert torch.equal(fast(picture), expected)
+    del others
+
+
+@pytest.mark.cuda
+def test_calls_on_two_streams_do_not_overtake_each_other() -> None:
+    def model(x: Tensor) -> Tensor:
+        torch.cuda._sleep(50_000_000)
+        return x * 2
+
+    pictures = list(torch.randn(4, 256, 256, device="cuda"))
+    fast = styleforge.graphed(model, pictures[0])
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    results = []
+    for i, picture in enumerate(pictures):
+        with torch.cuda.stream(streams[i % 2]):
+            results.append(fast(picture).clone())
+    torch.cuda.synchronize()
+    for picture, result in zip(pictures, results, strict=True):
+        assert torch.equal(result, picture * 2)
 
 
 @pytest.mark.cuda

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import styleforge
-from _reference import instance_norm, poison, rms_error, tensor
+from _reference import conv_instance_norm, instance_norm, poison, rms_error, tensor
 
 pytestmark = [
     pytest.mark.cuda,
@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 FORWARD = torch.ops.styleforge._fused_instance_norm_forward.default
+CONVOLUTION = torch.ops.styleforge.fused_conv_instance_norm_relu.default
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -89,3 +90,25 @@ def test_many_launches_in_a_row_and_from_two_streams(dtype: torch.dtype) -> None
     torch.cuda.synchronize()
     for before, after in itertools.pairwise(chained):
         assert torch.equal(torch.ops.styleforge.fused_instance_norm(before), after)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("planes", "side"), [(1, 128), (3, 160)])
+def test_in_place_beside_other_work(planes: int, side: int, dtype: torch.dtype) -> None:
+    """A convolution's result is normalised where it lies, whenever a plane's blocks come to run."""
+    x = tensor(1, 4, side, side, dtype=dtype, device="cuda")
+    w = tensor(planes, 4, 5, 5, dtype=dtype, device="cuda")
+    reference = conv_instance_norm(x, w, padding=(2, 2), upsample=2, activation="none")
+    busy = torch.randn(4096, 4096, dtype=torch.float16, device="cuda")
+    product, other = torch.empty_like(busy), torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    results = []
+    for _ in range(200):
+        with torch.cuda.stream(other):
+            torch.mm(busy, busy, out=product)
+        results.append(CONVOLUTION(x, w, padding=[2], upsample=2, activation="none"))
+        assert styleforge.last_path().endswith("aten_conv+instance_norm:cuda:plane:cluster")
+    torch.cuda.synchronize()
+    for result in results:
+        assert rms_error(result, reference) < 16 * torch.finfo(dtype).eps
+        assert torch.equal(result, results[0])

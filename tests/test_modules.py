@@ -263,11 +263,45 @@ def test_unsupported_layers_are_refused(case: str) -> None:
         ({"padding_mode": "circular"}, "padding_mode must be one of"),
         ({"precision": "fp8"}, "precision must be one of"),
         ({"upsample": 3}, "upsample must be 1 or 2, got 3"),
+        ({"padding": "same"}, "padding must be one or two integers >= 0, got 'same'"),
+        ({"padding": -1}, "padding must be one or two integers >= 0, got -1"),
+        ({"stride": 0}, "stride must be one or two integers >= 1, got 0"),
+        ({"stride": 1.5}, "stride must be one or two integers >= 1, got 1.5"),
+        ({"kernel_size": 0}, "kernel_size must be one or two integers >= 1, got 0"),
+        ({"kernel_size": (3, 3, 3)}, r"kernel_size must be one or two integers >= 1, got \(3, 3, 3\)"),
+        ({"in_channels": 0}, "in_channels must be positive, got 0"),
+        ({"out_channels": -6}, "out_channels must be positive, got -6"),
     ],
 )
 def test_wrong_constructor_arguments_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        FusedConvInstanceNormReLU(4, 6, 3, **arguments)
+        FusedConvInstanceNormReLU(**{"in_channels": 4, "out_channels": 6, **arguments})
+
+
+LAYERS_OF_ANOTHER_CLASS: dict[str, Any] = {
+    "conv must be an nn.Conv2d, got ConvTranspose2d": lambda: FusedConvInstanceNormReLU.from_torch(
+        nn.ConvTranspose2d(4, 4, 3), nn.InstanceNorm2d(4)
+    ),
+    "norm must be an nn.InstanceNorm2d, got BatchNorm2d": lambda: FusedConvInstanceNormReLU.from_torch(
+        nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)
+    ),
+    "norm must be an nn.InstanceNorm2d, got InstanceNorm1d": lambda: FusedInstanceNorm2d.from_torch(
+        nn.InstanceNorm1d(4)
+    ),
+    "attention must be an nn.MultiheadAttention, got FusedAttention": lambda: (
+        styleforge.FusedAttention.from_torch(styleforge.FusedAttention(8, 2))
+    ),
+    "layers must be two linear layers, .* or nn.TransformerEncoderLayer, got Linear": lambda: (
+        styleforge.FusedFFN.from_torch(nn.Linear(4, 4))
+    ),
+}
+
+
+@pytest.mark.parametrize("words", LAYERS_OF_ANOTHER_CLASS)
+def test_layers_of_another_class_are_refused(words: str) -> None:
+    """Some have all the attributes that are read, and would give other numbers without a word."""
+    with pytest.raises(TypeError, match=words):
+        LAYERS_OF_ANOTHER_CLASS[words]()
 
 
 def test_load_from_pytorch_copies() -> None:
@@ -512,3 +546,39 @@ def test_precision_is_asked_at_every_call(monkeypatch: pytest.MonkeyPatch) -> No
             layer(x)
             fixed(x)
     assert seen == ["tf32", "ieee", "ieee", "ieee", "tf32", "ieee"]
+
+
+@pytest.mark.parametrize("track", [False, True])
+def test_symbolic_trace(track: bool) -> None:
+    """As with PyTorch's layers: torch.fx follows a model that they are in."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3),
+        styleforge.FusedInstanceNorm2d(3, track_running_stats=track),
+        styleforge.FusedConvInstanceNormReLU(3, 4, 3),
+        styleforge.ResidualBlock(4),
+        nn.Flatten(2),
+        styleforge.FusedFFN(16, 8, 0.0),
+        styleforge.FusedAttention(16, 2),
+    ).eval()
+    graph = torch.fx.symbolic_trace(model)
+    x = tensor(2, 2, 6, 6)
+    torch.testing.assert_close(graph(x), model(x))
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x), model(x))
+
+
+def test_symbolic_trace_of_attention_in_the_place_of_pytorchs() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = styleforge.FusedAttention(6, 2)
+
+        def forward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+            first = self.attention(x, x, x, need_weights=False)[0]
+            second, weights = self.attention(first, memory, memory)
+            return second, weights
+
+    block = Block()
+    x, memory = torch.randn(2, 5, 6), torch.randn(2, 4, 6)
+    for ours, expected in zip(torch.fx.symbolic_trace(block)(x, memory), block(x, memory), strict=True):
+        torch.testing.assert_close(ours, expected)

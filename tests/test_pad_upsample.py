@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from _reference import dense_strides
 from styleforge.ops import pad_upsample
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -55,6 +56,19 @@ def test_result_and_gradient(
     assert torch.equal(got, again[0])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("padding", [(0, 0), (1, 0)])
+def test_any_strides_give_a_dense_result(padding: tuple[int, int], device: str) -> None:
+    x = torch.randn(3, 2, 7, 6, device=device)
+    for given in (x.permute(1, 0, 3, 2), x.permute(1, 2, 3, 0), x[:, :, 1:, 1:], x[:1].expand(3, 2, 7, 6)):
+        result = pad_upsample(given, padding)
+        assert torch.equal(result, plain(given, padding, "zeros", 1))
+        assert result.stride() == dense_strides(result.shape, given)
+        torch.library.opcheck(
+            torch.ops.styleforge._pad_upsample.default, (given, padding), test_utils="test_faketensor"
+        )
+
+
 @pytest.mark.parametrize("mode, padding, upsample", CASES)
 def test_gradcheck_and_vmap(mode: str, padding: tuple[int, int], upsample: int) -> None:
     x = torch.randn(2, 3, 6, 7, dtype=torch.float64, requires_grad=True)
@@ -84,3 +98,10 @@ def test_no_algorithm_that_is_not_repeatable(mode: str, device: str) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert x.grad is not None and x.grad.sum().item() == pytest.approx(4 * 13 * 13)
+
+
+def test_double_backward_says_that_it_is_not_supported() -> None:
+    x = torch.randn(1, 2, 4, 5).requires_grad_()
+    (grad,) = torch.autograd.grad(pad_upsample(x, 1).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="pad_upsample: double backward is not supported"):
+        grad.sum().backward()

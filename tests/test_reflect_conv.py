@@ -142,6 +142,9 @@ def test_operator_opcheck(device: str) -> None:
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
     torch.library.opcheck(op, (x, weight, bias), test_utils=tests)
     torch.library.opcheck(op, (x.contiguous(), weight, None, "tf32"), test_utils=tests)
+    for given in (x, x.contiguous(), x[:0], x[:0].contiguous()):  # also of one channel and of no sample
+        result = op(given, weight[:1])
+        assert result.stride() == dense_strides(result.shape, given)
 
 
 @pytest.mark.cuda

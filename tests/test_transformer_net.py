@@ -185,13 +185,56 @@ def test_gradients_match_plain_layers() -> None:
     torch.testing.assert_close(x.grad, y.grad)
     expected = dict(plain.named_parameters())
     for name, parameter in net.named_parameters():
-        if parameter.grad is None:
-            # Instance normalisation cancels these biases; the fused layers leave them out.
-            assert name.endswith("conv2d.bias") and not name.startswith("deconv3"), name
-            assert expected[name].grad is not None
+        assert parameter.grad is not None, name
+        if name.endswith("conv2d.bias") and not name.startswith("deconv3"):
+            # Instance normalisation cancels these biases. Zeros, not None: DDP waits for every gradient.
+            assert not parameter.grad.any(), name
             assert expected[name].grad.abs().max() < 1e-8
         else:
             torch.testing.assert_close(parameter.grad, expected[name].grad, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_trains_with_distributed_data_parallel(dtype: torch.dtype | None, tmp_path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        net = torch.nn.parallel.DistributedDataParallel(make_net(4).train())
+        for _ in range(2):  # the second step asks what became of every gradient of the first
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                loss = net(photo(1, 3, 12, 16)).float().square().mean()
+            loss.backward()
+        assert all(parameter.grad is not None for parameter in net.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_transforms_match_a_loop() -> None:
+    """vmap over pictures, per-sample gradients, and several networks at once."""
+    from torch.func import functional_call, grad, stack_module_state, vmap
+
+    net, x = make_net(2).double(), photo(3, 3, 12, 16, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def run(parameters: dict[str, Tensor], picture: Tensor) -> Tensor:
+        return functional_call(net, parameters, (picture[None],))[0]
+
+    expected = net(x).detach()
+    torch.testing.assert_close(vmap(run, (None, 0))(parameters, x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(vmap(run, (None, 0))(parameters, x), expected)
+
+    loss = grad(lambda parameters, picture: run(parameters, picture).square().sum())
+    per_sample = vmap(loss, (None, 0))(parameters, x)
+    for i, picture in enumerate(x):
+        for name, gradient in loss(parameters, picture).items():
+            torch.testing.assert_close(per_sample[name][i], gradient, msg=name)
+
+    nets = [make_net(2).double(), net.to_torch()]
+    stacked, _ = stack_module_state([nets[0], TransformerNet.from_torch(nets[1])])
+    results = vmap(run, (0, None))(stacked, x[0])
+    torch.testing.assert_close(results, torch.stack([n(x[:1])[0] for n in nets]))
 
 
 def test_script_saved_and_loaded(tmp_path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +116,19 @@ def test_graphs_of_the_second() -> None:
             assert torch.equal(result, expected), case
 
 
+def test_graphed_models_of_both() -> None:
+    """One after the other: the second one's capture must not be the first one's device's."""
+    layers, pictures = {}, {}
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        layers[device] = styleforge.FusedInstanceNorm2d(4).eval().to(device)
+        pictures[device] = torch.randn(2, 1, 4, 16, 16, device=device)
+        fast = styleforge.graphed(layers[device], pictures[device][0])
+        with torch.no_grad():
+            for picture in pictures[device]:
+                assert torch.equal(fast(picture), layers[device](picture))
+    assert torch.cuda.current_device() == 0
+
+
 def test_tensors_of_two_gpus_are_refused() -> None:
     for case in CASES:
         operator, given = CASES[case](torch.float32)
@@ -123,3 +138,32 @@ def test_tensors_of_two_gpus_are_refused() -> None:
         ]
         with pytest.raises(RuntimeError, match="cuda:0"):
             operator(*moved)
+
+
+_ALONE = """
+import threading
+import torch, styleforge
+
+x = torch.randn(2, 16, 300, 304, device="cuda:1")
+weight = torch.randn(16, 16, 3, 3, device="cuda:1")
+
+def run():
+    with torch.no_grad():
+        styleforge.ops.fused_instance_norm(x)
+        styleforge.ops.fused_conv_instance_norm_relu(x, weight, padding=1)
+    torch.cuda.synchronize(1)
+
+run()
+other = threading.Thread(target=run)
+other.start()
+other.join()
+assert torch.cuda.current_device() == 0
+assert torch.cuda.max_memory_reserved(0) == 0, "workspace was booked on the first GPU"
+assert not torch._C._cuda_hasPrimaryContext(0), "a context was made on the first GPU"
+"""
+
+
+def test_the_first_is_left_alone() -> None:
+    """In a process of its own, which never uses the first: no context on it, no memory of it."""
+    finished = subprocess.run([sys.executable, "-c", _ALONE], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr

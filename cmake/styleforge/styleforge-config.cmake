@@ -54,16 +54,17 @@ if(NOT TARGET styleforge::headers)
 
   # No symbol of the libraries is called, and LibTorch's own flags leave --as-needed on for what comes after them: each
   # is named twice, once between flags that keep it, once as the target that gives the path to look in when it runs.
+  # (The quotes are for the shell: flags are passed as they are, and a folder's name may have spaces.)
   add_library(styleforge::styleforge SHARED IMPORTED)
   set_target_properties(styleforge::styleforge PROPERTIES
     IMPORTED_LOCATION "${styleforge_LIBRARY}" IMPORTED_SONAME libstyleforge.so
     INTERFACE_LINK_LIBRARIES
-      "styleforge::headers;-Wl,--push-state,--no-as-needed,${styleforge_LIBRARY},--pop-state")
+      "styleforge::headers;-Wl,--push-state,--no-as-needed,\"${styleforge_LIBRARY}\",--pop-state")
   if(styleforge_CUDA_LIBRARY)
     add_library(styleforge::cuda SHARED IMPORTED)
     set_target_properties(styleforge::cuda PROPERTIES
       IMPORTED_LOCATION "${styleforge_CUDA_LIBRARY}" IMPORTED_SONAME libstyleforge_cuda.so
-      INTERFACE_LINK_LIBRARIES "-Wl,--push-state,--no-as-needed,${styleforge_CUDA_LIBRARY},--pop-state")
+      INTERFACE_LINK_LIBRARIES "-Wl,--push-state,--no-as-needed,\"${styleforge_CUDA_LIBRARY}\",--pop-state")
     set_property(TARGET styleforge::styleforge APPEND PROPERTY INTERFACE_LINK_LIBRARIES
                  $<$<TARGET_EXISTS:torch_cuda>:styleforge::cuda>)
   endif()

@@ -1,5 +1,7 @@
 #include "fused_conv.h"
 
+#include <algorithm>
+
 #include "../../csrc/cuda/common/launch.h"
 #include "../../csrc/cuda/conv_instance_norm/launch.h"
 #include "../../csrc/cuda/pad/launch.h"
@@ -13,6 +15,14 @@ namespace {
 constexpr const char* kOp = "fused_conv_instance_norm_relu";
 
 int narrow(int64_t value) { return static_cast<int>(value); }
+
+// The kernels' coordinates have 32 bits. Sizes are those of tensors in memory; padding may be anything, and a stride is
+// at most the padded size.
+bool takes_steps(const ConvInstanceNormPlan& plan) {
+  constexpr int64_t kMostStride = 65535, kMostPadding = 1 << 28;
+  return std::max(plan.stride[0], plan.stride[1]) <= kMostStride &&
+         std::max(plan.padding[0], plan.padding[1]) <= kMostPadding;
+}
 
 bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
@@ -170,6 +180,12 @@ Tensor pad_picture(const Tensor& picture, PaddingMode mode, const std::vector<in
   return padded;
 }
 
+// `residual` where the kernels read vectors of it: a copy where it begins at an address that they can not take.
+OptionalTensor aligned_residual(OptionalTensor residual) {
+  if (residual && !aligned(residual->const_data_ptr())) return torch::stable::clone(*residual);
+  return residual;
+}
+
 // The norm over `output` in place; what has to be copied for it is in `call`.
 const InstanceNormParams& prepare_norm(const InstanceNormRequest& request, const OwnedHandle& output,
                                        const ConvInstanceNormFacts& tensors, InstanceNormParams& params,
@@ -177,12 +193,14 @@ const InstanceNormParams& prepare_norm(const InstanceNormRequest& request, const
   const auto given = [](const TensorFacts& tensor) { return tensor.handle != nullptr ? &tensor : nullptr; };
   const TensorFacts of_output = facts_of(output);
   if (fill_dense(request, {of_output, given(tensors.norm_weight), given(tensors.norm_bias), given(tensors.residual)},
-                 params)) {
+                 params) &&
+      aligned(params.residual)) {
     params.output = mutable_data(output);
     return params;
   }
   call = prepare_instance_norm(request, tensor_of(output.get()), optional_tensor_of(tensors.norm_weight),
-                               optional_tensor_of(tensors.norm_bias), optional_tensor_of(tensors.residual));
+                               optional_tensor_of(tensors.norm_bias),
+                               aligned_residual(optional_tensor_of(tensors.residual)));
   return call->params;
 }
 
@@ -214,7 +232,7 @@ std::optional<OwnedHandle> run_fused_conv(const ConvInstanceNormOptions& options
                                           const ConvInstanceNormPlan& plan) {
   const bool phases = takes_upsample_phases(options, tensors.weight, plan);
   cuda::ConvParams params = output_params(tensors.input, plan);
-  if (params.dtype == DType::kFloat64 || (options.upsample != 1 && !phases)) return {};
+  if (params.dtype == DType::kFloat64 || (options.upsample != 1 && !phases) || !takes_steps(plan)) return {};
   params.in_channels = narrow(tensors.input.sizes[1]);
   params.height = narrow(tensors.input.sizes[2]);
   params.width = narrow(tensors.input.sizes[3]);
@@ -259,7 +277,7 @@ std::optional<OwnedHandle> run_fused_conv(const ConvInstanceNormOptions& options
 }
 
 std::optional<Tensor> run_picture_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
-  if (args.upsample != 1) return {};
+  if (args.upsample != 1 || !takes_steps(plan)) return {};
   cuda::ConvParams params = output_params(args.input, plan);
   params.in_channels = narrow(args.input.size(1));
   params.height = narrow(args.input.size(2));
@@ -295,7 +313,8 @@ std::optional<Tensor> run_picture_conv(const ConvInstanceNormArgs& args, const C
   params.output = raw.mutable_data_ptr();
   InstanceNormRequest request = norm_request(args, plan);
   request.in_place = true;
-  const auto call = prepare_instance_norm(request, output, args.norm_weight, args.norm_bias, args.residual);
+  const auto call =
+      prepare_instance_norm(request, output, args.norm_weight, args.norm_bias, aligned_residual(args.residual));
   const char* name = nullptr;
   check_cuda(kOp, cuda::launch_picture_conv(params, picture, schedule, call.params, scope.stream(), name));
   record_path("conv_instance_norm_relu:cuda", name);
@@ -306,6 +325,7 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
   const int64_t full = 16 / static_cast<int64_t>(args.input.element_size());
   const int64_t kernel_w = args.weight.size(3);
   if (args.input.scalar_type() == ScalarType::Double || args.upsample != 1 || args.input.size(1) >= full) return {};
+  if (!takes_steps(plan)) return {};
   cuda::ConvParams params = output_params(args.input, plan);
   params.precision = float32_where_cudnn_has_it(params.precision);
   const int64_t padded_width = args.input.size(3) + 2 * plan.padding[1];

@@ -10,20 +10,37 @@ __attribute__((weak)) AOTITorchError aoti_torch_cuda_caching_allocator_raw_delet
 
 namespace styleforge {
 
-CudaScope::CudaScope(int device) {
-  int current = 0;
+namespace {
+
+bool has_several_devices() {
+  int count = 0;
+  check_cuda("styleforge", cudaGetDeviceCount(&count));
+  return count > 1;
+}
+
+// By PyTorch and by CUDA, which may differ: PyTorch leaves CUDA's where it is when it goes back to a device that has no
+// context yet, and only notes that one. Its allocator goes by the note.
+bool is_current(int device) {
+  int current = 0, noted = 0;
   check_cuda("styleforge", cudaGetDevice(&current));
-  if (current != device) {
-    check_cuda("styleforge", cudaSetDevice(device));
-    previous_ = current;
-  }
+  check_shim(aoti_torch_get_current_device_index(&noted), "get_current_device_index");
+  return current == device && noted == device;
+}
+
+}  // namespace
+
+CudaScope::CudaScope(int device) {
   void* stream = nullptr;
   check_shim(aoti_torch_get_current_cuda_stream(device, &stream), "get_current_cuda_stream");
   stream_ = static_cast<cudaStream_t>(stream);
+  static const bool several = has_several_devices();
+  if (!several || is_current(device)) return;
+  // PyTorch's guard and not cudaSetDevice, which makes a context on a device only to go back to it.
+  check_shim(aoti_torch_create_device_guard(device, &guard_), "create_device_guard");
 }
 
 CudaScope::~CudaScope() {
-  if (previous_ >= 0) cudaSetDevice(previous_);
+  if (guard_ != nullptr) aoti_torch_delete_device_guard(guard_);
 }
 
 void check_cuda(const char* op, cudaError_t error) {

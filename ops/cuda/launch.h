@@ -22,7 +22,7 @@ class CudaScope {
   cudaStream_t stream() const { return stream_; }
 
  private:
-  int previous_ = -1;  // the device to go back to, -1 where it was the right one
+  DeviceGuardHandle guard_ = nullptr;  // PyTorch's, null where the device is the current one
   cudaStream_t stream_ = nullptr;
 };
 

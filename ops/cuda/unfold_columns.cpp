@@ -27,6 +27,9 @@ Tensor unfold_columns(const Tensor& input, int64_t kernel_width, const std::vect
     fail(kOp, "padding must be smaller than the input for padding_mode reflect, got padding [", padding[0], ", ",
          padding[1], "] for input ", shape_text(input));
   }
+  if (params.mode == PaddingMode::kReplicate && height * width == 0) {
+    fail(kOp, "padding_mode replicate needs a non-empty input, got ", shape_text(input));
+  }
   const int64_t out_width = width + 2 * padding[1] - kernel_width + 1;
   if (kernel_width < 1 || out_width < 1 || kernel_width > cuda::kMostUnfoldWidth) {
     fail(kOp, "kernel_width must be from 1 to the padded input's and ", cuda::kMostUnfoldWidth, ", got ", kernel_width,
@@ -36,7 +39,7 @@ Tensor unfold_columns(const Tensor& input, int64_t kernel_width, const std::vect
   const int64_t channels = (kernel_width * input.size(1) + full - 1) / full * full;
   const Tensor output =
       empty_dense(input, {input.size(0), channels, height + 2 * padding[0], out_width}, true, input.scalar_type());
-  if (input.size(0) * height == 0) return output;
+  if (output.numel() == 0) return output;
   params.input = input.const_data_ptr();
   params.output = output.mutable_data_ptr();
   for (int d = 0; d < 4; ++d) params.stride[d] = input.stride(d);

@@ -31,7 +31,8 @@ def capture(
             (warm_up or function)()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Without a stream it takes that of the first graph of the process, on whichever device.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         result = function()
     return graph, result
 
@@ -52,12 +53,16 @@ class GraphedModel:
             raise ValueError("graphed: the example's tensors must be on one device")
         self._device = tensors[0].device
         # Copies of their own: the graph reads and writes these addresses for ever.
-        self._inputs = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._inputs = [_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         arguments = tree_unflatten(self._inputs, self._structure)
         with torch.cuda.device(self._device), torch.no_grad():
             self.graph, self._output = capture(lambda: model(*arguments))
-        # The graph does not keep what it reads alive.
+            self._stream = torch.cuda.current_stream()
+        # The graph does not keep what it reads alive, nor does the model once it is given other tensors.
         self._model = model
+        self._read: list[Tensor] = []
+        if isinstance(model, torch.nn.Module):
+            self._read = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
 
     def __call__(self, *args: Any) -> Any:
         """The model's result for ``args``, in tensors that the next call overwrites.
@@ -69,6 +74,10 @@ class GraphedModel:
         if structure != self._structure:
             raise ValueError(f"graphed: expected arguments like {self._structure}, got {structure}")
         with torch.cuda.device(self._device), torch.no_grad():
+            stream = torch.cuda.current_stream()
+            if stream != self._stream:  # where the call before may still read what this one overwrites
+                stream.wait_stream(self._stream)
+                self._stream = stream
             for index, (held, given) in enumerate(zip(self._inputs, leaves, strict=True)):
                 if not isinstance(held, Tensor):
                     if given is not held and given != held:
@@ -84,7 +93,9 @@ def graphed(model: Callable[..., Any], example: Any) -> GraphedModel:
     """Captures ``model`` in a CUDA graph, for inference with one shape.
 
     A replay costs the host a few microseconds whatever the number of layers; the parameters are read at each
-    replay, so in-place changes of them count. Nothing in the model may wait for the GPU or depend on values.
+    replay, so in-place changes of them count; after those that give the model other tensors (``half``,
+    ``load_state_dict(assign=True)``) it has to be captured again. Nothing in the model may wait for the GPU
+    or depend on values.
 
     Args:
         model: a module in eval mode, or a function.
@@ -105,6 +116,12 @@ def graphed(model: Callable[..., Any], example: Any) -> GraphedModel:
     if isinstance(model, torch.nn.Module) and model.training:
         raise ValueError("graphed: the model is in training mode; call model.eval() first")
     return GraphedModel(model, example if isinstance(example, tuple) else (example,))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy that may be written to for ever: no inference tensor, to which only inference mode may."""
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
 
 
 def _check_like(index: int, held: Tensor, given: Any) -> None:

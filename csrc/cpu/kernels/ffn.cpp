@@ -66,7 +66,7 @@ void activation_gradient_rows(const BiasActivationBackwardParams& p, int64_t beg
       const auto [value, slope] = ffn_activate_with_slope<kActivation, sizeof(T) == 2, kN, Compute<T>>(x);
       if (p.grad_output != nullptr) {
         const auto grad = load(static_cast<const T*>(p.grad_output) + at + column);
-        store(static_cast<T*>(p.grad_hidden) + at + column, grad * slope);
+        store(static_cast<T*>(p.grad_hidden) + at + column, ffn_gradient<kActivation>(grad, x, slope));
       }
       if (p.output != nullptr) store(static_cast<T*>(p.output) + at + column, value);
     });

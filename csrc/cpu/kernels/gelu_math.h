@@ -18,6 +18,7 @@
 
 #include "../../ffn_params.h"
 #include "activation_math.h"
+#include "gelu_table.h"
 
 namespace styleforge::cpu::STYLEFORGE_CPU_ISA {
 
@@ -117,10 +118,21 @@ inline Vector<Scalar, N> tanh_argument(Vector<Scalar, N> x) {
   return x * (static_cast<Scalar>(2 * kTanhScale) + x * x * static_cast<Scalar>(2 * kTanhScale * kTanhCube));
 }
 
+template <bool kShort, int N, typename V>
+inline V gelu(V x) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    return gelu_by_table(
+        x, [](V value) __attribute__((noinline)) { return value * normal_distribution<kShort, N>(value).cdf; });
+  }
+#endif
+  return x * normal_distribution<kShort, N>(x).cdf;
+}
+
 template <FfnActivation kActivation, bool kShort, int N, typename Scalar>
 inline Vector<Scalar, N> ffn_activate(Vector<Scalar, N> x) {
   using V = Vector<Scalar, N>;
-  if constexpr (kActivation == FfnActivation::kGelu) return x * normal_distribution<kShort, N>(x).cdf;
+  if constexpr (kActivation == FfnActivation::kGelu) return gelu<kShort, N>(x);
   if constexpr (kActivation == FfnActivation::kGeluTanh) return x / (Scalar(1) + exp<N>(-tanh_argument<N, Scalar>(x)));
   if constexpr (kActivation == FfnActivation::kSilu) return x / (Scalar(1) + exp<N>(-x));
   return x < V{} ? V{} : x;
@@ -150,6 +162,13 @@ inline ValueAndSlope<Vector<Scalar, N>> ffn_activate_with_slope(Vector<Scalar, N
     return {x * s.value, s.value + x * s.slope};
   }
   return {x < V{} ? V{} : x, x <= V{} ? V{} : V{} + one};
+}
+
+// grad * slope at x. relu chooses, as PyTorch's does: 0 times a gradient that overflowed would be NaN.
+template <FfnActivation kActivation, typename V>
+inline V ffn_gradient(V grad, V x, V slope) {
+  if constexpr (kActivation == FfnActivation::kRelu) return x <= V{} ? V{} : grad;
+  return grad * slope;
 }
 
 }  // namespace styleforge::cpu::STYLEFORGE_CPU_ISA

@@ -101,7 +101,7 @@ class ColumnMoments {
     for (int64_t j = 0; j < rest_; ++j) {
       const double delta = to_double(tail[j]) - mean_[j];
       mean_[j] += delta / (before + 1);
-      m2_[j] += delta * delta * (before / (before + 1));
+      m2_[j] += delta * (before / (before + 1)) * delta;
     }
   }
 
@@ -168,7 +168,8 @@ class ColumnMoments {
       };
       const D old = load_state(mean_at);
       const D delta = mean[g] - old;
-      store_state(m2_at, load_state(m2_at) + m2[g] + delta * delta * (before * here / (before + here)));
+      // The weight first: of the first rows it is 0, and the square of a large mean may be infinite.
+      store_state(m2_at, load_state(m2_at) + m2[g] + delta * (before * here / (before + here)) * delta);
       store_state(mean_at, old + delta * (here / (before + here)));
     }
   }

@@ -37,14 +37,6 @@ struct Piece {
 
 #ifdef STYLEFORGE_HAS_MMA
 
-// As load_matrices, each matrix transposed.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&a)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(address)
-               : "memory");
-}
-
 // To nearest. Ties go to even where that is one instruction; away from zero, which ptxas makes four of, elsewhere.
 __device__ __forceinline__ uint32_t round_piece(float v) {
 #if __CUDA_ARCH__ >= 900

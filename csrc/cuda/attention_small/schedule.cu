@@ -60,7 +60,7 @@ cudaError_t schedule_small_attention(const SmallAttentionParams& p, SmallAttenti
   s.whole_rows = small_whole_rows(p, facts, overrides);
   const bool together = overrides.forced("together");
   const bool forced = overrides.forced("dependent") || together;
-  if ((overrides.forced() && !forced) || facts.major < 8) return cudaSuccess;
+  if ((overrides.forced() && !forced) || facts.major < 8 || facts.compiled_for < 80) return cudaSuccess;
   if (p.dtype == DType::kFloat64 || p.head_dim % 8 != 0 || p.head_dim > 128) return cudaSuccess;
   if (p.length < 1 || p.length > kSmallMaxLength || p.batch < 1 || p.batch > kMostBlocks || p.heads > kMostBlocks ||
       int64_t{p.batch} * p.length > kMostRows) {

@@ -4,7 +4,15 @@ namespace styleforge::cuda {
 
 namespace {
 constexpr int kMaxDevices = 64;
+
+// By its largest block the probe says whether the code that runs was compiled with wgmma, which 90a has and 90 has not:
+// its version is that of both.
+constexpr int kWithWgmma = 64;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__global__ void __launch_bounds__(kWithWgmma) architecture_probe() {}
+#else
 __global__ void architecture_probe() {}
+#endif
 }  // namespace
 
 cudaError_t device_facts(DeviceFacts& facts) {
@@ -29,7 +37,9 @@ cudaError_t device_facts(DeviceFacts& facts) {
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&probe, architecture_probe);
     if (error != cudaSuccess) return error;
     fresh.compiled_for = probe.ptxVersion;
-    fresh.clusters = fresh.major >= 9 && probe.ptxVersion >= 90;
+    // On 9.0 schedules hold clusters and wgmma for one; the kernels that need both are empty in code for plain 90.
+    const bool whole = fresh.major != 9 || probe.maxThreadsPerBlock == kWithWgmma;
+    fresh.clusters = fresh.major >= 9 && probe.ptxVersion >= 90 && whole;
     known[device] = fresh;  // two threads write the same values
     ready[device].store(true, std::memory_order_release);
   }

@@ -29,6 +29,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&a)[4], uint32_t address
                : "memory");
 }
 
+// As load_matrices, each matrix transposed.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&a)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(address)
+               : "memory");
+}
+
 // d = c + A * B; T is float for TF32, whose lower 13 bits the units cut off.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,

@@ -350,8 +350,8 @@ cudaError_t schedule_picture_conv(const ConvParams& p, ConvSchedule& schedule, b
   if (const auto error = device_facts(facts)) return error;
   const Overrides overrides("STYLEFORGE_CONV_TUNE");
   if (overrides.forced() && !overrides.forced("picture")) return cudaSuccess;
-  if (facts.major < 8 || p.dtype == DType::kFloat64 || p.phases != 1 || p.in_channels > kMaxChannels)
-    return cudaSuccess;
+  if (facts.major < 8 || facts.compiled_for < 80) return cudaSuccess;
+  if (p.dtype == DType::kFloat64 || p.phases != 1 || p.in_channels > kMaxChannels) return cudaSuccess;
   if (p.out_channels % kWidth != 0 || p.batch > 65535 || p.out_channels > 65535) return cudaSuccess;
   const bool half = size_of(p.dtype) == 2;
   const PictureShape shape = half ? shape_of<__half>(p) : shape_of<float>(p);

@@ -121,7 +121,7 @@ struct ConvTraits {
 // kSide: of a square kernel with stride 1 whose taps are unrolled, which is 10% faster; 0: any kernel.
 // kShare: blocks of a cluster that share a tile's input channels, and then its columns.
 // kLean: of a resident grid of full tiles, plain convolution to channels_last, activations without transcendental
-// functions: what is tried, one of tiles.h; weights_lo is then the map of the input's second box. 0: any.
+// functions: one of tiles.h. 0: any.
 template <typename T, int kColumns, int kGroups, bool kSplit, int kSide, int kShare, int kLean>
 __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kThreads,
                                   ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kBlocks)
@@ -202,17 +202,12 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     prefetch_map(&weights);
     prefetch_map(&input);
   }
-  // Two boxes, where all are brought by the copy engine: input_full is of the first, box_full of the second.
-  const bool halves = kLean > 0 && kGroups == 2 && kSide == 0 && (s.trial & kLeanHalves) != 0;
   if constexpr (kLean > 0) {
-    if ((s.trial & kLeanPrefetch) != 0 && threadIdx.x == Traits::kConsumers + kWarp) {
+    if (s.prefetch && threadIdx.x == Traits::kConsumers + kWarp) {
 #pragma unroll 1
       for (int chunk = 0; chunk < chunks; ++chunk) {
         if (kShare == 1 && chunk % neighbours != neighbour) continue;
         prefetch_box(&input, first_channel + chunk * kElements, left_of(), top_of(), n);
-        if (halves) {
-          prefetch_box(&weights_lo, first_channel + chunk * kElements, left_of(), top_of() + kHalfRows, n);
-        }
       }
     }
   }
@@ -244,14 +239,6 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     const uint32_t to = input_ring + stage * s.halo_bytes;
     const int pixels = s.halo_height * s.halo_width;
     const int channel = first_channel + chunk * kElements;
-    if (halves) {
-      const int first = kHalfRows * s.halo_width;
-      mbarrier_arrive_expect(&input_full[stage], first * kChunk);
-      load_box(to, &input, channel, left, top, n, &input_full[stage]);
-      mbarrier_arrive_expect(&box_full[stage], (pixels - first) * kChunk);
-      load_box(to + first * kChunk, &weights_lo, channel, left, top + kHalfRows, n, &box_full[stage]);
-      return;
-    }
     mbarrier_arrive_expect(&input_full[stage], pixels * kChunk);
     if (kShare > 1 || s.same_input == 1) {
       load_box(to, &input, channel, left, top, n, &input_full[stage]);
@@ -506,20 +493,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     };
     int r = 0, c = 0;
     const auto load_next = [&](uint32_t (&a)[4][4]) {
-      if constexpr (kLean > 0 && kGroups == 2 && kSide == 0) {
-        // The first warpgroup's rows begin in the first box, and reach into the second from the kernel's row on that
-        // this stride leads to; the second one's are all in the second.
-        const bool second = warp >= kWarps;
-        if (c == 0 && (r == 0 || (halves && !second && r == kHalfRows - (kWarps - 1) * 2))) {
-          if (halves && (second || r > 0)) {
-            mbarrier_wait(&box_full[input_stage], input_parity);
-          } else {
-            wait_for_input();
-          }
-        }
-      } else {
-        if (r == 0 && c == 0) wait_for_input();
-      }
+      if (r == 0 && c == 0) wait_for_input();
       load_tap(a, r * halo_width + c);
       if (++c == p.kernel_w) {
         c = 0;
@@ -830,26 +804,15 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         merge_pairs<kOut, Traits::kConsumers>(p, s, norm, sample_blocks, n, first_column, scales, sums, statistics,
                                               barrier);
       }
-      float2 channels[Out::kWidth] = {};
+      // By few threads: everyone asks for the same few lines. What `statistics` held before is in these moments.
+      if (apart && threadIdx.x < kOut / 2) {
+        await_merged(merged(p, s, n) + first_column + 2 * threadIdx.x, statistics + 2 * threadIdx.x);
+      }
+      barrier();
 #pragma unroll 1
-      for (int pass = apart && (s.trial & kLeanDry) != 0 ? 0 : 1; pass < 2; ++pass) {
-        Out out(p, n, first_column, tile_at(begin), warp);
-        if (pass > 0) {
-          // By few threads: everyone asks for the same few lines. What `statistics` held before is in these moments.
-          if (apart && threadIdx.x < kOut / 2) {
-            await_merged(merged(p, s, n) + first_column + 2 * threadIdx.x, statistics + 2 * threadIdx.x);
-          }
-          barrier();
-#pragma unroll
-          for (int k = 0; k < Out::kWidth; ++k) channels[k] = statistics[out.column + k];
-        }
-        const typename Out::Affine affine(channels, shifts + out.column);
-#pragma unroll 1
-        for (int tile = pass > 0 ? begin : end - 1; tile < end; ++tile) {
-          out = Out(p, n, first_column, tile_at(tile), warp);
-          if (pass == 0) out.pixels = 0;  // nothing is read from outside or written: the instructions come to the cache
-          out.template normalize<false>(p, norm, affine, stash(tile));
-        }
+      for (int tile = begin; tile < end; ++tile) {
+        const Out out(p, n, first_column, tile_at(tile), warp);
+        out.template normalize<false>(p, norm, typename Out::Affine(statistics, shifts, out.column), stash(tile));
       }
     } else {
       if (s.merge_apart) {

@@ -22,15 +22,15 @@ cudaError_t weight_map(const ConvParams& p, const void* weight, int rows, CUtens
   return tensor_map(p.dtype, weight, sizes, strides, box, map);
 }
 
-// [batch, height, width, channels], a tile with its halo a box, or some of its rows.
-cudaError_t input_map(const ConvParams& p, const ConvSchedule& s, int rows, CUtensorMap& map) {
+// [batch, height, width, channels], a tile with its halo a box.
+cudaError_t input_map(const ConvParams& p, const ConvSchedule& s, CUtensorMap& map) {
   const cuuint64_t sizes[4] = {extent(p.in_channels), extent(p.width), extent(p.height), extent(p.batch)};
   const cuuint64_t element = size_of(p.dtype);
   const cuuint64_t pixel = p.pixel_stride > 0 ? static_cast<cuuint64_t>(p.pixel_stride) : sizes[0];
   const cuuint64_t row = p.row_stride > 0 ? static_cast<cuuint64_t>(p.row_stride) : pixel * sizes[1];
   const cuuint64_t strides[3] = {pixel * element, row * element, row * element * sizes[2]};
-  const cuuint32_t box[4] = {chunk_elements(p), static_cast<cuuint32_t>(s.halo_width), static_cast<cuuint32_t>(rows),
-                             1};
+  const cuuint32_t box[4] = {chunk_elements(p), static_cast<cuuint32_t>(s.halo_width),
+                             static_cast<cuuint32_t>(s.halo_height), 1};
   return tensor_map(p.dtype, p.input, sizes, strides, box, map);
 }
 
@@ -39,11 +39,7 @@ cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const Instan
                         const DeviceFacts& facts, cudaStream_t stream) {
   using Traits = ConvTraits<T, kColumns, kGroups, kSplit, kShare>;
   CUtensorMap input, weights, weights_lo = {};
-  const bool halves = kLean > 0 && (s.trial & kLeanHalves) != 0;
-  if (const auto error = input_map(p, s, halves ? kHalfRows : s.halo_height, input)) return error;
-  if (halves) {
-    if (const auto error = input_map(p, s, s.halo_height - kHalfRows, weights_lo)) return error;
-  }
+  if (const auto error = input_map(p, s, input)) return error;
   if (const auto error = weight_map(p, p.weight, kColumns, weights)) return error;
   if (s.split_before) {
     if (const auto error = weight_map(p, p.weight_lo, kColumns, weights_lo)) return error;
@@ -53,8 +49,7 @@ cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const Instan
            static_cast<unsigned>(ceil_div(p.out_channels, kColumns) / s.same_input), static_cast<unsigned>(p.batch));
   auto* kernel = conv_kernel<T, kColumns, kGroups, kSplit, 0, kShare, kLean>;
   if constexpr (!kSplit) {
-    const bool rolled = kLean > 0 && (s.trial & kLeanRolled) != 0;
-    if (p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 && !rolled) {
+    if (p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1) {
       kernel = conv_kernel<T, kColumns, kGroups, kSplit, 3, kShare, kLean>;
     }
   }

@@ -1,5 +1,12 @@
-// Kernels of conv_sm90.cuh that are being tried (ConvSchedule::trial): where the grid is resident, all tiles are full,
-// and the result is channels_last.
+// Kernels of conv_sm90.cuh for what is most frequent: a resident grid of full tiles, 16 bits or TF32, a result in
+// channels_last, no activation or one of relu's kind. What they know beforehand brings the first loads out earlier and
+// lets the tensor cores find the moments (mma_moments.cuh); where blocks merge for themselves, merge_lean.cuh. Of the
+// general kernels' time (H200, STYLEFORGE_CONV_TUNE="lean=3", in turns): 16 bits 0.75 (1x64x64x64), 0.86
+// (1x128x128x128), 0.77 (1x64x256x256), 0.83 (1x128x32x32), 0.88 (1x256x64x64, 1x1), 0.73 (stride 2), 0.83
+// (8x128x64x64); TF32 0.75, 0.92, 0.89, 0.82, 0.98, 0.95, 0.93.
+//
+// What was tried: the way out walked once beforehand, so that its instructions are in the cache (no difference);
+// merging in two steps everywhere (0.3 to 6 us more); TF32's first box in two parts, by warpgroups (0.2 us more).
 #include "conv_sm90_launch.cuh"
 
 namespace styleforge::cuda {
@@ -10,12 +17,6 @@ bool is_lean(const ConvParams& p, const ConvSchedule& s, const InstanceNormParam
          is_piecewise(norm.activation) && p.out_height == s.tiles_y * s.tile_height &&
          p.out_width == s.tiles_x * ConvSchedule::kTileWidth && s.entries % s.tiles == 0 &&
          p.out_channels % s.columns == 0;
-}
-
-// The first box serves a tile's upper half alone, the second one the lower half, and rows that both need.
-bool takes_halves(const ConvParams& p, const ConvSchedule& s) {
-  return p.mode == PaddingMode::kZeros && p.stride_h == 2 && s.tile_height == 8 && s.halo_height > kHalfRows &&
-         s.share == 2 && p.dtype == DType::kFloat32;
 }
 
 template <typename T, int kLean>
@@ -43,22 +44,21 @@ template <int kLean>
 cudaError_t launch_lean(const ConvParams& p, const ConvSchedule& s, const InstanceNormParams& norm,
                         const DeviceFacts& facts, cudaStream_t stream, bool& taken) {
   if (p.dtype == DType::kFloat16) return launch_kind<__half, kLean>(p, s, norm, facts, stream, taken);
+  if (p.dtype == DType::kBFloat16) return launch_kind<__nv_bfloat16, kLean>(p, s, norm, facts, stream, taken);
   if (p.dtype == DType::kFloat32) return launch_kind<float, kLean>(p, s, norm, facts, stream, taken);
   return cudaSuccess;
 }
 
 }  // namespace
 
-cudaError_t launch_conv_sm90_lean(const ConvParams& p, const ConvSchedule& schedule, const InstanceNormParams& norm,
+cudaError_t launch_conv_sm90_lean(const ConvParams& p, const ConvSchedule& s, const InstanceNormParams& norm,
                                   cudaStream_t stream, bool& taken) {
   taken = false;
-  if (!is_lean(p, schedule, norm)) return cudaSuccess;
+  if (!is_lean(p, s, norm)) return cudaSuccess;
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  ConvSchedule s = schedule;
-  if (!takes_halves(p, s)) s.trial = static_cast<unsigned char>(s.trial & ~kLeanHalves);
-  return (s.trial & kLeanKind) == kLeanMerge ? launch_lean<kLeanMerge>(p, s, norm, facts, stream, taken)
-                                             : launch_lean<kLeanMoments>(p, s, norm, facts, stream, taken);
+  return s.lean == kLeanMerge ? launch_lean<kLeanMerge>(p, s, norm, facts, stream, taken)
+                              : launch_lean<kLeanMoments>(p, s, norm, facts, stream, taken);
 }
 
 }  // namespace styleforge::cuda

@@ -14,7 +14,7 @@ void schedule_conv_mma(const ConvParams& params, const DeviceFacts& facts, const
 // `norm`: what schedule.resident needs.
 cudaError_t launch_conv_sm90(const ConvParams& params, const ConvSchedule& schedule, const InstanceNormParams& norm,
                              cudaStream_t stream);
-// schedule.trial, where it applies to these tensors; `taken` says so.
+// The same by the kernels of conv_sm90_lean.cu (schedule.lean); `taken`: these tensors are theirs.
 cudaError_t launch_conv_sm90_lean(const ConvParams& params, const ConvSchedule& schedule,
                                   const InstanceNormParams& norm, cudaStream_t stream, bool& taken);
 // schedule.share blocks a tile.

@@ -72,7 +72,10 @@ struct ConvSchedule {
   bool resident = false;       // the grid is on the chip as a whole, and the convolution's kernel normalises
   bool resident_nchw = false;  // it does so also where the result is NCHW
   bool merge_apart = false;    // resident: moments are merged in a step of their own
-  unsigned char trial = 0;     // what is tried: tiles.h
+  // resident: which kernels of conv_sm90_lean.cu run where they take the tensors (tiles.h), and whether they ask the L2
+  // cache for the input while the kernel before is still running.
+  int lean = 0;
+  bool prefetch = false;
   // Behind the rings in shared memory: the results of all but a block's last tile, then the moments of its warps. What
   // belongs to the last tile lies over the rings.
   int stash_offset = 0, parts_offset = 0;

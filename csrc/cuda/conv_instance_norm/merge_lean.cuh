@@ -10,7 +10,7 @@ namespace styleforge::cuda {
 __device__ __forceinline__ float2 finish_moments(float pilot, float sum, float squares, float share, float eps,
                                                  float weight) {
   const float shift = sum * share;
-  const float m2 = fmaxf(squares - sum * shift, 0.0f);  // fmaxf drops NaN; the mean keeps it
+  const float m2 = relu_acc(squares - sum * shift);  // NaN stays: beside an infinite mean all of the plane is NaN
   return make_float2(pilot + shift, rsqrtf(fmaf(m2, share, eps)) * weight);
 }
 

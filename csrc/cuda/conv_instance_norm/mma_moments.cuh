@@ -15,13 +15,6 @@ namespace styleforge::cuda {
 
 #ifdef STYLEFORGE_HAS_MMA
 
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&a)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(address)
-               : "memory");
-}
-
 template <typename T>
 struct PairOf;
 template <>
@@ -103,7 +96,7 @@ struct MmaMoments {
         sum += odd ? sums[1][3] : sums[1][2];
       }
       const float shift = sum * kShare;
-      const float m2 = fmaxf(squares - sum * shift, 0.0f);
+      const float m2 = relu_acc(squares - sum * shift);  // NaN stays
       moments[list] = make_float2(2.0f * (shift - to_acc(pilot[list].x)), 4.0f * m2);
     }
   }

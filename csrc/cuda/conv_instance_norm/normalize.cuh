@@ -100,7 +100,7 @@ __device__ __forceinline__ void merge_tiles(const ConvParams& c, const ConvSched
   }
   const float pixels = static_cast<float>(p.pixels);
   const float shift = sum.x / pixels;
-  const float m2 = fmaxf(sum.y - sum.x * shift, 0.0f);  // fmaxf drops NaN; the mean keeps it
+  const float m2 = relu_acc(sum.y - sum.x * shift);  // NaN stays: beside an infinite mean all of the plane is NaN
   const float rstd = reciprocal_sqrt(m2 / pixels + static_cast<float>(p.eps));
   const float2 result = make_float2(pilot + shift, rstd * weight);
   if constexpr (kPublished) {
@@ -132,14 +132,6 @@ struct ChannelAffine {
         mean[k] = channel.x;
         shift[k] = shifts[column + k];
       }
-    }
-  }
-  __device__ __forceinline__ ChannelAffine(const float2 (&channels)[kWidth], const float* shifts) {
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      scale[k] = channels[k].y;
-      shift[k] = kFolded ? fmaf(-channels[k].x, channels[k].y, shifts[k]) : shifts[k];
-      if constexpr (!kFolded) mean[k] = channels[k].x;
     }
   }
   // Of one channel, for kWidth of its pixels.

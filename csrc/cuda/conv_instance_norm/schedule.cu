@@ -19,7 +19,7 @@ constexpr int kMaxTilesInTurn = 64;         // of one that is not
 constexpr int kMaxMerged = 32;              // moments that a thread loads where every block merges for itself
 
 // STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6,tiles=2,share=2,same_input=1,split=2"
-// trial=1 or 2, prefetch=1, dry=1, halves=1, rolled=1: see tiles.h
+// lean=1 or 2: tiles.h, 3: never; prefetch=1: never, 2
 constexpr const char* kTuneVariable = "STYLEFORGE_CONV_TUNE";
 
 // Whether two blocks can share tiles of this size: conv_sm90_shared.cu.
@@ -39,6 +39,7 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   // A chunk is always computed whole: not where most of it would be zeros.
   if (p.in_channels * element * 2 < kChunk) return;
   if (p.batch > 65535 || int64_t{p.height} * p.width * p.in_channels > INT32_MAX) return;
+  if (weights_of(p) > kMaxWeights) return;
 
   const int height = p.phases == 1 ? p.out_height : p.height;
   const int width = p.phases == 1 ? p.out_width : p.width;
@@ -79,6 +80,7 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
 
   s.halo_height = (s.tile_height - 1) * p.stride_h + p.kernel_h;
   s.halo_width = (s.kTileWidth - 1) * p.stride_w + p.kernel_w;
+  if (s.halo_height > 256 || s.halo_width > 256) return;  // of a TMA box
   s.halo_divisor = rounded_reciprocal(s.halo_width);
   s.tiles_x_divisor = rounded_reciprocal(s.tiles_x);
   s.halo_bytes = (s.halo_height * s.halo_width * kChunk + 1023) / 1024 * 1024;
@@ -110,7 +112,8 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     while (bytes() > room && s.input_stages > std::min(tiles * chunks, 2)) --s.input_stages;
     while (bytes() > room && s.weight_stages > std::min(steps, 3)) --s.weight_stages;
     while (bytes() > room && s.input_stages > 1) --s.input_stages;
-    if (several && bytes() > room) return false;
+    // Half of a multiprocessor's is not enough: two blocks would not be resident.
+    if ((several || (resident && room < kShared)) && bytes() > room) return false;
     while (bytes() > kShared && s.weight_stages > std::min(steps, 2)) --s.weight_stages;
     s.tiles = tiles;
     s.stash_offset = (std::max(rings(), stash_bytes) + 127) / 128 * 128;
@@ -131,7 +134,6 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   // To NCHW, the phases of an upsampling would each write every second element; tiles of 128 channels take the same
   // time in TF32 either way, and in fp16 1.5 us more in one pass (1x128x128x128 and 8x128x64x64).
   s.resident_nchw = s.resident && p.phases == 1 && (s.columns < 128 || one_pass);
-  if (s.halo_height > 256 || s.halo_width > 256) return;  // of a TMA box
   // Blocks with other columns of the same tile bring its input for each other, where all of it has a place of its own:
   // 0.3 us of 6 to 9 in 16 bits, but of four chunks 0.2 more. Clusters of two always find room, those of four do not.
   const bool once = s.resident && s.tiles == 1 && chunks <= std::min(s.input_stages, 2) && all <= facts.multiprocessors;
@@ -142,11 +144,15 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   s.split_before = split && tuned("split", s.share == 1 && s.tile_height == 8 && steps >= 18 ? 1 : 2) == 1;
   // Consumer threads: a warp for each row of a tile.
   s.merge_apart = int64_t{partials(s)} * columns_out > int64_t{tuned("merged", kMaxMerged)} * 32 * s.tile_height;
-  const int trial = tuned("trial", 0) & kLeanKind;
-  s.trial = static_cast<unsigned char>(
-      trial == 0 ? 0
-                 : trial | (tuned("prefetch", 0) > 0 ? kLeanPrefetch : 0) | (tuned("dry", 0) > 0 ? kLeanDry : 0) |
-                       (tuned("halves", 0) > 0 ? kLeanHalves : 0) | (tuned("rolled", 0) > 0 ? kLeanRolled : 0));
+  if (s.resident && !split) {
+    // 16 bits, lean=1 and 2 in us: 13.1 and 13.1 (1x128x128x128), 16.4 and 17.3 (1x64x256x256), 6.9 and 7.3
+    // (1x256x64x64, 1x1), elsewhere the second is faster (4.6 for 5.1, 5.2 for 5.3, 6.9 for 7.4, 19.7 for 20.2); TF32
+    // as well.
+    const bool apart_or_short = s.merge_apart || (element == 2 && steps < 8);
+    s.lean = tuned("lean", apart_or_short ? kLeanMoments : kLeanMerge) % 3;
+    // TF32 takes 0.1 to 0.9 us longer with it.
+    s.prefetch = s.lean > 0 && tuned("prefetch", element == 2 ? 2 : 1) == 2;
+  }
   supported = true;
 }
 
@@ -202,7 +208,7 @@ cudaError_t launch_conv_one_pass(const ConvParams& params, const ConvSchedule& s
   ConvParams own = params;
   own.output = norm.output;
   bool taken = false;
-  auto error = schedule.trial == 0 ? cudaSuccess : launch_conv_sm90_lean(own, schedule, norm, stream, taken);
+  auto error = schedule.lean == 0 ? cudaSuccess : launch_conv_sm90_lean(own, schedule, norm, stream, taken);
   if (!taken) error = launch_conv_sm90(own, schedule, norm, stream);
   if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize ||
       error == cudaErrorNotSupported) {

@@ -82,7 +82,7 @@ void schedule_conv_mma(const ConvParams& p, const DeviceFacts& facts, const Over
   // A chunk is always computed whole: not where most of it would be zeros.
   if (p.in_channels * element * 2 < kChunk) return;
   if (p.batch > 65535 || int64_t{p.height} * p.width * p.in_channels > INT32_MAX) return;
-  if (int64_t{p.phases} * p.out_channels * p.kernel_h * p.kernel_w * p.in_channels > INT32_MAX) return;
+  if (weights_of(p) > kMaxWeights || p.height * p.row_stride > INT32_MAX) return;
 
   const bool split = p.precision == ConvPrecision::kIeee;
   const int height = p.phases == 1 ? p.out_height : p.height;

@@ -17,14 +17,16 @@ constexpr int kMaxInputStages = 4, kMaxWeightStages = 8;
 // Channels that a block merges at a time where the merge is a step of its own: a sector of 32 bytes of moments.
 constexpr int kMergeSlice = 4;
 
-// ConvSchedule::trial, what STYLEFORGE_CONV_TUNE asks for: 0 nothing; the kernels of conv_sm90_lean.cu with moments by
-// the tensor cores, and also with another merge (merge_lean.cuh).
-constexpr int kLeanKind = 3, kLeanMoments = 1, kLeanMerge = 2;
-constexpr int kLeanPrefetch = 4;  // input on its way to the L2 cache before the kernel before has ended
-constexpr int kLeanDry = 8;       // the way out is walked once before there is something to bring out
-constexpr int kLeanHalves = 16;   // the first input in two boxes, by rows of a tile
-constexpr int kLeanRolled = 32;  // 3x3 by the kernel for any size: what is unrolled lacks registers in two blocks of 64
-constexpr int kHalfRows = 8;     // of the first: its pixels are a multiple of 8, as the swizzle needs it
+// ConvSchedule::lean: kernels of conv_sm90_lean.cu with moments by the tensor cores, and also with the merge of
+// merge_lean.cuh.
+constexpr int kLeanMoments = 1, kLeanMerge = 2;
+
+// What the fused kernels take: those that rewrite weights number their threads in 32 bits, the idle ones of a last
+// block or plane of blocks included.
+constexpr int64_t kMaxWeights = INT32_MAX / 2;
+inline int64_t weights_of(const ConvParams& p) {
+  return int64_t{p.phases} * p.out_channels * p.kernel_h * p.kernel_w * p.in_channels;
+}
 
 // __umulhi(value, rounded_reciprocal(d)) is value / d where value * d < 2^32 and d > 1.
 inline unsigned rounded_reciprocal(int d) {

@@ -55,14 +55,14 @@ __global__ void __launch_bounds__(kRowThreads)
         if (p.grad_output != nullptr) grad[i] = load_vector<V>(p.grad_output, row * vectors + at.vector);
       },
       [&](int64_t row, int i) {
-        acc_t<T> x[kWidth], slope[kWidth];
+        acc_t<T> x[kWidth], gradient[kWidth];
         biased<T>(x, hidden[i], bias);
-        ffn_activate_with_slope<sizeof(T) == 2>(x, slope, p.activation);
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) gradient[k] = to_acc(grad[i].data[k]);
+        ffn_activate_backward<sizeof(T) == 2>(x, gradient, p.activation);
         if (p.output != nullptr) store(p.output, row * vectors + at.vector, rounded<T>(x));
         if (p.grad_output == nullptr) return;
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) slope[k] *= to_acc(grad[i].data[k]);
-        store(p.grad_hidden, row * vectors + at.vector, rounded<T>(slope));
+        store(p.grad_hidden, row * vectors + at.vector, rounded<T>(gradient));
       });
 }
 

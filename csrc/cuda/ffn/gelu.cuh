@@ -217,17 +217,17 @@ __device__ __forceinline__ void ffn_activate_as(Acc (&v)[kSize], FfnActivation a
   ffn_activate<sizeof(T) == 2>(v, activation);
 }
 
-// v becomes the activation's result and `slope` its derivative; at 0 the derivative of relu is 0.
+// v becomes the activation's result, and `grad` is multiplied by its derivative; at 0 that of relu is 0. Where it is 0,
+// relu stops infinite gradients, as PyTorch's does.
 template <bool kShort, int kSize, typename Acc>
-__device__ __forceinline__ void ffn_activate_with_slope(Acc (&v)[kSize], Acc (&slope)[kSize],
-                                                        FfnActivation activation) {
+__device__ __forceinline__ void ffn_activate_backward(Acc (&v)[kSize], Acc (&grad)[kSize], FfnActivation activation) {
   constexpr Acc kInverseSqrt2Pi = Acc(0.39894228040143267794);
   switch (activation) {
     case FfnActivation::kGelu:
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const auto normal = normal_distribution<kShort>(v[i]);
-        slope[i] = normal.cdf + v[i] * (normal.exponential * kInverseSqrt2Pi);
+        grad[i] *= normal.cdf + v[i] * (normal.exponential * kInverseSqrt2Pi);
         v[i] *= normal.cdf;
       }
       break;
@@ -235,14 +235,14 @@ __device__ __forceinline__ void ffn_activate_with_slope(Acc (&v)[kSize], Acc (&s
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const auto s = logistic(tanh_argument(v[i]));
-        slope[i] = s.value + v[i] * s.slope * tanh_argument_slope(v[i]);
+        grad[i] *= s.value + v[i] * s.slope * tanh_argument_slope(v[i]);
         v[i] *= s.value;
       }
       break;
     case FfnActivation::kRelu:
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        slope[i] = v[i] <= Acc(0) ? Acc(0) : Acc(1);
+        grad[i] = v[i] <= Acc(0) ? Acc(0) : grad[i];
         v[i] = v[i] <= Acc(0) ? Acc(0) : v[i];
       }
       break;
@@ -250,7 +250,7 @@ __device__ __forceinline__ void ffn_activate_with_slope(Acc (&v)[kSize], Acc (&s
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         const auto s = logistic(v[i]);
-        slope[i] = s.value + v[i] * s.slope;
+        grad[i] *= s.value + v[i] * s.slope;
         v[i] *= s.value;
       }
       break;

@@ -150,6 +150,9 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     ffn_activate<true>(h, p.activation);
+    // Beyond the hidden width an infinite input would make NaN of the zeros there.
+#pragma unroll
+    for (int i = 0; i < 16; ++i) h[i] = column + i / 4 * 8 < p.hidden ? h[i] : 0.0f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       uint32_t packed[4];

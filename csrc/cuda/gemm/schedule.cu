@@ -31,7 +31,8 @@ bool wide_pays(const GemmParams& p, double taken, double needed) {
 
 // Products of wide_sm90.cuh: 16-bit, and float32 rounded to TF32.
 // STYLEFORGE_GEMM_TUNE="columns=192,lines=3,stages=3,band=8,narrow=4,wide=2" (narrow: 1 none, else one more than how
-// many tiles; of TF32: wide 1 never, 2 always; mix 2 leaves products without activation to cuBLAS, at most 1% faster)
+// many tiles, as far as no block gets two of their pieces; of TF32: wide 1 never, 2 always; mix 2 leaves products
+// without activation to cuBLAS, at most 1% faster)
 void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const DeviceFacts& facts,
                    const Overrides& overrides) {
   const bool half = p.dtype != DType::kFloat32;
@@ -66,7 +67,7 @@ void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const 
   const int pieces = s.columns / 64;
   const int cut = tuned("narrow", 0);
   if (cut == 0 && rest * pieces <= room) s.narrow = static_cast<int>(rest);
-  if (cut > 1) s.narrow = static_cast<int>(std::min<int64_t>(tiles, cut - 1));
+  if (cut > 1) s.narrow = static_cast<int>(std::min({tiles, int64_t{cut} - 1, room / pieces}));
   s.blocks = static_cast<int>(std::min<int64_t>(tiles + s.narrow * int64_t{pieces - 1}, room));
   const double rounds = static_cast<double>(ceil_div(tiles, room)) - (s.narrow > 0 ? 0.5 : 0.0);
   const double needed = static_cast<double>(p.m) / 128 * p.n / facts.multiprocessors;

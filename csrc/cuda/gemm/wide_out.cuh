@@ -157,22 +157,25 @@ class LinesOut {
 
   // v is the gradient of the activation's result, `hidden` what was activated. Out come the gradient of that and the
   // activation's result again (to `product`); `sums` takes the gradient in. Of 16-bit numbers.
-  __device__ __forceinline__ void gradient(const uint4 (&v)[kLines], const uint4 (&hidden)[kLines], float (&sums)[8],
-                                           int row, int column) const {
+  __device__ __forceinline__ void gradient(uint4 (&v)[kLines], const uint4 (&hidden)[kLines], float (&sums)[8], int row,
+                                           int column) const {
+    if (row + kPartRows > p_.m) {  // rows beyond the last one: an infinite weight made NaN of their zeros
+#pragma unroll
+      for (int i = 0; i < kLines; ++i) {
+        if (row + row_ + 4 * i >= p_.m) v[i] = {};
+      }
+    }
     uint4 results[kLines], activated[kLines];
 #pragma unroll
     for (int i = 0; i < kLines; i += 2) {
-      float h[16], slope[16], g[16];
+      float h[16], g[16];
       unpack_line<T>(h, hidden[i]);
       unpack_line<T>(h + 8, hidden[i + 1]);
       unpack_line<T>(g, v[i]);
       unpack_line<T>(g + 8, v[i + 1]);
-      ffn_activate_with_slope<true>(h, slope, p_.activation);
+      ffn_activate_backward<true>(h, g, p_.activation);
 #pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        g[j] *= slope[j];
-        sums[j % 8] += g[j];
-      }
+      for (int j = 0; j < 16; ++j) sums[j % 8] += g[j];
       results[i] = pack_line<T>(g);
       results[i + 1] = pack_line<T>(g + 8);
       activated[i] = pack_line<T>(h);

@@ -62,6 +62,10 @@ struct Wide {
   static constexpr int kStageBytes = kWideABytes + kColumns * kBoxRowBytes;
   static constexpr int kBoxes = kColumns / kBoxNumbers<T>;  // of a tile's 64 rows
   static constexpr int kNarrowBoxes = kNarrowColumns / kBoxNumbers<T>;
+  // Boxes of a narrow tile lie in other places than the same boxes of a wide one, so that nothing would order the uses
+  // of one barrier by both, and a wait that comes a phase late waits forever: they have barriers of their own, after
+  // the others.
+  static constexpr int kBarriers = 4 * kBoxes;
 };
 
 #ifdef STYLEFORGE_HAS_WGMMA
@@ -106,7 +110,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   extern __shared__ unsigned char dynamic[];
   const uint32_t ring = (shared_address(dynamic) + 1023) & ~1023u;  // swizzled tiles start at multiples of 1024 bytes
   const uint32_t places = ring + s.stages * kStage;
-  __shared__ uint64_t full[kMaxGemmStages], empty[kMaxGemmStages], filled[2 * kBoxes], taken[2 * kBoxes];
+  __shared__ uint64_t full[kMaxGemmStages], empty[kMaxGemmStages], filled[W::kBarriers], taken[W::kBarriers];
   const uint32_t full_at = shared_address(full), empty_at = shared_address(empty);
   const uint32_t filled_at = shared_address(filled), taken_at = shared_address(taken);
 
@@ -122,6 +126,9 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   // Boxes take turns in their places: the upper half of a tile's rows first, then the lower one.
   const auto place_of = [&](int half, int box, bool narrow) {
     return narrow ? half * W::kNarrowBoxes + box : (half * kBoxes + box) % s.places;
+  };
+  const auto barrier_of = [](int half, int box, bool narrow) {
+    return half * kBoxes + box + (narrow ? 2 * kBoxes : 0);
   };
   const auto tile_of = [&](int t) {
     const bool narrow = t >= wide_tiles;
@@ -142,7 +149,8 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       mbarrier_init(&full[i], 1);
       mbarrier_init(&empty[i], 8);  // the consumers' warps
     }
-    for (int i = 0; i < 2 * kBoxes; ++i) {
+    for (int i = 0; i < W::kBarriers; ++i) {
+      if (i >= 2 * kBoxes && i % kBoxes >= W::kNarrowBoxes) continue;
       mbarrier_init(&filled[i], 128);
       mbarrier_init(&taken[i], 32);
     }
@@ -213,8 +221,9 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
         box = after % kFew;
       }
       const WideTile tile = tile_of(first_tile + turn * step);
-      return Box{tile.row + half * 64, tile.column + box * kWidth, half * kBoxes + box,
-                 places + place_of(half, box, tile.narrow) * kBoxBytes, static_cast<uint32_t>(turn & 1)};
+      return Box{tile.row + half * 64, tile.column + box * kWidth, barrier_of(half, box, tile.narrow),
+                 places + place_of(half, box, tile.narrow) * kBoxBytes,
+                 static_cast<uint32_t>(tile.narrow ? 0 : turn & 1)};
     };
     const int count = (wide_turns * kBoxes + (turns - wide_turns) * W::kNarrowBoxes) * 2;
     Box next = box_at(lines_warp);
@@ -338,11 +347,11 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
         if (box >= W::kNarrowBoxes && tile.narrow) continue;
         const float* sums = d[box * kWidth / kMmaWidth] + box * kWidth % kMmaWidth / 2;
         const int place = place_of(group, box, tile.narrow);
-        const auto wait_for_place = [&] {  // for the last box there
+        // For the last box there, of a wide tile: a block has one narrow tile at most.
+        const auto wait_for_place = [&] {
           const int own = group * kBoxes + box;
           const bool earlier = tile.narrow || own < s.places;  // in the turn before this one
-          const int last = tile.narrow ? (t - step >= wide_tiles ? own : 2 * kBoxes - s.places + place)
-                                       : own - s.places + (earlier ? 2 * kBoxes : 0);
+          const int last = tile.narrow ? 2 * kBoxes - s.places + place : own - s.places + (earlier ? 2 * kBoxes : 0);
           mbarrier_wait(taken_at + 8 * last, earlier ? turn ^ 1 : turn);
         };
         const uint32_t to = places + place * kBoxBytes + piece;
@@ -371,7 +380,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
             store_two(at + 8 * kBoxRowBytes, sums[4 * i + 2], sums[4 * i + 3]);
           }
         }
-        mbarrier_arrive(filled_at + 8 * (group * kBoxes + box));
+        mbarrier_arrive(filled_at + 8 * barrier_of(group, box, tile.narrow));
       }
       turn ^= 1;
     }

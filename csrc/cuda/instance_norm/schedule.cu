@@ -12,6 +12,7 @@
 // - Two passes: pass 2 loads its tile before it waits for pass 1 (dependent launch), 6.2 -> 5.1 us on 1x3x512x512.
 #include <algorithm>
 #include <bit>
+#include <limits>
 
 #include "../common/launch.h"
 #include "../common/overrides.h"
@@ -81,6 +82,11 @@ constexpr const char* kTuneVariable = "STYLEFORGE_TUNE";
 int largest_cluster(const DeviceFacts& facts, const Overrides& overrides) {
   if (!facts.has_cluster() || overrides.forced("portable")) return 1;
   return facts.major == 9 || facts.major == 10 ? 16 : 8;  // 16 is the non-portable size of the data-centre chips
+}
+
+// NCHW: planes are numbered in 32 bits, and each has a block of the grid at least. More of them would be cut off.
+bool too_many_planes(const InstanceNormParams& p) {
+  return !p.channels_last && p.batch * p.channels > std::numeric_limits<int32_t>::max();
 }
 
 bool all_aligned(const InstanceNormParams& p) {
@@ -164,8 +170,10 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
     // 64x64 in half 2.4 us with 128 threads, 2.7 with 64; of 32x32 1.54 with 64, 1.67 with 32); none without any.
     const int wanted = cluster > 1 ? 64 : round_threads(ceil_div(s.share, 4), s.share > 32 ? 64 : 32, 128);
     s.threads = std::clamp(static_cast<int>(overrides.tuned("threads", wanted)), least, kHeldThreads);
+    // Not in place: the copy that is done first would store over what the other may not have read.
+    const bool apart = p.input != p.output;
     const int copies = cluster > 1 && 2 * planes <= clusters_at_once(cluster, facts) ? 2 : 1;
-    s.copies_log2 = overrides.tuned("copies", copies) == 2 ? 1 : 0;
+    s.copies_log2 = apart && overrides.tuned("copies", copies) == 2 ? 1 : 0;
     s.shared_bytes = static_cast<size_t>(spread((planes * cluster) << s.copies_log2, cluster, facts, overrides));
   }
   s.name = cluster > 1 ? "instance_norm:cuda:plane:cluster" : "instance_norm:cuda:plane:block";
@@ -475,6 +483,7 @@ bool schedule_resident(const InstanceNormParams& p, int tensors, const DeviceFac
 }  // namespace
 
 cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule, bool clusters) {
+  if (too_many_planes(params)) return cudaErrorInvalidConfiguration;
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   facts.clusters = facts.clusters && clusters;
@@ -579,6 +588,7 @@ cudaError_t launch_instance_norm(const InstanceNormParams& params, const Instanc
 
 cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& params, InstanceNormSchedule& schedule,
                                             bool resident) {
+  if (too_many_planes(params)) return cudaErrorInvalidConfiguration;
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   const bool aligned = aligned16(params.input) && aligned16(params.residual) && aligned16(params.saved_output) &&

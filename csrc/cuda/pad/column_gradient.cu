@@ -35,14 +35,6 @@ constexpr int kSumResults = 32;  // of a block
 
 #ifdef STYLEFORGE_HAS_MMA
 
-// Four 8x8 matrices of 16-bit numbers, each transposed on the way.
-__device__ __forceinline__ void load_transposed(uint32_t (&a)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(address)
-               : "memory");
-}
-
 // Of 16-byte piece `piece` of a pixel in a row.
 __device__ __forceinline__ uint32_t place_of(int pixel, int piece) {
   return static_cast<uint32_t>(pixel * 64 + ((piece ^ ((pixel >> 1) & 3)) * 16));
@@ -118,8 +110,8 @@ __global__ void __launch_bounds__(kMostColumnRows* kWarp, 3)
       uint32_t a[2][4], b[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        load_transposed(a[half], grad_row + place_of(q * 16 + grad_pixel, half * 2 + grad_piece));
-        load_transposed(b[half], input_row + place_of(q * 16 + input_pixel, half * 2 + input_piece));
+        load_matrices_transposed(a[half], grad_row + place_of(q * 16 + grad_pixel, half * 2 + grad_piece));
+        load_matrices_transposed(b[half], input_row + place_of(q * 16 + input_pixel, half * 2 + input_piece));
       }
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
@@ -173,6 +165,7 @@ int pieces_of(const ColumnGradientParams& params) { return static_cast<int>(ceil
 cudaError_t schedule_column_gradient(const ColumnGradientParams& params, int& parts, size_t& workspace_bytes) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
+  if (facts.compiled_for < 80) return cudaErrorNotSupported;  // the kernel has nothing in it
   // Two blocks a multiprocessor, of at least as many rows as the ring takes to fill.
   const int64_t others = static_cast<int64_t>(params.batch) * pieces_of(params);
   int64_t wanted = ceil_div(2 * facts.multiprocessors, others);

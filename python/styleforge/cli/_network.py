@@ -25,7 +25,8 @@ def load_network(
         try:
             network: nn.Module = load_checkpoint(checkpoint, map_location="cpu")
         except Exception as error:  # whatever a broken or foreign file makes the unpickler raise
-            raise WorkError(f"cannot load the checkpoint {checkpoint}: {one_line(error)}") from error
+            reason = one_line(error).removeprefix(f"{checkpoint}: ")
+            raise WorkError(f"cannot load the checkpoint {checkpoint}: {reason}") from error
         network = network.to(device=device, dtype=dtype)
     else:
         assert style is not None  # checked with the options

@@ -97,7 +97,8 @@ def bench(
     against: Annotated[
         str,
         typer.Option(
-            help="Any of eager,compile,cudagraph,onnxruntime,jax, or all; what is missing is named."
+            help="Any of eager, compile, cudagraph, onnxruntime, jax (commas between them), or all; "
+            "what is missing is named."
         ),
     ] = "eager,compile",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from styleforge.models._reflect_conv import reflect_conv2d
 from styleforge.ops import conv_precision, matmul_precision
+from styleforge.ops._common import autocast_dtype
 from styleforge.ops._composite import activate, ffn_activate
 
 
@@ -72,7 +73,7 @@ def conv_instance_norm(
         (input.size(2) * upsample + 2 * padding[0] - weight.size(2)) // stride[0] + 1,
         (input.size(3) * upsample + 2 * padding[1] - weight.size(3)) // stride[1] + 1,
     ]
-    fits = _fits(residual, input, sizes)
+    fits = _fits(residual, input, _dtype_of_products(input), sizes)
     output: Tensor = torch.ops.styleforge.fused_conv_instance_norm_relu(
         input,
         weight,
@@ -115,7 +116,8 @@ def instance_norm(
         if residual is not None:
             normed = normed + residual
         return activate(normed, activation, negative_slope)
-    fits = _fits(residual, input, [input.size(0), input.size(1), input.size(2), input.size(3)])
+    sizes = [input.size(0), input.size(1), input.size(2), input.size(3)]
+    fits = _fits(residual, input, input.dtype, sizes)
     output: Tensor = torch.ops.styleforge.fused_instance_norm(
         input,
         weight,
@@ -193,7 +195,7 @@ def ffn(
             for d in range(input.dim() - 1):
                 sizes.append(input.size(d))
             sizes.append(fc2_weight.size(0))
-            fits = _fits(residual, input, sizes)
+            fits = _fits(residual, input, _dtype_of_products(input), sizes)
         output = torch.ops.styleforge.fused_ffn(
             input,
             fc1_weight,
@@ -226,13 +228,25 @@ def reflect_conv(input: Tensor, weight: Tensor, bias: Optional[Tensor], precisio
     return reflect_conv2d(input, weight, bias, precision)
 
 
-def _fits(residual: Optional[Tensor], like: Tensor, sizes: List[int]) -> bool:
-    """Whether the operator can add it: no number, no broadcasting, no type promotion, no other device."""
+def _dtype_of_products(input: Tensor) -> torch.dtype:
+    """Of the result of a convolution or matrix product; TorchScript knows no autocast of ours."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        kind = input.device.type
+        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+            return autocast_dtype(input)
+    return input.dtype
+
+
+def _fits(residual: Optional[Tensor], like: Tensor, dtype: torch.dtype, sizes: List[int]) -> bool:
+    """Whether the operator, with a result of ``dtype``, can add it: no number, no broadcasting, no promotion.
+
+    Under autocast the shortcut of a transformer stays in float32, to which 16-bit results are added.
+    """
     if residual is None:
         return True
     if not torch.jit.is_scripting() and not isinstance(residual, Tensor):  # type: ignore[attr-defined]
         return False  # type: ignore[unreachable]
-    if residual.dtype != like.dtype or residual.dim() != len(sizes) or residual.device != like.device:
+    if residual.dtype != dtype or residual.dim() != len(sizes) or residual.device != like.device:
         return False
     fits = True
     for d in range(len(sizes)):

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations.
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from styleforge.ops import _few_channels as few_channels
@@ -88,6 +89,13 @@ def _recorded() -> bool:
     return False
 
 
+def formats_are_known() -> bool:
+    """Whether a tensor may be asked for channels_last: ``torch.func.vmap`` refuses that."""
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+    return True
+
+
 def _needs_gradient(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -98,6 +106,8 @@ def _takes_operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether our operator convolves: on the GPU and without a gradient."""
     if x.device.type != "cuda" or weight.dtype != x.dtype:
         return False  # under autocast the dtypes may differ: PyTorch's convolution settles that
+    if not torch.jit.is_scripting() and forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+        return False  # PyTorch's convolution has forward-mode derivatives
     return not torch.is_autocast_enabled() and not _needs_gradient(x, weight, bias)
 
 
@@ -127,6 +137,7 @@ def _takes_columns(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.size(2) >= height
         and x.size(3) >= width
         and weight.size(0) <= 4
+        and formats_are_known()
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 

@@ -188,12 +188,14 @@ def read_state_dict(
             raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except pickle.UnpicklingError as error:  # whose text is advice to run what the file holds
         raise CheckpointError(
-            f"{path}: not a readable PyTorch checkpoint of tensors ({reason}); "
+            f"{path}: not a PyTorch checkpoint, or it holds more than tensors; "
             "a pickled module has to be saved again as model.state_dict()"
         ) from error
+    except (EOFError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: not a readable PyTorch checkpoint: {reason}") from error
     if isinstance(state, nn.Module) or not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: must hold a state dict, got {type(state).__name__}")
     return clean_state_dict(state)

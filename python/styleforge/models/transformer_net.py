@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import conv_precision, fused_conv_instance_norm_relu
-from ._reflect_conv import reflect_conv2d
+from ._reflect_conv import formats_are_known, reflect_conv2d
 from .checkpoints import check_state_dict, clean_state_dict, infer_base_channels
 from .torch_transformer_net import TorchTransformerNet
 
@@ -24,6 +24,7 @@ class _Conv(nn.Module):
 def _fused(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
     padding: int,
@@ -36,18 +37,19 @@ def _fused(
 ) -> Tensor:
     """Upsample, reflection-pad, convolve, normalise, add the residual and activate: one operator call.
 
-    The convolution's bias is left out: instance normalisation subtracts it again.
+    Instance normalisation subtracts the convolution's bias again, so the operator does not read it; it is
+    passed because an optimiser and DistributedDataParallel want a gradient of it, zeros, in every step.
     """
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
         y: Tensor = torch.ops.styleforge.fused_conv_instance_norm_relu(
-            x, weight, None, norm_weight, norm_bias, [stride, stride], [padding, padding], "reflect",
+            x, weight, bias, norm_weight, norm_bias, [stride, stride], [padding, padding], "reflect",
             upsample, eps, activation, 0.01, residual, _precision(precision),
         )  # fmt: skip
         return y
     return fused_conv_instance_norm_relu(
         x,
         weight,
-        None,
+        bias,
         norm_weight,
         norm_bias,
         stride=stride,
@@ -83,8 +85,8 @@ class _ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         precision = self.precision
         c1, n1, c2, n2 = self.conv1.conv2d, self.in1, self.conv2.conv2d, self.in2
-        y = _fused(x, c1.weight, n1.weight, n1.bias, 1, 1, 1, self.in1.eps, "relu", None, precision)
-        return _fused(y, c2.weight, n2.weight, n2.bias, 1, 1, 1, self.in2.eps, "none", x, precision)
+        y = _fused(x, c1.weight, c1.bias, n1.weight, n1.bias, 1, 1, 1, self.in1.eps, "relu", None, precision)
+        return _fused(y, c2.weight, c2.bias, n2.weight, n2.bias, 1, 1, 1, self.in2.eps, "none", x, precision)
 
 
 class TransformerNet(nn.Module):
@@ -160,24 +162,26 @@ class TransformerNet(nn.Module):
         Raises:
             RuntimeError: where an operator refuses shape, dtype or device, naming the argument.
         """
-        keep_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        keep_channels_last = False
         y = x
-        if self.channels_last:
-            y = y.contiguous(memory_format=torch.channels_last)
+        if formats_are_known():
+            keep_channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            if self.channels_last:
+                y = y.contiguous(memory_format=torch.channels_last)
         c1, c2, c3 = self.conv1.conv2d, self.conv2.conv2d, self.conv3.conv2d
         d1, d2 = self.deconv1.conv2d, self.deconv2.conv2d
         n1, n2, n3, n4, n5 = self.in1, self.in2, self.in3, self.in4, self.in5
         precision = self.precision
-        y = _fused(y, c1.weight, n1.weight, n1.bias, 4, 1, 1, self.in1.eps, "relu", None, precision)
-        y = _fused(y, c2.weight, n2.weight, n2.bias, 1, 2, 1, self.in2.eps, "relu", None, precision)
-        y = _fused(y, c3.weight, n3.weight, n3.bias, 1, 2, 1, self.in3.eps, "relu", None, precision)
+        y = _fused(y, c1.weight, c1.bias, n1.weight, n1.bias, 4, 1, 1, self.in1.eps, "relu", None, precision)
+        y = _fused(y, c2.weight, c2.bias, n2.weight, n2.bias, 1, 2, 1, self.in2.eps, "relu", None, precision)
+        y = _fused(y, c3.weight, c3.bias, n3.weight, n3.bias, 1, 2, 1, self.in3.eps, "relu", None, precision)
         y = self.res1(y)
         y = self.res2(y)
         y = self.res3(y)
         y = self.res4(y)
         y = self.res5(y)
-        y = _fused(y, d1.weight, n4.weight, n4.bias, 1, 1, 2, self.in4.eps, "relu", None, precision)
-        y = _fused(y, d2.weight, n5.weight, n5.bias, 1, 1, 2, self.in5.eps, "relu", None, precision)
+        y = _fused(y, d1.weight, d1.bias, n4.weight, n4.bias, 1, 1, 2, self.in4.eps, "relu", None, precision)
+        y = _fused(y, d2.weight, d2.bias, n5.weight, n5.bias, 1, 1, 2, self.in5.eps, "relu", None, precision)
         last = self.deconv3.conv2d
         result = reflect_conv2d(y, last.weight, last.bias, _precision(precision))
         if keep_channels_last:

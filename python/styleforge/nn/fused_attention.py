@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from styleforge.nn._checks import check_choice
+from styleforge.nn._checks import check_choice, check_type
+from styleforge.nn._symbolic import call_in_graph, is_symbolic
 from styleforge.ops import matmul_precision
 from styleforge.ops._common import PRECISIONS, BelowAutograd, autograd_is_idle
-from styleforge.ops._precision import precision_of_products
+from styleforge.ops._precision import matmuls_of_module, precision_of_products
 from styleforge.ops.fused_attention import MAX_HEAD_DIM, VERSIONS
 
 _DESIGNS: dict[Union[str, int], int] = {"auto": 0, 1: 1, 2: 2}
@@ -166,8 +167,10 @@ class FusedAttention(nn.Module):
             precision: as in the constructor.
 
         Raises:
+            TypeError: the module is of another class.
             ValueError: the module has something that the fused module does not.
         """
+        check_type("attention", attention, nn.MultiheadAttention)
         if not attention._qkv_same_embed_dim:
             raise ValueError(
                 f"kdim and vdim must be embed_dim, {attention.embed_dim}, got {attention.kdim} and "
@@ -247,6 +250,10 @@ class FusedAttention(nn.Module):
             The result, like query; with a key, the pair of it and the weights ([N, queries, keys], or [N,
             num_heads, queries, keys] where they are not averaged) or None.
         """
+        if not _is_scripting():
+            if is_symbolic(query):
+                masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+                return call_in_graph(self, query, key, value, *masks)
         if key is None:
             if not _is_scripting() and attn_mask is None:
                 output = _infer(self, query, key_padding_mask, is_causal)
@@ -303,14 +310,31 @@ class FusedAttention(nn.Module):
 
     def _operator(self, input: Tensor, key_padding_mask: Optional[Tensor], is_causal: bool) -> Tensor:
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            precision = self.scripted_precision
-            qkv_weight: Tensor = self.in_proj_weight
-            qkv_bias: Optional[Tensor] = self.in_proj_bias
-            out_weight: Tensor = self.out_proj.weight
-            out_bias: Optional[Tensor] = self.out_proj.bias
-        else:
-            precision = matmul_precision(self.precision)
-            qkv_weight, qkv_bias, out_weight, out_bias = self._tensors()
+            return self._call(
+                input,
+                self.in_proj_weight,
+                self.in_proj_bias,
+                self.out_proj.weight,
+                self.out_proj.bias,
+                key_padding_mask,
+                is_causal,
+                self.scripted_precision,
+            )
+        precision = matmul_precision(self.precision)
+        with matmuls_of_module(input, precision):
+            return self._call(input, *self._tensors(), key_padding_mask, is_causal, precision)
+
+    def _call(
+        self,
+        input: Tensor,
+        qkv_weight: Tensor,
+        qkv_bias: Optional[Tensor],
+        out_weight: Tensor,
+        out_bias: Optional[Tensor],
+        key_padding_mask: Optional[Tensor],
+        is_causal: bool,
+        precision: str,
+    ) -> Tensor:
         if self.design == 1:
             output: Tensor = torch.ops.styleforge.fused_attention_v1(
                 input,

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from styleforge.nn._checks import check_choice
+from styleforge.nn._checks import check_choice, check_pair, check_positive, check_type
 from styleforge.ops import conv_precision
 from styleforge.ops._common import (
     ACTIVATIONS,
@@ -104,14 +104,16 @@ class FusedConvInstanceNormReLU(nn.Module):
             check_choice("precision", precision, PRECISIONS)
         if upsample not in (1, 2):
             raise ValueError(f"upsample must be 1 or 2, got {upsample}")
+        check_positive("in_channels", in_channels)
+        check_positive("out_channels", out_channels)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_size = pair(kernel_size)
-        self.stride = pair(stride)
+        self.kernel_size = check_pair("kernel_size", kernel_size, 1)
+        self.stride = check_pair("stride", stride, 1)
         self.padding = (
             ((self.kernel_size[0] - 1) // 2, (self.kernel_size[1] - 1) // 2)
             if padding is None
-            else pair(padding)
+            else check_pair("padding", padding, 0)
         )
         self.eps = eps
         self.affine = affine
@@ -167,6 +169,7 @@ class FusedConvInstanceNormReLU(nn.Module):
             precision: as in the constructor.
 
         Raises:
+            TypeError: the layers are of other classes.
             ValueError: the layers have something that the fused operator does not.
         """
         _check_layers(conv, norm)
@@ -200,6 +203,7 @@ class FusedConvInstanceNormReLU(nn.Module):
             instance_norm: the norm after it, without running statistics.
 
         Raises:
+            TypeError: the layers are of other classes.
             ValueError: the layers have something that this module does not, or other shapes.
         """
         _check_layers(conv, instance_norm)
@@ -341,6 +345,8 @@ def _infer(module: FusedConvInstanceNormReLU, input: Tensor, residual: Tensor | 
 
 
 def _check_layers(conv: nn.Conv2d, norm: nn.InstanceNorm2d) -> None:
+    check_type("conv", conv, nn.Conv2d)
+    check_type("norm", norm, nn.InstanceNorm2d)
     if conv.groups != 1 or pair(conv.dilation) != (1, 1):
         raise ValueError(
             f"conv must have groups=1 and dilation=1, got groups={conv.groups}, dilation={conv.dilation}"

@@ -12,7 +12,7 @@ from styleforge.nn._checks import check_choice
 from styleforge.ops import matmul_precision
 from styleforge.ops._common import FFN_ACTIVATIONS, PRECISIONS, BelowAutograd, autograd_is_idle
 from styleforge.ops._composite import ffn_activate
-from styleforge.ops._precision import precision_of_products
+from styleforge.ops._precision import matmuls_of_module, precision_of_products
 
 _fused_ffn = torch.ops.styleforge.fused_ffn.default._op
 
@@ -124,6 +124,7 @@ class FusedFFN(nn.Module):
             precision: as in the constructor.
 
         Raises:
+            TypeError: a layer of another class is given.
             ValueError: the layers have something that the fused module does not.
         """
         fc1, fc2, found, drops = _parts(layers)
@@ -160,20 +161,27 @@ class FusedFFN(nn.Module):
         """Input and residual [..., embed_dim] to the same shape."""
         if self.training and (self.hidden_dropout > 0.0 or self.output_dropout > 0.0):
             return self._forward_with_dropout(input, residual)
-        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-            inferred = _infer(self, input, residual)
-            if inferred is not None:
-                return inferred
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            precision = self.scripted_precision
-            fc1_weight, fc1_bias = self.fc1_weight, self.fc1_bias
-            fc2_weight, fc2_bias = self.fc2_weight, self.fc2_bias
-        else:
-            precision = matmul_precision(self.precision)
-            fc1_weight, fc1_bias, fc2_weight, fc2_bias = self._tensors()
-        output: Tensor = torch.ops.styleforge.fused_ffn(
-            input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, self.activation, residual, precision
-        )
+            scripted: Tensor = torch.ops.styleforge.fused_ffn(
+                input,
+                self.fc1_weight,
+                self.fc1_bias,
+                self.fc2_weight,
+                self.fc2_bias,
+                self.activation,
+                residual,
+                self.scripted_precision,
+            )
+            return scripted
+        inferred = _infer(self, input, residual)
+        if inferred is not None:
+            return inferred
+        precision = matmul_precision(self.precision)
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = self._tensors()
+        with matmuls_of_module(input, precision):
+            output: Tensor = torch.ops.styleforge.fused_ffn(
+                input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, self.activation, residual, precision
+            )
         return output
 
     def _forward_with_dropout(self, input: Tensor, residual: Optional[Tensor]) -> Tensor:
@@ -257,6 +265,11 @@ def _parts(
             )
         return layers.linear1, layers.linear2, activation, (layers.dropout.p, layers.dropout2.p)
     expected = "Linear, activation, (Dropout,) Linear, (Dropout)"
+    if not hasattr(layers, "__iter__"):
+        raise TypeError(
+            f"layers must be two linear layers, nn.Sequential of {expected}, or nn.TransformerEncoderLayer, "
+            f"got {type(layers).__name__}"
+        )
     names = ", ".join(type(m).__name__ for m in layers)
     if not isinstance(layers, nn.Sequential):
         if len(layers) != 2 or not all(isinstance(m, nn.Linear) for m in layers):

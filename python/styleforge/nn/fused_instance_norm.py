@@ -7,7 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from styleforge.nn._checks import check_choice
+from styleforge.nn._checks import check_choice, check_type
+from styleforge.nn._symbolic import call_in_graph, is_symbolic
 from styleforge.ops._common import ACTIVATIONS, BelowAutograd, autograd_is_idle
 from styleforge.ops._composite import activate
 
@@ -74,7 +75,11 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
             norm: an existing layer, with or without parameters and running statistics.
             activation: as in the constructor.
             negative_slope: as in the constructor.
+
+        Raises:
+            TypeError: the layer is of another class.
         """
+        check_type("norm", norm, nn.InstanceNorm2d)
         new = cls(
             norm.num_features,
             norm.eps,
@@ -91,6 +96,10 @@ class FusedInstanceNorm2d(nn.InstanceNorm2d):
 
     def forward(self, input: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         """Input and residual [N, C, H, W] or [C, H, W] to the same shape."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if is_symbolic(input):
+                node: Tensor = call_in_graph(self, input, residual)
+                return node
         if self.track_running_stats:
             return self._forward_with_running_stats(input, residual)
         if input.dim() != 4:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from styleforge.ops import _common as common
 
@@ -39,7 +38,7 @@ class _Narrow(torch.autograd.Function):
         pass
 
     @staticmethod
-    @once_differentiable
+    @common.first_order("autocast")
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         return _widen(grad_output), None
 

@@ -18,6 +18,7 @@ NAME = "_column_gradient"
 CHANNELS = 32
 """Of grad and input, on CUDA."""
 MOST_ROWS = 9
+MOST_SAMPLES = 65535
 _op = torch.ops.styleforge._column_gradient.default
 
 

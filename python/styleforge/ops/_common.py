@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "sigmoid", "tanh")
 FFN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -57,9 +59,10 @@ def autograd_is_idle(input: Tensor) -> bool:
 
     That kernel is in Python, which takes the host more time than the rest of a call. All other dispatch keys
     see the call as ever. Not where somebody looks on: modes and subclasses of tensors, who may want gradients
-    after all, TorchScript's tracing, which notes where a call stands, and dynamo, which knows no such guard.
+    after all, TorchScript's tracing, which notes where a call stands, and dynamo, which knows no such guard;
+    nor inside of forward-mode differentiation, which no_grad does not switch off.
     """
-    if _is_dynamo_compiling() or _is_grad_enabled():
+    if _is_dynamo_compiling() or _is_grad_enabled() or forward_ad._current_level >= 0:
         return False
     return type(input) is Tensor and not _dispatch_modes() and not _is_tracing()
 
@@ -93,6 +96,16 @@ def empty_like_format(input: Tensor, sizes: Sequence[Any], channels_last: bool) 
     return torch.empty(tuple(sizes), dtype=input.dtype, device=input.device, memory_format=memory_format)
 
 
+def in_format(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The values in one of the dense formats, with its strides also in dimensions of one element or none."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    dense = tensor.contiguous(memory_format=memory_format)
+    if all(size > 1 for size in dense.shape):
+        return dense
+    strides = torch.empty(dense.shape, device="meta", memory_format=memory_format).stride()
+    return dense if dense.stride() == strides else dense.as_strided(dense.shape, strides)
+
+
 def check(op: str, condition: Any, message: Callable[[], str]) -> None:
     """``torch._check`` with the operator's name in front, worded as the C++ checks."""
     torch._check(condition, lambda: f"{op}: {message()}")
@@ -124,10 +137,8 @@ def check_norm_params(
             continue
         check_device(op, name, param, input)
         if param.dtype not in (input.dtype, torch.float32):
-            raise RuntimeError(
-                f"{op}: {name} must be {_name(input.dtype)} (the dtype of input) or float32, "
-                f"got {_name(param.dtype)}"
-            )
+            other = "" if input.dtype == torch.float32 else " (the dtype of input) or float32"
+            raise RuntimeError(f"{op}: {name} must be {_name(input.dtype)}{other}, got {_name(param.dtype)}")
         batch = input.shape[0]
         expected = (batch, channels) if param.dim() == 2 else (channels,)
         fits = param.dim() in (1, 2) and all(a == b for a, b in zip(param.shape, expected, strict=False))
@@ -271,6 +282,18 @@ def loop_over_slices(
     return tuple(torch.stack(results) for results in zip(*slices, strict=True))
 
 
+def refuse_tangents(op: str, args: Sequence[Any]) -> None:
+    """Raises NotImplementedError if an argument carries a tangent, which the operator would lose.
+
+    Called where ``forward_ad._current_level`` says that there may be some: looking at each takes time.
+    """
+    if not torch._C._is_fwd_grad_enabled():
+        return
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(f"{op}: forward-mode differentiation is not supported")
+
+
 def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply`` from inside an operator's autograd kernel, also under ``torch.func`` transforms.
 
@@ -280,6 +303,37 @@ def apply_function(function: type[torch.autograd.Function], *args: Any) -> Any:
         return function.apply(*args)
     with torch._functorch.utils.enable_single_level_autograd_function():
         return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _as_leaf(tensor: Tensor) -> Tensor:
+    leaf = tensor.detach()
+    leaf.requires_grad = True  # requires_grad_() is refused inside of torch.func's transforms
+    return leaf
+
+
+def first_order(op: str) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., Any]]:
+    """Decorates an ``autograd.Function``'s ``backward``: differentiating that fails with a clear message.
+
+    As ``torch.autograd.function.once_differentiable``, whose message names no operator, and which lets a
+    gradient of what was saved get lost where ``grad_output`` itself needs none.
+    """
+
+    def decorate(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+        @wraps(backward)
+        def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+            with torch.no_grad():
+                result = backward(ctx, *grads)
+            if not _is_grad_enabled():
+                return result
+            if not any(t is not None and t.requires_grad for t in (*grads, *ctx.saved_tensors)):
+                return result
+            message = f"{op}: double backward is not supported"
+            refuse: Any = torch._C._functions.DelayedError(message.encode(), len(result))
+            return refuse(*(None if g is None else _as_leaf(g) for g in result))
+
+        return wrapper
+
+    return decorate
 
 
 class FirstOrderFunction(torch.autograd.Function):

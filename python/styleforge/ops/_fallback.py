@@ -48,8 +48,7 @@ def register() -> None:
 
 
 def _match(output: Tensor, input: Tensor) -> Tensor:
-    channels_last = common.prefers_channels_last(input)
-    return output.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return common.in_format(output, common.prefers_channels_last(input))
 
 
 def _instance_norm(input: Tensor, *args: Any) -> Tensor:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from styleforge.ops._column_gradient import CHANNELS, MOST_ROWS
+from styleforge.ops import _common as common
+from styleforge.ops._column_gradient import CHANNELS, MOST_ROWS, MOST_SAMPLES
 from styleforge.ops._unfold_columns import MOST_CHANNELS
 
 _unfold = torch.ops.styleforge._unfold_columns.default
@@ -68,6 +68,8 @@ def _takes_column_gradient(grad_output: Tensor, input: Tensor, weight: Tensor) -
         and weight.shape[0] == weight.shape[1] == CHANNELS
         and weight.shape[2] <= MOST_ROWS
         and grad_output.dtype == input.dtype
+        and 0 < input.shape[0] <= MOST_SAMPLES
+        and torch.cuda.get_device_properties(input.device).major >= 8
     )
 
 
@@ -94,7 +96,7 @@ class FewInputChannels(torch.autograd.Function):
         ctx.save_for_backward(input, weight)
 
     @staticmethod
-    @once_differentiable
+    @common.first_order("fused_conv_instance_norm_relu")
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         channels, width = weight.shape[1], weight.shape[3]
@@ -153,7 +155,7 @@ class ReflectConv2d(torch.autograd.Function):
         ctx.save_for_backward(input, weight)
 
     @staticmethod
-    @once_differentiable
+    @common.first_order("reflect_conv2d")
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from styleforge.ops import _common as common
 
@@ -38,6 +38,8 @@ def pad_upsample(
         RuntimeError: an argument does not fit; the message names it, what was expected and what was given.
     """
     sides = common.pair(padding)
+    if forward_ad._current_level >= 0:
+        common.refuse_tangents("pad_upsample", (input,))
     if torch.is_grad_enabled() and input.requires_grad:
         result: Tensor = PadUpsample.apply(input, sides, padding_mode, upsample)  # type: ignore[no-untyped-call]
     else:
@@ -60,7 +62,7 @@ class PadUpsample(torch.autograd.Function):
         _, ctx.padding, ctx.padding_mode, ctx.upsample = inputs
 
     @staticmethod
-    @once_differentiable
+    @common.first_order("pad_upsample")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _backward_op(grad, ctx.padding, ctx.padding_mode, ctx.upsample), None, None, None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -38,19 +39,49 @@ def conv_precision(precision: str | None = None) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-@contextmanager
-def _taking(flags: Any, precision: str) -> Iterator[None]:
-    before = flags.fp32_precision
-    flags.fp32_precision = precision
-    try:
-        yield
-    finally:
-        flags.fp32_precision = before
+class _Flag:
+    """One of PyTorch's precisions, which is the whole process's: threads that set it share it.
+
+    The user's comes back after the last of them, and while any has set it nobody may take it for the user's:
+    it would change under a call. Threads that ask for different precisions at the same time cannot both
+    have theirs.
+    """
+
+    def __init__(self, flags: Any) -> None:
+        self._flags = flags
+        self._lock = threading.Lock()
+        self._users = ""
+        self.taken: list[str] = []
+
+    @contextmanager
+    def taking(self, precision: str) -> Iterator[None]:
+        with self._lock:
+            if not self.taken:
+                self._users = self._flags.fp32_precision
+            self.taken.append(precision)
+            self._flags.fp32_precision = precision
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.taken.reverse()  # of equal ones the last
+                self.taken.remove(precision)
+                self.taken.reverse()
+                self._flags.fp32_precision = self.taken[-1] if self.taken else self._users
+
+
+_convolutions = _Flag(torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+_matmuls = _Flag(torch.backends.cuda.matmul)
+
+
+def convolutions_are_in(precision: str) -> bool:
+    """Whether PyTorch's own convolutions take this precision anyway, by the user's flags."""
+    return not _convolutions.taken and precision == conv_precision()
 
 
 def convolutions_in(precision: str) -> AbstractContextManager[None]:
     """PyTorch's own convolutions take this precision inside; the user's flags come back afterwards."""
-    return _taking(torch.backends.cudnn.conv, precision)  # type: ignore[attr-defined]
+    return _convolutions.taking(precision)
 
 
 def matmul_precision(precision: str | None = None) -> str:
@@ -82,12 +113,12 @@ def precision_of_products(asked: str | None, input: Tensor) -> str | None:
         return "ieee"
     if asked is None:
         return matmul_precision()
-    return asked if asked == matmul_precision() else None
+    return asked if not _matmuls.taken and asked == matmul_precision() else None
 
 
 def matmuls_in(precision: str) -> AbstractContextManager[None]:
     """PyTorch's own CUDA products take this precision inside; the user's flags come back afterwards."""
-    return _taking(torch.backends.cuda.matmul, precision)
+    return _matmuls.taking(precision)
 
 
 _as_they_are: AbstractContextManager[None] = nullcontext()
@@ -100,4 +131,15 @@ def matmuls_of(input: Tensor, precision: str) -> AbstractContextManager[None]:
     """
     if not input.is_cuda or input.dtype != torch.float32 or precision not in ("ieee", "tf32"):
         return _as_they_are
-    return _as_they_are if precision == matmul_precision() else matmuls_in(precision)
+    by_the_user = not _matmuls.taken and precision == matmul_precision()
+    return _as_they_are if by_the_user else matmuls_in(precision)
+
+
+def matmuls_of_module(input: Tensor, precision: str) -> AbstractContextManager[None]:
+    """``matmuls_of`` where a module has to ask for it: in inference mode.
+
+    Elsewhere the operators' autograd kernels do, which inference mode goes past.
+    """
+    if _is_dynamo_compiling() or not torch.is_inference_mode_enabled():
+        return _as_they_are
+    return matmuls_of(input, precision)

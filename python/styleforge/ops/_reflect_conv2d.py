@@ -33,8 +33,7 @@ def reflect_conv2d(
         [N, Co, H, W], channels_last where the input is.
     """
     output = composite.reflect_conv2d(input, weight, bias)
-    channels_last = common.prefers_channels_last(input)
-    return output.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return common.in_format(output, common.prefers_channels_last(input))
 
 
 @torch.library.register_fake("styleforge::_reflect_conv2d")  # type: ignore[untyped-decorator]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from styleforge.ops import _common as common
 from styleforge.ops._precision import matmul_precision, matmuls_of
@@ -393,6 +394,8 @@ def _register(name: str, version: int) -> None:
         # As in fused_instance_norm, the first lines are what a call under no_grad costs on top.
         tensors = (input, qkv_weight, qkv_bias, out_weight, out_bias)
         rest = (num_heads, scale, is_causal, key_padding_mask, precision)
+        if forward_ad._current_level >= 0:
+            common.refuse_tangents(name, tensors)
         if not _is_grad_enabled() or not _any_requires_grad(*tensors):
             below = _below_autograd[keyset.raw_repr()]
             if not input.is_cuda:

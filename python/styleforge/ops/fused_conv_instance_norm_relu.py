@@ -16,13 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from styleforge.ops import _common as common
 from styleforge.ops import _few_channels as few_channels
 from styleforge.ops._cast import cast
 from styleforge.ops._pad_upsample import PadUpsample
-from styleforge.ops._precision import conv_precision, convolutions_in
+from styleforge.ops._precision import conv_precision, convolutions_are_in, convolutions_in
 
 NAME = "fused_conv_instance_norm_relu"
 _op = torch.ops.styleforge.fused_conv_instance_norm_relu.default
@@ -192,7 +192,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(input, weight)
 
     @staticmethod
-    @once_differentiable
+    @common.first_order(NAME)
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         mask = [*ctx.needs_input_grad[:2], False]
@@ -204,20 +204,23 @@ class _Convolution(torch.autograd.Function):
 
 
 class _UnusedBias(torch.autograd.Function):
-    """The bias does not change the result; its gradient is zeros, not None, as optimisers and DDP expect."""
+    """The bias does not change the result; its gradient is zeros, not None, as optimisers and DDP expect.
+
+    It joins a tensor on the way to the result, never the result itself: that would be a view, which autograd
+    lets nobody write to, and callers add to results in place.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(output: Tensor, bias: Tensor) -> Tensor:
-        return output.view_as(output)
+    def forward(tensor: Tensor, bias: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         return grad_output, torch.zeros_like(ctx.saved_tensors[0])
 
@@ -225,6 +228,8 @@ class _UnusedBias(torch.autograd.Function):
 def _autograd(keyset: Any, *args: Any) -> Tensor:
     # As in fused_instance_norm, the first lines are what a call under no_grad costs on top of the operator.
     # Here the arguments stay a tuple: the dispatcher has left out trailing defaults, of which there are many.
+    if forward_ad._current_level >= 0:
+        common.refuse_tangents(NAME, args)
     if not _is_grad_enabled() or not _any_requires_grad(*args):
         result: Tensor = _redispatch(_below_autograd[keyset.raw_repr()], *args)
         return result
@@ -272,9 +277,9 @@ def _differentiable(
     else:
         z = _convolution(input, weight, strides, sides, padding_mode, upsample, precision)
     z = z.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    output: Tensor = _norm_op(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
     if bias is not None and bias.requires_grad:
-        output = common.apply_function(_UnusedBias, output, bias)
+        z = common.apply_function(_UnusedBias, z, bias)
+    output: Tensor = _norm_op(z, norm_weight, norm_bias, eps, activation, negative_slope, residual)
     return output
 
 
@@ -291,7 +296,7 @@ def _convolution(
     if upsample != 1 or padding_mode != "zeros":
         sides, padding = (padding, (0, 0)) if padding_mode != "zeros" else ((0, 0), padding)
         input = common.apply_function(PadUpsample, input, sides, padding_mode, upsample)
-    if input.is_cuda and input.dtype == torch.float32 and precision != conv_precision():
+    if input.is_cuda and input.dtype == torch.float32 and not convolutions_are_in(precision):
         result: Tensor = common.apply_function(_Convolution, input, weight, stride, padding, precision)
         return result
     return F.conv2d(input, weight, None, stride, padding)
@@ -321,9 +326,12 @@ def _autocast(
             # Checked, and not cast: it is not read, and its gradient is zeros in its own dtype.
             common.check_device(NAME, "bias", bias, input)
             common.check_like(NAME, "bias", bias, bias, weight.shape[:1])
+        weight = cast(weight, dtype)
+        if bias is not None and _is_grad_enabled() and bias.requires_grad:
+            weight = common.apply_function(_UnusedBias, weight, bias)
         result: Tensor = _op(
             cast(input, dtype),
-            cast(weight, dtype),
+            weight,
             None,
             norm_weight,
             norm_bias,
@@ -337,8 +345,6 @@ def _autocast(
             None if residual is None else cast(residual, dtype),
             precision,
         )
-        if bias is not None and _is_grad_enabled() and bias.requires_grad:
-            result = common.apply_function(_UnusedBias, result, bias)
         return result
 
 

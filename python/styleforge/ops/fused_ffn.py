@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from styleforge.ops import _common as common
 from styleforge.ops._precision import matmul_precision, matmuls_of
@@ -230,6 +231,8 @@ def _autograd(
     precision: str = "ieee",
 ) -> Tensor:
     # As in fused_instance_norm, the first lines are what a call under no_grad costs on top of the operator.
+    if forward_ad._current_level >= 0:
+        common.refuse_tangents(NAME, (input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual))
     if not _is_grad_enabled() or not _any_requires_grad(
         input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual
     ):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from styleforge.ops import _common as common
 
@@ -227,6 +228,8 @@ def _autograd(
 ) -> Tensor:
     # These first lines are what a call under no_grad costs on top of the operator: named arguments (no tuple
     # is packed and unpacked), a table in place of keyset arithmetic, the redispatch on the handle itself.
+    if forward_ad._current_level >= 0:
+        common.refuse_tangents(NAME, (input, weight, bias, residual))
     if not _is_grad_enabled() or not _any_requires_grad(input, weight, bias, residual):
         result: Tensor = _redispatch(
             _below_autograd[keyset.raw_repr()],
