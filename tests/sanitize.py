@@ -70,6 +70,16 @@ def _fused_convolutions(channels_last: bool, paths: set[str]) -> None:
             # Else it was cuDNN's, which takes some tools minutes.
             if "sm90" in path or "mma" in path or "picture" in path:
                 paths.add(path)
+        for ci, co, kernel, stride in (
+            (64, 64, 3, 1),
+            (128, 128, 3, 1),
+            (128, 256, 1, 1),
+            (64, 128, 3, 2),
+        ):  # whole tiles
+            x = torch.randn(1, ci, 32, 32, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
+            w = torch.randn(co, ci, kernel, kernel, device="cuda", dtype=dtype)
+            fused_conv_instance_norm_relu(x, w, stride=stride, padding=kernel // 2, precision=precision)
+            paths.add(styleforge.last_path())
         x = torch.randn(1, 32, 21, 35, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
         w = torch.randn(3, 32, 9, 9, device="cuda", dtype=dtype)
         torch.ops.styleforge._reflect_conv2d(x, w, None, precision)

@@ -391,7 +391,7 @@ def test_one_pass_and_two_passes(
             result = OP(*args, **rest, precision=precision)
             path = styleforge.last_path()
             if batch == 1 and forced == "sm90":
-                assert path.endswith(":one_pass"), path
+                assert ":one_pass" in path, path
             elif forced == "sm90:two_pass":
                 assert "sm90" in path and "one_pass" not in path
             errors[forced] = rms_error(result, reference)
@@ -444,7 +444,7 @@ def test_numbers_that_are_none_are_not_waited_for(
     else:
         norm_weight[3] = none
     result = OP(x, w, None, norm_weight, None, padding=(1, 1), precision="tf32")
-    assert styleforge.last_path().endswith("one_pass")
+    assert ":one_pass" in styleforge.last_path()
     gone = torch.isnan(result).flatten(2).all(2)[0]
     if where == "input":
         assert gone.all()

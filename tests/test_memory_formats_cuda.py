@@ -132,12 +132,13 @@ def test_both_formats_give_the_same_bits(
             assert nhwc.stride() == dense_strides(nhwc.shape, _channels_last(x))
             if path == styleforge.last_path():
                 assert torch.equal(nchw, nhwc)
-            else:  # to NCHW, phases of an upsampling take two passes, and tiles of 128 channels unless forced
+            elif not styleforge.last_path().endswith(":lean"):  # which is for channels_last alone
+                # To NCHW, phases of an upsampling take two passes, and tiles of 128 channels unless forced.
                 assert upsample == 2 or not forced
             limit = {torch.float16: 1e-3, torch.bfloat16: 6e-3}.get(
                 dtype, 1e-3 if precision == "tf32" else 2e-6
             )
-            assert rms_error(nchw, reference) < limit
+            assert rms_error(nchw, reference) < limit and rms_error(nhwc, reference) < limit
             assert torch.equal(nchw, CONV(x, w, None, *args, r, precision))
 
 
