@@ -35,6 +35,12 @@
 // parameters read before they are needed (all within 0.1 us), weights for two or four tiles by one block (0.1 us; grids
 // with clusters of four may be refused a place and then wait for themselves).
 //
+// kLean (conv_sm90_lean.cu): what is known of most tensors beforehand, so that less stands between the end of the
+// kernel before and the first loads (150 to 250 instructions one after the other, 700 to 1000 clocks), moments need
+// neither shuffles nor lists (mma_moments.cuh: 440 instructions a warp and three barriers before), nobody waits for the
+// marks before there is something to publish, and a merge asks again only for what was not there: what all blocks ask
+// for again and again is 2 to 4 MB a turn, on the way of those that publish (merge_lean.cuh).
+//
 // kIeee, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo; lo * hi, hi * lo, then hi * hi. The units
 // truncate when they add, so the sum of every 32 numbers moves on to float32 registers. The weights come split, or two
 // more producer warps split them (split_weights.cuh), which spares a short convolution a launch.
