@@ -7,7 +7,7 @@ import io
 import itertools
 import pickle
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import styleforge
-from _reference import DEVICES, matmul_tf32, random_mask, rms_error
+from _reference import DEVICES, random_mask
 from styleforge import FusedAttention, FusedFFN
-from styleforge.ops import _precision
 
 OPS = [
     torch.ops.styleforge.fused_attention.default,
@@ -573,40 +572,6 @@ def test_precision_is_asked_at_every_call(device: str) -> None:
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     assert seen == ["tf32", "ieee", "ieee", "ieee"]
-
-
-def test_inference_mode_tells_pytorchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operator's autograd kernel, which does it elsewhere, does not run there."""
-    told: list[str] = []
-
-    def record(input: Tensor, precision: str) -> AbstractContextManager[None]:
-        told.append(precision)
-        return nullcontext()
-
-    monkeypatch.setattr(_precision, "matmuls_of", record)
-    with matmul_tf32(False), torch.inference_mode():
-        FusedAttention(8, 2, precision="tf32").eval()(torch.randn(2, 5, 8))
-    assert told == ["tf32"]
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("flag", [False, True])
-def test_precision_counts_and_not_the_flag_in_inference_mode(
-    flag: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STYLEFORGE_PATH", "math")  # PyTorch's products for all of it
-    x = torch.randn(2, 256, 512, device="cuda")
-    errors = {}
-    with matmul_tf32(flag):
-        for precision in ("ieee", "tf32"):
-            torch.manual_seed(0)
-            module = FusedAttention(512, 8, precision=precision).eval().cuda()
-            with torch.inference_mode():
-                y = module(x)
-                assert ":math" in styleforge.last_path()
-                errors[precision] = rms_error(y, module.double()(x.double()).cpu())
-            assert torch.backends.cuda.matmul.allow_tf32 == flag
-    assert errors["ieee"] * 30 < errors["tf32"]
 
 
 @pytest.mark.parametrize("device", DEVICES)

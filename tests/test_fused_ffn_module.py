@@ -8,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import styleforge
-from _reference import DEVICES, FFN_ACTIVATIONS, matmul_tf32, rms_error
+from _reference import DEVICES, FFN_ACTIVATIONS
 from styleforge import FusedFFN
-from styleforge.ops import _precision
 
 LAYERS: dict[str, Any] = {
     "gelu": nn.GELU,
@@ -399,40 +397,6 @@ def test_precision_follows_pytorchs_flags(case: str) -> None:
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.split() == [expected, "ieee", "tf32", expected, "ieee", "tf32", expected]
-
-
-def test_inference_mode_tells_pytorchs_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The operator's autograd kernel, which does it elsewhere, does not run there."""
-    told: list[str] = []
-
-    def record(input: Tensor, precision: str) -> AbstractContextManager[None]:
-        told.append(precision)
-        return nullcontext()
-
-    monkeypatch.setattr(_precision, "matmuls_of", record)
-    with matmul_tf32(False), torch.inference_mode():
-        FusedFFN(8, 16, precision="tf32").eval()(torch.randn(2, 5, 8))
-    assert told == ["tf32"]
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("flag", [False, True])
-def test_precision_counts_and_not_the_flag_in_inference_mode(
-    flag: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STYLEFORGE_PATH", "math")  # PyTorch's products for all of it
-    x = torch.randn(2, 256, 512, device="cuda")
-    errors = {}
-    with matmul_tf32(flag):
-        for precision in ("ieee", "tf32"):
-            torch.manual_seed(0)
-            module = FusedFFN(512, 1024, precision=precision).eval().cuda()
-            with torch.inference_mode():
-                y = module(x)
-                assert "aten_matmul" in styleforge.last_path()
-                errors[precision] = rms_error(y, module.double()(x.double()).cpu())
-            assert torch.backends.cuda.matmul.allow_tf32 == flag
-    assert errors["ieee"] * 30 < errors["tf32"]
 
 
 def test_precision_is_asked_at_every_call() -> None:
