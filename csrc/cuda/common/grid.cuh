@@ -12,15 +12,19 @@
 
 namespace styleforge::cuda {
 
+// What a block's arrival adds to the counter: the first one's turns the highest bit over once the others are there, or
+// theirs do; the rest returns to what it was.
+__device__ __forceinline__ uint32_t grid_share() {
+  const uint32_t others = gridDim.x * gridDim.y * gridDim.z - 1;
+  return blockIdx.x + blockIdx.y + blockIdx.z == 0 ? 0x80000000u - others : 1u;
+}
+
 // One thread of each block arrives, and one (the same, or one that got the token) waits: what all blocks did before
 // they arrived is seen after the wait. Not beside other barriers of the grid. A launch's blocks must be resident
 // together; the counter is the driver's, as for cooperative_groups::grid_group::sync, whose threads all stand still.
 __device__ __forceinline__ uint32_t grid_arrive() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  const uint32_t others = gridDim.x * gridDim.y * gridDim.z - 1;
-  // The first block's arrival turns the highest bit over once the others are there, or theirs do; the rest returns to
-  // what it was.
-  const uint32_t own = blockIdx.x + blockIdx.y + blockIdx.z == 0 ? 0x80000000u - others : 1u;
+  const uint32_t own = grid_share();
   uint32_t token;
   asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;"
                : "=r"(token)
@@ -59,8 +63,7 @@ __device__ __forceinline__ uint32_t grid_phase() {
 }
 __device__ __forceinline__ void grid_arrive_unanswered() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  const uint32_t others = gridDim.x * gridDim.y * gridDim.z - 1;
-  const uint32_t own = blockIdx.x + blockIdx.y + blockIdx.z == 0 ? 0x80000000u - others : 1u;
+  const uint32_t own = grid_share();
   asm volatile(
       "red.release.gpu.global.add.u32 [%0], %1;" ::"l"(&cooperative_groups::details::get_grid_workspace()->barrier),
       "r"(own)

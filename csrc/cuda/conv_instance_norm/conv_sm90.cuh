@@ -714,6 +714,15 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
           statistics[column] = moments;
         }
       };
+      // Those of the warps' rows, for one thread a column to merge.
+      using ListedMoments = TileMoments<T, kOut, Traits::kRows>;
+      [[maybe_unused]] const auto list_moments = [&] {
+        float2* parts = reinterpret_cast<float2*>(ring + s.parts_offset);
+        named_barrier(kConsumerBarrier, Traits::kConsumers);
+        ListedMoments::write_parts(own - warp * Traits::kStoreBytes, at, parts);
+        named_barrier(kConsumerBarrier, Traits::kConsumers);
+        return parts;
+      };
       if constexpr (kMmaMoments) {
         using Moments = MmaMoments<T, kOut, Traits::kRows>;
         named_barrier(kConsumerBarrier, Traits::kConsumers);
@@ -727,23 +736,15 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
           }
         }
       } else if constexpr (kLean > 0) {
-        using Moments = TileMoments<T, kOut, Traits::kRows>;
-        float2* parts = reinterpret_cast<float2*>(ring + s.parts_offset);
-        named_barrier(kConsumerBarrier, Traits::kConsumers);
-        Moments::write_parts(own - warp * Traits::kStoreBytes, at, parts);
-        named_barrier(kConsumerBarrier, Traits::kConsumers);
+        float2* parts = list_moments();
         const int column = threadIdx.x;
         if (tile + 1 == end) mbarrier_wait(&marked, 0);
-        if (column < kOut) give(column, Moments::merge(parts + column, at));
+        if (column < kOut) give(column, ListedMoments::merge(parts + column, at));
       } else if (p.moments != nullptr) {
-        using Moments = TileMoments<T, kOut, Traits::kRows>;
-        float2* parts = reinterpret_cast<float2*>(ring + s.parts_offset);
-        named_barrier(kConsumerBarrier, Traits::kConsumers);
-        Moments::write_parts(own - warp * Traits::kStoreBytes, at, parts);
-        named_barrier(kConsumerBarrier, Traits::kConsumers);
+        float2* parts = list_moments();
         const int column = threadIdx.x;
         if (column < kOut && first_column + column < p.out_channels) {
-          const float2 whole = Moments::merge(parts + column, at);
+          const float2 whole = ListedMoments::merge(parts + column, at);
           float tile_mean = whole.x, tile_m2 = whole.y;
           if constexpr (!kFirstTile) {
             if (s.resident) {
