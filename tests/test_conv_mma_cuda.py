@@ -72,7 +72,7 @@ CASES = [
     (600, 40, (12, 20), (1, 1), (1, 1), (0, 0), 1),
 ]
 # With STYLEFORGE_CONV_TUNE: as it is chosen, and every tile with some of the cases.
-TILES = 6
+TILES = 7
 TILED = [(case, "") for case in CASES] + [
     (case, f"tile={tile + 1}")
     for (i, case), tile in itertools.product(enumerate(CASES), range(TILES))

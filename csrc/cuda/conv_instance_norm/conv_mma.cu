@@ -1,7 +1,8 @@
 // Implicit GEMM on mma.sync and cp.async (sm_80 and newer): 2-d convolution, channels_last, with per-tile channel
 // moments in the epilogue; the norm is a pass of its own (finish.cu).
 //
-//   tile:  16 x (4 or 8) output pixels x kColumns output channels; a warp has some rows of 16 pixels and 32 channels
+//   tile:  16 x (4, 8 or 16) output pixels x kColumns output channels; a warp has some rows of 16 pixels and 32 or 64
+//          channels
 //   K:     chunks of 128 bytes of input channels (64 halves, 32 floats), for each chunk all taps of the kernel
 //
 // Input and weights lie in shared memory as in conv_sm90.cu: the tile's input with its halo, one chunk of channels a

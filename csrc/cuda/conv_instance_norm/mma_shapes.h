@@ -3,8 +3,8 @@
 
 namespace styleforge::cuda {
 
-// From 16 x 8 pixels by 128 channels down to 16 x 4 by 32: kAcross x kDown warps, each of kRows_ rows of 16 pixels and
-// kWide output channels.
+// From 16 x 8 pixels by 128 channels and 16 x 16 by 32 down to 16 x 4 by 32: kAcross x kDown warps, each of kRows_ rows
+// of 16 pixels and kWide output channels.
 template <int kAcross, int kDown, int kRows_, int kWide, int kStages_, int kBlocks_>
 struct MmaTile {
   static constexpr int kChunk = 128;  // bytes of input channels of a stage
@@ -23,7 +23,7 @@ struct MmaTile {
   static constexpr bool takes(bool split) { return split ? kRows_ * kWide <= 64 : kThreads <= 128; }
 };
 
-constexpr int kMmaTiles = 6;
+constexpr int kMmaTiles = 7;
 
 // Calls body.template operator()<MmaTile>().
 template <typename Body>
@@ -36,8 +36,10 @@ auto switch_mma_tile(int tile, Body&& body) {
     case 2:
       return body.template operator()<MmaTile<2, 4, 2, 32, 4, 2>>();
     case 3:
-      return body.template operator()<MmaTile<1, 4, 2, 32, 4, 3>>();
+      return body.template operator()<MmaTile<1, 4, 4, 32, 4, 3>>();
     case 4:
+      return body.template operator()<MmaTile<1, 4, 2, 32, 4, 3>>();
+    case 5:
       return body.template operator()<MmaTile<2, 2, 2, 32, 4, 3>>();
     default:
       return body.template operator()<MmaTile<1, 4, 1, 32, 4, 4>>();

@@ -95,7 +95,7 @@ def _conv() -> None:
         ]
         tunes += ["same_input=1", "split=1", "split=2"]
         results: list[tuple[float, str, str]] = []
-        tiles = [("mma", f"tile={tile}" if tile else "") for tile in range(7)]
+        tiles = [("mma", f"tile={tile}" if tile else "") for tile in range(8)]
         for path, tune in [*itertools.product(("", "sm90:two_pass"), tunes), *tiles]:
             os.environ["STYLEFORGE_PATH"] = path
             os.environ["STYLEFORGE_CONV_TUNE"] = tune
