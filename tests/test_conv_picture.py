@@ -60,15 +60,17 @@ def test_against_float64(case: Any, dtype: torch.dtype, precision: str, padding_
         reference = conv_instance_norm(*args)
         residual = torch.randn_like(reference).to(dtype) if batch == 3 else None
         reference = conv_instance_norm(*args, residual=residual)
-        with tf32(False):
+        with tf32(precision == "tf32"):
             yardstick = torch_conv_instance_norm(*args, residual=residual)
         poison(reference.numel(), dtype, "cuda")
         result = OP(*args, residual=residual, precision=precision)
-        name = "picture:3xtf32" if dtype == torch.float32 else "picture"
+        name = "picture:3xtf32" if (dtype, precision) == (torch.float32, "ieee") else "picture"
         assert styleforge.last_path() == f"conv_instance_norm_relu:cuda+{name}"
         assert result.stride() == dense_strides(reference.shape, x)
         floor = {torch.float32: 3e-7, torch.float16: 1e-4, torch.bfloat16: 1e-3}[dtype]
-        assert rms_error(result, reference) <= 1.2 * rms_error(yardstick, reference) + floor
+        allowed = 1.2 * rms_error(yardstick, reference) + floor
+        # TF32 is allowed, not demanded: PyTorch may have computed in float32.
+        assert rms_error(result, reference) <= max(allowed, 5e-4 if precision == "tf32" else 0.0)
         assert torch.equal(result, OP(*args, residual=residual, precision=precision))
 
 
@@ -77,11 +79,12 @@ def test_what_is_not_finite_stays_where_it_is() -> None:
     """Numbers beside the kernel's row meet zeros as weights, and must not be read."""
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("the kernel is for sm_80 and newer")
-    for dtype in (torch.float16, torch.float32):
+    for dtype, precision in DTYPES:
         x = tensor(1, 3, 40, 64, dtype=dtype, device="cuda", layout="contiguous")
         w = torch.randn(8, 3, 3, 3, device="cuda", dtype=dtype)
         moved = torch.full((1, 3, 40, 66), float("nan"), device="cuda", dtype=dtype)
         moved[..., 1:-1] = x
-        assert torch.equal(OP(moved[..., 1:-1], w), OP(x, w))
+        assert torch.equal(OP(moved[..., 1:-1], w, precision=precision), OP(x, w, precision=precision))
         x[0, 0, 20, 32] = float("inf")
-        assert not OP(x, w, activation="none").isfinite().any()  # as each channel's statistics
+        # As each channel's statistics.
+        assert not OP(x, w, activation="none", precision=precision).isfinite().any()
