@@ -50,7 +50,7 @@ CONVOLUTIONS = [
     ("sm90", "tiles=2,columns=32,height=4"),
     ("sm90", "share=2,columns=32,height=4"),
     ("sm90", "share=2,columns=64,height=8"),
-    *(("mma", f"tile={tile}") for tile in range(1, 7)),
+    *(("mma", f"tile={tile}") for tile in range(1, 8)),
 ]
 
 
@@ -85,6 +85,11 @@ def _fused_convolutions(channels_last: bool, paths: set[str]) -> None:
         torch.ops.styleforge._reflect_conv2d(x, w, None, precision)
         paths.add(styleforge.last_path())
     os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_CONV_TUNE"] = ""
+    for dtype, precision in kinds:  # a first layer of several tiles a block
+        x = torch.randn(1, 3, 272, 300, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
+        w = torch.randn(8, 3, 9, 9, device="cuda", dtype=dtype)
+        fused_conv_instance_norm_relu(x, w, padding=4, padding_mode="reflect", precision=precision)
+        paths.add(styleforge.last_path())
 
 
 def _memory_formats(paths: set[str]) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import styleforge
-from _reference import dense_strides
+from _cuda import capture
+from _reference import dense_strides, poison, rms, rms_error, tf32
 from styleforge.models import _reflect_conv
 from styleforge.models._reflect_conv import reflect_conv2d, reflect_conv2d_by_columns
 
@@ -147,38 +148,101 @@ def test_operator_opcheck(device: str) -> None:
         assert result.stride() == dense_strides(result.shape, given)
 
 
+# Of the GPU's kernels: several chunks of channels, a last one that is not whole, rows and columns of a kernel
+# alone, strips and bands that end within a unit, strips of several turns, a last unit that all warps share.
+ON_THE_GPU = [
+    *CASES,
+    (2, 64, 3, 131, 150, 9, 9),
+    (1, 32, 4, 33, 257, 7, 7),
+    (1, 32, 2, 40, 40, 3, 9),
+    (1, 40, 1, 9, 100, 5, 1),
+    (1, 72, 4, 20, 19, 1, 5),
+    (3, 24, 2, 11, 300, 11, 15),
+    (2, 64, 3, 20, 35, 3, 3),
+    (2, 64, 3, 20, 26, 9, 9),
+    (1, 32, 3, 150, 390, 9, 9),
+]
+KINDS = [(torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")]
+
+
+def expected_path(forced: str, case: tuple[int, ...], dtype: torch.dtype, precision: str) -> str:
+    """How the path begins."""
+    capability = torch.cuda.get_device_capability()
+    vectors = case[1] * dtype.itemsize % 16 == 0
+    # Others have less shared memory.
+    takes = capability in ((8, 0), (9, 0), (10, 0)) and vectors and forced in ("", "columns")
+    if takes and (capability != (9, 0) or dtype.itemsize == 4 or case[1] <= 32 or forced == "columns"):
+        split = ":3xtf32" if (dtype, precision) == (torch.float32, "ieee") else ""
+        return f"reflect_conv2d:cuda:columns+one_kernel{split}"
+    if capability == (9, 0) and vectors and case[1] >= 32 and forced != "columns":
+        return "reflect_conv2d:cuda:columns+"
+    return "reflect_conv2d:cuda:"
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [(torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    "case", [*CASES, (2, 64, 3, 131, 150, 9, 9), (1, 32, 4, 33, 257, 7, 7), (1, 32, 2, 40, 40, 3, 9)], ids=str
-)
-def test_on_the_gpu(case: tuple[int, ...], dtype: torch.dtype, precision: str, channels_last: bool) -> None:
+@pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
+@pytest.mark.parametrize("case", ON_THE_GPU, ids=str)
+def test_on_the_gpu(
+    case: tuple[int, ...],
+    dtype: torch.dtype,
+    precision: str,
+    channels_last: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, weight, bias = (t.cuda().to(dtype) for t in arguments(*case))  # type: ignore[arg-type]
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if channels_last:
+        weight = weight.contiguous(memory_format=torch.channels_last)
     reference = padded_conv2d(x.double(), weight.double(), bias.double())
-    before = torch.backends.cudnn.allow_tf32
-    try:
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    with tf32(precision == "tf32"):
         yardstick = padded_conv2d(x, weight, bias)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    size = rms(reference)
+    # TF32 is allowed, not demanded: PyTorch may have computed in float32.
+    allowed = 1.5 * rms_error(yardstick, reference) / size + 1e-7
+    allowed = max(allowed, 5e-4 if precision == "tf32" else 0.0)
+    for forced, tune in (("", ""), ("columns", "strips=1"), ("sm90", "")):
+        monkeypatch.setenv("STYLEFORGE_PATH", forced)
+        monkeypatch.setenv("STYLEFORGE_CONV_TUNE", tune)
+        poison(4 * x.numel(), dtype, "cuda")
+        with torch.no_grad():
+            result = reflect_conv2d(x, weight, bias, precision)
+            assert styleforge.last_path().startswith(expected_path(forced, case, dtype, precision))
+            assert torch.equal(result, reflect_conv2d(x, weight, bias, precision))
+        assert result.dtype == dtype
+        assert result.stride() == dense_strides(result.shape, x)
+        assert rms_error(result, reference) / size <= allowed
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_as_far_as_the_kernel(
+    value: float, dtype: torch.dtype, precision: str
+) -> None:
+    x, weight, bias = (t.cuda().to(dtype) for t in arguments(2, 24, 3, 60, 90, 9, 7))  # type: ignore[arg-type]
     with torch.no_grad():
-        poison = torch.full((4 * x.numel(),), float("nan"), device="cuda", dtype=dtype)
-        del poison
-        result = reflect_conv2d(x, weight, bias, precision)
-    path = styleforge.last_path()
-    assert path.startswith("reflect_conv2d:cuda")
-    if torch.cuda.get_device_capability() == (9, 0) and case[1] >= 32:
-        assert "sm90" in path
-    assert result.dtype == dtype
-    assert result.stride() == dense_strides(result.shape, x)
+        fine = reflect_conv2d(x, weight, bias, precision)
+        for y, column in ((30, 40), (0, 89), (59, 33)):
+            broken = x.clone()
+            broken[1, 7, y, column] = value
+            if value != value:  # of every payload: the matrix units would cut some to infinity
+                broken.view(torch.int16 if dtype.itemsize == 2 else torch.int32)[1, 7, y, column] = -1
+            result = reflect_conv2d(broken, weight, bias, precision)
+            reached = torch.zeros_like(fine, dtype=torch.bool)
+            reached[1, :, max(y - 4, 0) : y + 5, max(column - 3, 0) : column + 4] = True
+            assert torch.equal(result[~reached], fine[~reached])
+            assert not result[reached].isfinite().any()
 
-    def error(y: Tensor) -> float:
-        return float((y.double() - reference).norm() / reference.norm())
 
-    assert error(result) <= 1.5 * error(yardstick) + 1e-7
+@pytest.mark.cuda
+@pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
+def test_in_a_graph(dtype: torch.dtype, precision: str) -> None:
+    x, weight, bias = (t.cuda().to(dtype) for t in arguments(2, 32, 3, 70, 90, 9, 9))  # type: ignore[arg-type]
+    with torch.no_grad():
+        graph, result = capture(lambda: reflect_conv2d(x, weight, bias, precision))
+        for scale in (1.0, -2.0):
+            x.mul_(scale)
+            weight.mul_(scale)
+            graph.replay()
+            assert torch.equal(result, reflect_conv2d(x, weight, bias, precision))

@@ -1,7 +1,7 @@
-// A convolution with few output channels by the columns of its kernel: a [Co, Ci, kh, kw] kernel is the sum of its kw
-// columns, each a kernel of kh x 1 that reads its input one pixel further right. One convolution with kw * Co output
-// channels (conv_sm90.cu) fills the matrix units, which compute at least 32 of them; this pass adds up the shifted
-// terms:
+// A convolution with few output channels that conv_columns.cu does not take, by the columns of its kernel: a [Co, Ci,
+// kh, kw] kernel is the sum of its kw columns, each a kernel of kh x 1 that reads its input one pixel further right.
+// One convolution with kw * Co output channels (conv_sm90.cu) fills the matrix units, which compute at least 32 of
+// them; this pass adds up the shifted terms:
 //
 //   output[y][x][c] = bias[c] + sum over j of columns[y][x + j][j * Co + c]
 //

@@ -8,6 +8,7 @@
 //   conv_picture.cu  the same for one to four input channels, in two passes
 //   finish.cu        merges the tiles' moments; normalises, adds the residual, activates, in place
 //   finish_nchw.cu   the same, to another tensor, which is NCHW
+//   conv_columns.cu  a convolution with few output channels by the columns of its kernel, no norm
 //   columns.cu       adds up a convolution that ran by the columns of its kernel (few output channels, no norm)
 //   weights.cu       brings weights to [rows][taps][channels], or splits them for float32 accuracy
 #pragma once
@@ -133,6 +134,22 @@ cudaError_t launch_conv_weights(const ConvWeightsParams& params, cudaStream_t st
 // The same, not by columns, and the transposition of an input to channels_last, in one launch. Both have the element
 // size of weights.dtype.
 cudaError_t launch_conv_operands(const ConvWeightsParams& weights, const TransposeParams& input, cudaStream_t stream);
+
+// A convolution of stride 1 with few output channels, padded by reflection to the input's size (odd kernels), in one
+// kernel.
+struct ColumnsConv {
+  const void* input = nullptr;   // [batch, height, width, in_channels], 16-byte aligned
+  const void* weight = nullptr;  // [out_channels, in_channels, kernel_h, kernel_w], any strides
+  const void* bias = nullptr;    // [out_channels] or null
+  void* output = nullptr;        // [batch, out_channels, height, width] in either format
+  int64_t weight_stride[4] = {};
+  int batch = 0, in_channels = 0, out_channels = 0, height = 0, width = 0, kernel_h = 1, kernel_w = 1;
+  bool channels_last = false;
+  DType dtype = DType::kFloat32;
+  ConvPrecision precision = ConvPrecision::kNative;
+};
+cudaError_t takes_columns_conv(const ColumnsConv& params, bool& taken);
+cudaError_t launch_columns_conv(const ColumnsConv& params, cudaStream_t stream, const char*& name);
 
 struct SumColumnsParams {
   const void* columns = nullptr;  // [batch, height, width + kernel_w - 1, pitch]
