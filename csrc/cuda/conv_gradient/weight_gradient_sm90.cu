@@ -39,7 +39,6 @@ constexpr int kGroups = 2;
 constexpr int kConsumers = kGroups * 128, kThreads = kConsumers + 128;
 constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;  // they move by warpgroups
 static_assert(kConsumers * kConsumerRegisters + 128 * kProducerRegisters <= 64 * 1024);
-constexpr int kRows = kTileHeight / kGroups;                   // of a tile, of a warpgroup
 constexpr int kGradRowBytes = kTileWidth * kGradChannels * 2;  // a row of a tile's pixels
 constexpr int kGradBytes = kTileHeight * kGradRowBytes;
 constexpr int kMaxStages = 8;
@@ -48,7 +47,6 @@ constexpr int kShared = 227 * 1024 - 2048;  // of a block, less what is declared
 // on.
 constexpr int kVectors = kSide * kSide * kInputChannels / 8;
 constexpr int kBlockVectors = kVectors * 128;
-constexpr int kConsumerBarrier = 1;
 static_assert(kTapColumns == kInputChannels);
 static_assert(kShared / 2 > kGroups * kVectors / 2 * 128 * 16, "what groups tell each other lies over the ring");
 
@@ -57,6 +55,9 @@ constexpr int kSumGroups = kSumThreads / 32;
 static_assert(kBlockVectors % 32 == 0);
 
 #ifdef STYLEFORGE_HAS_WGMMA
+
+constexpr int kRows = kTileHeight / kGroups;  // of a tile, of a warpgroup
+constexpr int kConsumerBarrier = 1;
 
 __device__ __forceinline__ void load_pixels(uint32_t to, const CUtensorMap* map, int channel, int x, int y, int n,
                                             uint64_t* barrier) {

@@ -1,5 +1,5 @@
-// As ../common/wgmma.cuh (A in registers, B in shared memory), 16-bit, 96 columns, with B the other way round: rows of K
-// that hold 32 columns each, side by side in 64 bytes with the 64-byte swizzle, and the three 32s of columns at a
+// As ../common/wgmma.cuh (A in registers, B in shared memory), 16-bit, 96 columns, with B the other way round: rows of
+// K that hold 32 columns each, side by side in 64 bytes with the 64-byte swizzle, and the three 32s of columns at a
 // distance of one's choice: D[64 x 96] += A[64 x 16] * B[16 x 96].
 //
 // The distance may be that of two rows: then the second 32 columns are the first ones a row further on, and a
