@@ -1,18 +1,16 @@
 // _convolution_backward on CUDA: each of the two gradients by our kernels where they take it, else by ATen's.
 //
 //   of the input    stride 1: a convolution of grad_output with the weights' taps turned round and their channels
-//                   exchanged: csrc/cuda/conv_instance_norm, without a norm
+//                   exchanged: plain_convolution.h
 //   of the weights  csrc/cuda/conv_gradient
 #include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
 #include <algorithm>
 #include <tuple>
 
-#include "../../csrc/cuda/common/launch.h"
 #include "../../csrc/cuda/conv_gradient/launch.h"
-#include "../../csrc/cuda/conv_instance_norm/launch.h"
-#include "../checks.h"
 #include "launch.h"
+#include "plain_convolution.h"
 
 namespace styleforge {
 namespace {
@@ -28,13 +26,6 @@ struct Arguments {
 };
 
 int narrow(int64_t value) { return static_cast<int>(value); }
-
-// Dense, channels_last and aligned for 16-byte accesses: the tensor itself or a copy.
-Tensor channels_last_aligned(const Tensor& tensor) {
-  const Tensor dense = is_dense(tensor, true) ? tensor : to_contiguous(tensor, true);
-  const bool aligned = reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0;
-  return aligned ? dense : torch::stable::clone(dense);
-}
 
 void check_arguments(const Arguments& args) {
   const auto& [grad_output, input, weight, stride, padding] = args;
@@ -89,50 +80,10 @@ bool is_16_bit(const Tensor& tensor) {
 // `pixels`: grad_output as the kernels read it, once it is there.
 OptionalTensor input_gradient(const Arguments& args, OptionalTensor& pixels) {
   const auto& [grad_output, input, weight, stride, padding] = args;
-  const int64_t sides[2] = {weight.size(2) - 1 - padding[0], weight.size(3) - 1 - padding[1]};
-  if (!is_16_bit(input) || stride[0] != 1 || stride[1] != 1 || sides[0] < 0 || sides[1] < 0) return {};
-  cuda::ConvParams params;
-  params.batch = narrow(input.size(0));
-  params.in_channels = narrow(grad_output.size(1));
-  params.height = narrow(grad_output.size(2));
-  params.width = narrow(grad_output.size(3));
-  params.out_channels = narrow(input.size(1));
-  params.out_height = narrow(input.size(2));
-  params.out_width = narrow(input.size(3));
-  params.kernel_h = narrow(weight.size(2));
-  params.kernel_w = narrow(weight.size(3));
-  params.pad_top = narrow(sides[0]);
-  params.pad_left = narrow(sides[1]);
-  params.dtype = kernel_dtype(kOp, "input", input.scalar_type());
-  params.norm_follows = false;
-  const CudaScope scope(input);
-  cuda::ConvSchedule schedule;
-  bool supported = false;
-  check_cuda(kOp, cuda::schedule_conv(params, schedule, supported));
-  if (!supported || schedule.mma) return {};
-
-  if (!pixels) pixels = channels_last_aligned(grad_output);
-  params.input = pixels->const_data_ptr();
-  cuda::ConvWeightsParams turned;
-  const size_t element = cuda::size_of(params.dtype);
-  const int64_t last = (weight.size(2) - 1) * weight.stride(2) + (weight.size(3) - 1) * weight.stride(3);
-  turned.weight = static_cast<const unsigned char*>(weight.const_data_ptr()) + static_cast<size_t>(last) * element;
-  const int64_t strides[4] = {weight.stride(1), weight.stride(0), -weight.stride(2), -weight.stride(3)};
-  std::copy_n(strides, 4, turned.stride);
-  turned.out_channels = params.out_channels;
-  turned.in_channels = params.in_channels;
-  turned.kernel_h = params.kernel_h;
-  turned.kernel_w = params.kernel_w;
-  turned.dtype = params.dtype;
-  std::optional<Tensor> holder;
-  turned.output = workspace(input, static_cast<size_t>(weight.numel()) * element, holder);
-  check_cuda(kOp, cuda::launch_conv_weights(turned, scope.stream()));
-  params.weight = turned.output;
-  const std::vector<int64_t> sizes{input.size(0), input.size(1), input.size(2), input.size(3)};
-  const Tensor output = empty_dense(input, sizes, true, input.scalar_type());
-  params.output = output.mutable_data_ptr();
-  check_cuda(kOp, cuda::launch_conv(params, schedule, scope.stream()));
-  return output;
+  if (stride[0] != 1 || stride[1] != 1) return {};
+  const std::vector<int64_t> sides{weight.size(2) - 1 - padding[0], weight.size(3) - 1 - padding[1]};
+  return run_convolution(kOp, grad_output, pixels, WeightView(weight).turned(weight.element_size()), {1, 1}, sides,
+                         {input.size(2), input.size(3)});
 }
 
 OptionalTensor weight_gradient(const Arguments& args, OptionalTensor& pixels) {

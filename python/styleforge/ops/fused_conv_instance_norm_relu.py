@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from styleforge.ops import _common as common
 from styleforge.ops import _few_channels as few_channels
 from styleforge.ops._cast import cast
-from styleforge.ops._convolution_backward import Convolution, takes
+from styleforge.ops._convolution import Convolution, takes
 from styleforge.ops._pad_upsample import PadUpsample
 from styleforge.ops._precision import conv_precision, convolutions_are_in, convolutions_in
 

@@ -1,8 +1,8 @@
-"""``styleforge::_convolution_backward``: both gradients of a convolution, and the convolution that has them.
+"""``styleforge::_convolution`` and ``styleforge::_convolution_backward``: a convolution that trains.
 
-ATen's in 16 bits on a GPU are cuDNN's. The operator takes its own kernels where they are faster
-(ops/cuda/convolution_backward.cpp), for each of the two gradients, and ATen's elsewhere;
-``styleforge.last_path()`` says which ran.
+ATen's in 16 bits on a GPU are cuDNN's. The operators take kernels of ours where they are faster
+(ops/cuda/plain_convolution.cpp, ops/cuda/convolution_backward.cpp), for the result and for each of the two
+gradients, and ATen's elsewhere; ``styleforge.last_path()`` says which ran.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from styleforge.ops import _common as common
 
-NAME = "_convolution_backward"
-_op = torch.ops.styleforge._convolution_backward.default
+_forward = torch.ops.styleforge._convolution.default
+_backward = torch.ops.styleforge._convolution_backward.default
 
 
 def takes(input: Tensor, weight: Tensor) -> bool:
-    """Whether :class:`Convolution` may have faster gradients than ``conv2d``."""
+    """Whether :class:`Convolution` may be faster than ``conv2d``."""
     return (
         input.is_cuda and input.dtype in (torch.float16, torch.bfloat16) and tuple(weight.shape[2:]) == (3, 3)
     )
@@ -34,7 +34,8 @@ class Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-        return F.conv2d(input, weight, None, stride, padding)
+        output: Tensor = _forward(input, weight, stride, padding)
+        return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -46,13 +47,19 @@ class Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs_input, needs_weight = ctx.needs_input_grad[:2]
-        grad_input, grad_weight = _op(
+        grad_input, grad_weight = _backward(
             grad_output, input, weight, ctx.stride, ctx.padding, needs_input, needs_weight
         )
         return grad_input if needs_input else None, grad_weight if needs_weight else None, None, None
 
 
-def composite(
+def composite(input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """``_convolution`` in plain PyTorch: for the CPU, and for CUDA without the CUDA library."""
+    output = F.conv2d(input, weight, None, common.pair(stride), common.pair(padding))
+    return common.in_format(output, common.prefers_channels_last(input))
+
+
+def composite_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -61,7 +68,7 @@ def composite(
     needs_input: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The operator in plain PyTorch: for the CPU, and for CUDA without the CUDA library."""
+    """``_convolution_backward``, likewise."""
     needs = (needs_input, needs_weight, False)
     found = torch.ops.aten.convolution_backward(
         grad_output, input, weight, None, stride, padding, (1, 1), False, (0, 0), 1, needs
@@ -76,8 +83,16 @@ def composite(
     return result(needs_input, found[0], input), result(needs_weight, found[1], weight)
 
 
+@torch.library.register_fake("styleforge::_convolution")  # type: ignore[untyped-decorator]
+def _fake(input: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    sizes = [input.shape[0], weight.shape[0]]
+    for d in range(2):
+        sizes.append((input.shape[2 + d] + 2 * padding[d] - weight.shape[2 + d]) // stride[d] + 1)
+    return common.empty_like_format(input, sizes, common.prefers_channels_last(input))
+
+
 @torch.library.register_fake("styleforge::_convolution_backward")  # type: ignore[untyped-decorator]
-def _fake(
+def _fake_backward(
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -94,15 +109,39 @@ def _fake(
     return result(needs_input, input), result(needs_weight, weight)
 
 
-def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+def _vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[Tensor, int]:
+    """Folds the vmapped dimension into the batch; vmapped weights are one call for each slice."""
+    if in_dims[1] is not None:
+
+        def call(input: Tensor, weight: Tensor) -> tuple[Tensor]:
+            return (_forward(input, weight, stride, padding),)
+
+        return common.loop_over_slices(call, info.batch_size, in_dims[:2], (input, weight))[0], 0
+    slices = input.movedim(in_dims[0], 0)
+    output: Tensor = _forward(slices.flatten(0, 1), weight, stride, padding)
+    return output.unflatten(0, slices.shape[:2]), 0
+
+
+def _vmap_backward(
+    info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     """A call for each slice: the weights' gradients go over the batch."""
 
     def call(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = _op(*tensors, *args[3:])
+        result: tuple[Tensor, Tensor] = _backward(*tensors, *args[3:])
         return result
 
     return common.loop_over_slices(call, info.batch_size, in_dims[:3], args[:3]), (0, 0)
 
 
-common.register_kernel(NAME, "CPU", composite)
-torch.library.register_vmap("styleforge::_convolution_backward", _vmap)
+common.register_kernel("_convolution", "CPU", composite)
+common.register_kernel("_convolution_backward", "CPU", composite_backward)
+torch.library.register_vmap("styleforge::_convolution", _vmap)
+torch.library.register_vmap("styleforge::_convolution_backward", _vmap_backward)

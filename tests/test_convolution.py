@@ -13,7 +13,7 @@ import styleforge
 from _cuda import capture, no_synchronisation
 from _reference import DEVICES, assert_as_accurate, tensor
 from styleforge.ops import fused_conv_instance_norm_relu
-from styleforge.ops._convolution_backward import Convolution
+from styleforge.ops._convolution import Convolution
 
 OP = torch.ops.styleforge._convolution_backward
 FORMATS = [torch.contiguous_format, torch.channels_last]
