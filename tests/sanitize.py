@@ -319,9 +319,10 @@ def _convolution_gradients(paths: set[str]) -> None:
         x = torch.randn(2, channels, 19, 37, device=device, dtype=torch.float16)
         w = torch.randn(72, channels, 3, 3, device=device, dtype=torch.float16)
         grad = torch.randn(2, 72, -(-19 // stride), -(-37 // stride), device=device, dtype=torch.float16)
-        both = (stride, stride), (1, 1), stride == 1, True
-        torch.ops.styleforge._convolution_backward(grad, x, w, *both)
-        paths.add(styleforge.last_path())
+        for mode in ("zeros", "reflect"):
+            both = (stride, stride), (1, 1), mode, stride == 1, True
+            torch.ops.styleforge._convolution_backward(grad, x, w, *both)
+            paths.add(styleforge.last_path())
     os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_GRADIENT_TUNE"] = ""
 
 

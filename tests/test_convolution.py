@@ -15,9 +15,14 @@ from _reference import DEVICES, assert_as_accurate, tensor
 from styleforge.ops import fused_conv_instance_norm_relu
 from styleforge.ops._convolution import Convolution
 
-OP = torch.ops.styleforge._convolution_backward
+FORWARD = torch.ops.styleforge._convolution
+BACKWARD = torch.ops.styleforge._convolution_backward
+MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"}
 FORMATS = [torch.contiguous_format, torch.channels_last]
 PREFIX = "convolution_backward:cuda:"
+needs_sm90 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="kernels of sm_90a"
+)
 
 # batch, in_channels, out_channels, size, stride, padding: tiles that are full and that stand over, channels
 # that fill a block and that do not, a block with one tile and one with several.
@@ -54,38 +59,54 @@ def _arguments(
     return grad, tensor(n, ci, *size, layout=layout, **given), weight, stride, padding
 
 
-def _aten(
-    grad: Tensor, input: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    found = torch.ops.aten.convolution_backward(
-        grad, input, weight, None, stride, padding, (1, 1), False, (0, 0), 1, (True, True, False)
-    )
-    return found[0], found[1]
+def _plain(
+    input: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], mode: str
+) -> Tensor:
+    wide = F.pad(input, (padding[1], padding[1], padding[0], padding[0]), mode=MODES[mode])
+    return F.conv2d(wide, weight, None, stride)
 
 
-def _assert_accurate(arguments: tuple[Any, ...], found: tuple[Tensor, ...], factor: float = 1.2) -> None:
+def _gradients(
+    grad: Tensor, input: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int], mode: str
+) -> tuple[Tensor, ...]:
+    leaves = [input.detach().requires_grad_(), weight.detach().requires_grad_()]
+    return torch.autograd.grad(_plain(*leaves, stride, padding, mode), leaves, grad)
+
+
+def _assert_accurate(arguments: tuple[Any, ...], found: tuple[Tensor, ...], mode: str = "zeros") -> None:
+    """The result and both gradients."""
     grad, input, weight, *rest = arguments
-    exact = _aten(grad.double(), input.double(), weight.double(), *rest)
-    theirs = _aten(*arguments)
+    wide = [t.double() for t in (grad, input, weight)]
+    exact = (_plain(*wide[1:], *rest, mode), *_gradients(*wide, *rest, mode))
+    theirs = (_plain(input, weight, *rest, mode), *_gradients(*arguments, mode))
     for result, yardstick, reference in zip(found, theirs, exact, strict=True):
-        assert_as_accurate(result, yardstick, reference, factor=factor)
+        assert_as_accurate(result, yardstick, reference, factor=1.2)
+
+
+def _run(arguments: tuple[Any, ...], mode: str = "zeros") -> tuple[Tensor, ...]:
+    return FORWARD(*arguments[1:], mode), *BACKWARD(*arguments, mode, True, True)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
-def test_opcheck(needs: tuple[bool, bool], memory_format: torch.memory_format, device: str) -> None:
+def test_opcheck(
+    needs: tuple[bool, bool], mode: str, memory_format: torch.memory_format, device: str
+) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
     layout = "channels_last" if memory_format == torch.channels_last else "contiguous"
-    for shape in ((2, 8, 16, (7, 9), (1, 1), (1, 1)), (1, 8, 8, (3, 3), (1, 1), (0, 0))):
+    for shape in ((2, 8, 32, (7, 9), (1, 1), (1, 1)), (1, 8, 8, (3, 3), (1, 1), (0, 0))):
         arguments = _arguments(shape, dtype, device, layout, memory_format)
-        torch.library.opcheck(OP.default, (*arguments, *needs))
-        results = OP(*arguments, *needs)
+        torch.library.opcheck(FORWARD.default, (*arguments[1:], mode))
+        torch.library.opcheck(BACKWARD.default, (*arguments, mode, *needs))
+        results = BACKWARD(*arguments, mode, *needs)
         for result, needed, like in zip(results, needs, arguments[1:3], strict=True):
             assert result.shape == (like.shape if needed else (0,))
 
 
-def test_gradients_of_the_convolution() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_the_convolution(mode: str) -> None:
     x = torch.randn(2, 3, 6, 5, dtype=torch.float64, requires_grad=True)
     w = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     for stride, padding in (((1, 1), (1, 1)), ((2, 1), (0, 2))):
@@ -93,10 +114,10 @@ def test_gradients_of_the_convolution() -> None:
         def function(
             x: Tensor, w: Tensor, stride: tuple[int, int] = stride, padding: tuple[int, int] = padding
         ) -> Tensor:
-            result: Tensor = Convolution.apply(x, w, stride, padding)  # type: ignore[no-untyped-call]
+            result: Tensor = Convolution.apply(x, w, stride, padding, mode)  # type: ignore[no-untyped-call]
             return result
 
-        torch.testing.assert_close(function(x, w), F.conv2d(x, w, None, stride, padding))
+        torch.testing.assert_close(function(x, w), _plain(x, w, stride, padding, mode))
         assert torch.autograd.gradcheck(function, (x, w))
         assert torch.autograd.gradcheck(lambda x: function(x, w.detach()), (x,))
         assert torch.autograd.gradcheck(lambda w: function(x.detach(), w), (w,))
@@ -105,77 +126,87 @@ def test_gradients_of_the_convolution() -> None:
 def test_double_backward_says_that_it_is_not_supported() -> None:
     x = torch.randn(1, 3, 5, 5, dtype=torch.float64, requires_grad=True)
     w = torch.randn(3, 3, 3, 3, dtype=torch.float64, requires_grad=True)
-    output: Tensor = Convolution.apply(x, w, (1, 1), (1, 1))  # type: ignore[no-untyped-call]
+    output: Tensor = Convolution.apply(x, w, (1, 1), (1, 1), "zeros")  # type: ignore[no-untyped-call]
     (grad,) = torch.autograd.grad(output.sum(), w, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         (x.sum() + grad.square().sum()).backward()
 
 
-def test_vmap_over_both_operands() -> None:
+def test_vmap() -> None:
     x, w = torch.randn(3, 2, 4, 6, 5), torch.randn(3, 4, 4, 3, 3)
-    grads = torch.randn(3, 2, 4, 4, 3)
-    found = torch.func.vmap(lambda g, x, w: OP(g, x, w, (1, 1), (0, 0), True, True))(grads, x, w)
+    grads = torch.randn(3, 2, 4, 6, 5)
+    rest: Any = ((1, 1), (1, 1), "reflect")
+    found = torch.func.vmap(lambda g, x, w: BACKWARD(g, x, w, *rest, True, True))(grads, x, w)
+    forward = torch.func.vmap(lambda x, w: FORWARD(x, w, *rest))(x, w)
+    of_one = torch.func.vmap(lambda x: FORWARD(x, w[0], *rest), in_dims=1)(x)
     for i in range(3):
-        expected = _aten(grads[i], x[i], w[i], (1, 1), (0, 0))
-        for a, b in zip(found, expected, strict=True):
+        for a, b in zip(found, _gradients(grads[i], x[i], w[i], *rest), strict=True):
             torch.testing.assert_close(a[i], b)
+        torch.testing.assert_close(forward[i], _plain(x[i], w[i], *rest))
+    for i in range(2):
+        torch.testing.assert_close(of_one[i], _plain(x[:, i], w[0], *rest))
 
 
 @pytest.mark.cuda
+@needs_sm90
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_are_as_accurate_as_pytorch(
-    shape: tuple[Any, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[Any, ...], mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the memory that results and workspace come from is full of NaNs; twice the same bits."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("kernels of sm_90a")
     monkeypatch.setenv("STYLEFORGE_PATH", "sm90")
     arguments = _arguments(shape, dtype, "cuda")
     full_of_nans = [torch.full((1 << 22,), float("nan"), device="cuda") for _ in range(4)]
     del full_of_nans
-    found = OP(*arguments, True, True)
-    # A convolution of fewer channels than half a chunk is not one of sm_90a; nor is one with a stride.
+    FORWARD(*arguments[1:], mode)
+    # A convolution of fewer channels than half a chunk is not one of sm_90a; nor is a gradient with a stride.
+    assert styleforge.last_path() == f"convolution:cuda:{'sm90' if shape[1] >= 32 else 'aten'}"
+    found = _run(arguments, mode)
     own_input = shape[4] == (1, 1) and shape[2] >= 32
     assert styleforge.last_path() == f"{PREFIX}{'sm90' if own_input else 'aten'}+weight:sm90"
-    _assert_accurate(arguments, found)
+    _assert_accurate(arguments, found, mode)
     for alone in ((True, False), (False, True)):
-        for a, b, needed in zip(OP(*arguments, *alone), found, alone, strict=True):
-            assert not needed or not (own_input or alone[1]) or torch.equal(a, b)
+        again = BACKWARD(*arguments, mode, *alone)
+        for a, b, needed, own in zip(again, found[1:], alone, (own_input, True), strict=True):
+            assert not needed or not own or torch.equal(a, b)
 
 
 @pytest.mark.cuda
+@needs_sm90
 @pytest.mark.parametrize(
     "layout", ["contiguous", "channels_last", "sliced", "transposed", "offset", "expanded"]
 )
 @pytest.mark.parametrize("weight_format", FORMATS, ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
 def test_every_layout(
-    weight_format: torch.memory_format, layout: str, monkeypatch: pytest.MonkeyPatch
+    mode: str, weight_format: torch.memory_format, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = _arguments(
         (2, 64, 40, (19, 23), (1, 1), (1, 1)), torch.float16, "cuda", layout, weight_format
     )
+    channels_last = layout == "channels_last"
     for path in ("sm90", "aten_conv", ""):
         monkeypatch.setenv("STYLEFORGE_PATH", path)
-        found = OP(*arguments, True, True)
-        assert not path or path.startswith("sm90") or styleforge.last_path() == f"{PREFIX}aten+weight:aten"
-        _assert_accurate(arguments, found)
-        assert found[0].is_contiguous(
-            memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
-        )
-        assert found[1].stride() == arguments[2].stride()
+        found = _run(arguments, mode)
+        assert path != "aten_conv" or styleforge.last_path() == f"{PREFIX}aten+weight:aten"
+        _assert_accurate(arguments, found, mode)
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        assert all(t.is_contiguous(memory_format=memory_format) for t in found[:2])
+        assert found[2].stride() == arguments[2].stride()
 
 
 @pytest.mark.cuda
+@needs_sm90
 @pytest.mark.parametrize("boxes", [1, 3])
 @pytest.mark.parametrize("splits, stages", [(1, 2), (5, 3), (100, 8)])
 def test_every_cut(boxes: int, splits: int, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("kernels of sm_90a")
     monkeypatch.setenv("STYLEFORGE_PATH", "sm90")
     monkeypatch.setenv("STYLEFORGE_GRADIENT_TUNE", f"boxes={boxes},splits={splits},stages={stages}")
     arguments = _arguments((3, 64, 64, (40, 50), (1, 1), (1, 1)), torch.float16, "cuda")
-    _assert_accurate(arguments, OP(*arguments, True, True))
+    for mode in MODES:
+        _assert_accurate(arguments, _run(arguments, mode), mode)
 
 
 @pytest.mark.cuda
@@ -207,13 +238,15 @@ def test_steps_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.cuda
-def test_nothing_in_nothing_out() -> None:
-    for sizes in ((0, 16, 8, 8), (2, 16, 8, 8)):
-        x = torch.randn(sizes, device="cuda", dtype=torch.float16)
-        w = torch.randn(24, 16, 3, 3, device="cuda", dtype=torch.float16)
-        grad_input, grad_weight = OP(x.new_zeros(sizes[0], 24, 6, 6), x, w, (1, 1), (0, 0), True, True)
-        assert grad_input.shape == x.shape and not grad_input.any()
-        assert grad_weight.shape == w.shape and not grad_weight.any()
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_in_nothing_out(mode: str) -> None:
+    x = torch.randn((0, 16, 8, 8), device="cuda", dtype=torch.float16)
+    w = torch.randn(24, 16, 3, 3, device="cuda", dtype=torch.float16)
+    y = FORWARD(x, w, (1, 1), (1, 1), mode)
+    assert y.shape == (0, 24, 8, 8)
+    grad_input, grad_weight = BACKWARD(y, x, w, (1, 1), (1, 1), mode, True, True)
+    assert grad_input.shape == x.shape
+    assert grad_weight.shape == w.shape and not grad_weight.any()
 
 
 @pytest.mark.cuda
@@ -225,7 +258,11 @@ def test_errors_name_the_argument() -> None:
         (r"grad_output must have shape \[1, 8, 6, 6\]", (grad[:, :, 1:], x, w, stride, padding)),
         ("stride must be two integers >= 1", (grad, x, w, (0, 1), padding)),
         ("padding must be two integers >= 0", (grad, x, w, stride, (-1, 1))),
+        ("padding must be smaller than the input", (grad, x, w, stride, (6, 1))),
     ]
     for message, arguments in cases:
         with pytest.raises(RuntimeError, match=f"_convolution_backward: {message}"):
-            OP(*arguments, True, True)
+            BACKWARD(*arguments, "reflect", True, True)
+        if "grad_output" not in message:
+            with pytest.raises(RuntimeError, match=f"_convolution: {message}"):
+                FORWARD(*arguments[1:], "reflect")

@@ -1,31 +1,37 @@
 // Our convolution without a norm behind it: csrc/cuda/conv_instance_norm.
 #pragma once
 
+#include "../../csrc/pad_params.h"
 #include "../checks.h"
 
 namespace styleforge {
 
-// Weights where they lie; strides in elements, of [out_channels, in_channels, kernel_h, kernel_w], negative where an
-// index runs backwards.
-struct WeightView {
-  const unsigned char* data = nullptr;  // of the first tap
-  int64_t sizes[4] = {};
-  int64_t strides[4] = {};
-  bool channels_last = false;  // dense and aligned: the kernels read it as it is
-
-  explicit WeightView(const Tensor& weight);
-  // That of the convolution that takes a gradient back: taps the other way round, channels exchanged.
-  WeightView turned(size_t element) const;
-};
-
 // Dense, channels_last and aligned for 16-byte accesses: the tensor itself or a copy.
 Tensor channels_last_aligned(const Tensor& tensor);
 
-// A convolution in 16 bits with zeros around it, cut off or filled up to `output_size`, channels_last; nothing where
-// the kernels do not take it, or where they are not the faster ones (sm_90a alone). `input` is asked for what
-// channels_last_aligned makes of it.
-OptionalTensor run_convolution(const char* op, const Tensor& input, OptionalTensor& pixels, const WeightView& weight,
-                               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                               const std::vector<int64_t>& output_size);
+// A convolution in 16 bits, channels_last; nothing where the kernels do not take it or are not the faster ones (sm_90a
+// alone). `pixels`: what channels_last_aligned makes of `input`, once somebody has asked for it. `turned`: with the
+// weights' taps the other way round and their input and output channels exchanged, as a gradient goes back.
+OptionalTensor run_convolution(const char* op, const Tensor& input, OptionalTensor& pixels, const Tensor& weight,
+                               bool turned, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                               PaddingMode mode, const std::vector<int64_t>& output_size);
+
+// What the two operators have in common: everything but grad_output.
+struct ConvolutionArguments {
+  const Tensor& input;
+  const Tensor& weight;
+  const std::vector<int64_t>& stride;
+  const std::vector<int64_t>& padding;
+  PaddingMode mode;
+
+  // Throws; gives the result's height and width.
+  std::vector<int64_t> check(const char* op) const;
+};
+
+// The input with its padding around it; itself with none.
+Tensor padded(const Tensor& input, const std::vector<int64_t>& padding, PaddingMode mode);
+// The gradient of the input from that of the padded one: pad_upsample_backward.cpp.
+Tensor pad_upsample_backward(const Tensor& grad_output, const std::vector<int64_t>& padding, const Text& padding_mode,
+                             int64_t upsample);
 
 }  // namespace styleforge

@@ -15,6 +15,9 @@
 //   B:       input, [pixels x channels], as it lies (wgmma_taps.cuh). With stride 1 one box serves all taps: a tap is
 //            an address in it, and three columns of the kernel are one multiplication of 96 columns. With stride 2
 //            a box for each column of the kernel, of the even or the odd columns of pixels.
+//   border:  of a reflected or replicated input: one pixel wide, what belongs there lies in the box; three warps copy
+//   it
+//            to its place
 //   groups:  two warpgroups, each the rows of four pixels of every tile; they add up what they have in the end
 #include <algorithm>
 
@@ -30,7 +33,7 @@
 namespace styleforge::cuda {
 namespace {
 
-constexpr const char* kTuneVariable = "STYLEFORGE_GRADIENT_TUNE";  // boxes=1 or 3, splits, stages
+constexpr const char* kTuneVariable = "STYLEFORGE_GRADIENT_TUNE";  // boxes=1 or 3, splits, stages, groups
 
 constexpr int kSide = 3;  // of the kernel
 constexpr int kTileWidth = 16, kTileHeight = 8;
@@ -51,13 +54,12 @@ static_assert(kTapColumns == kInputChannels);
 static_assert(kShared / 2 > kGroups * kVectors / 2 * 128 * 16, "what groups tell each other lies over the ring");
 
 constexpr int kSumThreads = 256;
-constexpr int kSumGroups = kSumThreads / 32;
-static_assert(kBlockVectors % 32 == 0);
 
 #ifdef STYLEFORGE_HAS_WGMMA
 
 constexpr int kRows = kTileHeight / kGroups;  // of a tile, of a warpgroup
 constexpr int kConsumerBarrier = 1;
+constexpr int kMenders = kThreads - kConsumers - 32;  // after the warp that loads
 
 __device__ __forceinline__ void load_pixels(uint32_t to, const CUtensorMap* map, int channel, int x, int y, int n,
                                             uint64_t* barrier) {
@@ -66,6 +68,29 @@ __device__ __forceinline__ void load_pixels(uint32_t to, const CUtensorMap* map,
       "[%6];" ::"r"(to),
       "l"(map), "r"(channel), "r"(x), "r"(y), "r"(n), "r"(shared_address(barrier))
       : "memory");
+}
+
+// Pixels of the box whose first one is (top, left) of the input and that lie outside of it: what belongs there.
+__device__ __forceinline__ void mend_border(const WeightGradientParams& p, const WeightGradientSchedule& s,
+                                            unsigned char* box, int top, int left, int thread) {
+  constexpr int kPieces = kTapRowBytes / 16;
+  const auto place = [](int pixel, int piece) { return pixel * kTapRowBytes + ((piece ^ (pixel >> 1 & 3)) * 16); };
+  const auto source = [&](int at, int size) {
+    if (p.mode == PaddingMode::kReplicate) return at < 0 ? 0 : size - 1;
+    return at < 0 ? -at : 2 * (size - 1) - at;
+  };
+  for (int i = thread; i < s.box_width * s.box_height * kPieces; i += kMenders) {
+    const int pixel = i / kPieces, piece = i % kPieces;
+    const int row = pixel / s.box_width, column = pixel - row * s.box_width;
+    const int y = top + row, x = left + column;
+    const bool outside_y = y < 0 || y >= p.height, outside_x = x < 0 || x >= p.width;
+    // Those further outside belong to no pixel of grad.
+    if (!(outside_y || outside_x) || y >= p.height + p.pad_top || x >= p.width + p.pad_left) continue;
+    const int from_y = outside_y ? source(y, p.height) - top : row;
+    const int from_x = outside_x ? source(x, p.width) - left : column;
+    *reinterpret_cast<uint4*>(box + place(pixel, piece)) =
+        *reinterpret_cast<const uint4*>(box + place(from_y * s.box_width + from_x, piece));
+  }
 }
 
 // Adds what both groups have and writes it: this one's half of the vectors, and gives the other one its half.
@@ -102,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ unsigned char dynamic[];
   unsigned char* ring = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
   const uint32_t stages = shared_address(ring);
-  __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
+  __shared__ uint64_t full[kMaxStages], empty[kMaxStages], mended[kMaxStages];
   const int warp = __shfl_sync(0xffffffff, static_cast<int>(threadIdx.x) / 32, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto split = static_cast<int64_t>(blockIdx.x);
@@ -117,6 +142,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < s.stages; ++i) {
       mbarrier_init(&full[i], 1);
       mbarrier_init(&empty[i], kConsumers);
+      mbarrier_init(&mended[i], kMenders);
     }
     mbarrier_init_fence();
   }
@@ -126,18 +152,31 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warp >= kConsumers / 32) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
+    const int row = begin / s.tiles_x;
+    int tile_x = begin - row * s.tiles_x, n = row / s.tiles_y;
+    int tile_y = row - n * s.tiles_y;
+    int stage = 0;
+    uint32_t parity = 0;
+    const auto advance = [&] {
+      if (++tile_x == s.tiles_x) {
+        tile_x = 0;
+        if (++tile_y == s.tiles_y) {
+          tile_y = 0;
+          ++n;
+        }
+      }
+      if (++stage == s.stages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    };
     if (threadIdx.x == kConsumers) {
       const int grad_channel = static_cast<int>(blockIdx.z) * kGradChannels;
       const int input_channel = static_cast<int>(blockIdx.y) * kInputChannels;
-      const int row = begin / s.tiles_x;
-      int tile_x = begin - row * s.tiles_x, n = row / s.tiles_y;
-      int tile_y = row - n * s.tiles_y;
-      int stage = 0;
-      uint32_t parity = 1;
-      for (int tile = begin; tile < end; ++tile) {
+      for (int tile = begin; tile < end; ++tile, advance()) {
         const int x = tile_x * kTileWidth, y = tile_y * kTileHeight;
         uint32_t to = stages + stage * s.stage_bytes;
-        mbarrier_wait(&empty[stage], parity);
+        mbarrier_wait(&empty[stage], parity ^ 1);
         mbarrier_arrive_expect(&full[stage], s.loaded_bytes);
         load_pixels(to, &grad, grad_channel, x, y, n, &full[stage]);
         to += kGradBytes;
@@ -148,17 +187,17 @@ __global__ void __launch_bounds__(kThreads, 1)
                       y * p.stride_h - p.pad_top, n, &full[stage]);
           to += s.box_bytes;
         }
-        if (++tile_x == s.tiles_x) {
-          tile_x = 0;
-          if (++tile_y == s.tiles_y) {
-            tile_y = 0;
-            ++n;
-          }
+      }
+    } else if (warp > kConsumers / 32 && p.mode != PaddingMode::kZeros) {
+      for (int tile = begin; tile < end; ++tile, advance()) {
+        const int top = tile_y * kTileHeight - p.pad_top, left = tile_x * kTileWidth - p.pad_left;
+        mbarrier_wait(&full[stage], parity);
+        if (top < 0 || left < 0 || top + s.box_height > p.height || left + s.box_width > p.width) {
+          mend_border(p, s, ring + stage * s.stage_bytes + kGradBytes, top, left,
+                      static_cast<int>(threadIdx.x) - kConsumers - 32);
+          fence_async_shared();
         }
-        if (++stage == s.stages) {
-          stage = 0;
-          parity ^= 1;
-        }
+        mbarrier_arrive(&mended[stage]);
       }
     }
     return;
@@ -173,6 +212,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint64_t input_at =
       taps_descriptor(s.tap_distance) + ((stages + kGradBytes + group * kRows * p.stride_h * s.row_bytes) >> 4);
   const int tap_step = s.row_bytes >> 4, row_step = p.stride_h * tap_step;
+  const uint32_t ready = shared_address(p.mode == PaddingMode::kZeros ? full : mended);
   float sum[kSide][kSide * kInputChannels / 2] = {};
   uint32_t a[2][4];
   int stage = 0, previous = 0;
@@ -180,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto multiply_tile = [&](bool first) {
     const uint32_t grad_rows = grad_at + stage * s.stage_bytes;
     const uint64_t input_rows = input_at + ((stage * s.stage_bytes) >> 4);
-    mbarrier_wait(&full[stage], parity);
+    mbarrier_wait(ready + 8 * stage, parity);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       load_matrices_transposed(a[r % 2], grad_rows + r * kGradRowBytes);
@@ -214,14 +254,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // Adds up the blocks' parts and rounds: groups of threads take runs of the splits, then come the groups in their order.
-template <typename T>
+template <typename T, int kSumGroups>
 __global__ void __launch_bounds__(kSumThreads)
     weight_gradient_sum_kernel(const __grid_constant__ WeightGradientParams p, int splits, int input_blocks,
                                int64_t pitch) {
-  __shared__ float4 groups[kSumGroups][32];
-  const int group = static_cast<int>(threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int vector = static_cast<int>(blockIdx.x) * 32 + lane;
+  constexpr int kVectorsHere = kSumThreads / kSumGroups;
+  static_assert(kBlockVectors % kVectorsHere == 0);
+  __shared__ float4 groups[kSumGroups][kVectorsHere];
+  const int group = static_cast<int>(threadIdx.x) / kVectorsHere;
+  const int lane = static_cast<int>(threadIdx.x) % kVectorsHere;
+  const int vector = static_cast<int>(blockIdx.x) * kVectorsHere + lane;
   wait_for_predecessor();
   release_successor();
   const int begin = group * splits / kSumGroups, end = (group + 1) * splits / kSumGroups;
@@ -233,7 +275,7 @@ __global__ void __launch_bounds__(kSumThreads)
     sum.z += other.z;
     sum.w += other.w;
   };
-#pragma unroll 4
+#pragma unroll 8
   for (int split = begin; split < end; ++split) add(__ldcg(parts + split * pitch));
   groups[group][lane] = sum;
   __syncthreads();
@@ -307,8 +349,14 @@ cudaError_t launch_kernels(const WeightGradientParams& p, const WeightGradientSc
     return error;
   }
   const int64_t vectors = int64_t{input_blocks} * grad_blocks * kBlockVectors;
-  return launch(weight_gradient_sum_kernel<T>, dim3(static_cast<unsigned>(vectors / 32)), dim3(kSumThreads), 0, 1,
-                facts, stream, p, s.splits, input_blocks, vectors);
+  const auto sum = [&]<int kSumGroups>() {
+    return launch(weight_gradient_sum_kernel<T, kSumGroups>,
+                  dim3(static_cast<unsigned>(vectors * kSumGroups / kSumThreads)), dim3(kSumThreads), 0, 1, facts,
+                  stream, p, s.splits, input_blocks, vectors);
+  };
+  return s.sum_groups == 2   ? sum.template operator()<2>()
+         : s.sum_groups == 4 ? sum.template operator()<4>()
+                             : sum.template operator()<8>();
 }
 
 }  // namespace
@@ -327,6 +375,11 @@ cudaError_t schedule_weight_gradient(const WeightGradientParams& p, WeightGradie
   }
   const int64_t pixels = std::max(int64_t{p.height} * p.width, int64_t{p.out_height} * p.out_width);
   if (pixels == 0 || p.batch == 0 || pixels > INT32_MAX || p.pad_top > 65536 || p.pad_left > 65536) return cudaSuccess;
+  if (p.mode != PaddingMode::kZeros) {
+    // What belongs outside of the input lies in the same box.
+    if (std::max({p.pad_top, p.pad_left, p.stride_h, p.stride_w}) > 1) return cudaSuccess;
+    if (p.mode == PaddingMode::kReflect && (p.pad_top >= p.height || p.pad_left >= p.width)) return cudaSuccess;
+  }
   s = {};
   s.tiles_x = static_cast<int>(ceil_div(p.out_width, kTileWidth));
   s.tiles_y = static_cast<int>(ceil_div(p.out_height, kTileHeight));
@@ -336,9 +389,9 @@ cudaError_t schedule_weight_gradient(const WeightGradientParams& p, WeightGradie
   const int64_t blocks = int64_t{blocks_of(p.in_channels, kInputChannels)} * blocks_of(p.out_channels, kGradChannels);
   s.splits = static_cast<int>(std::max<int64_t>(std::min<int64_t>(facts.multiprocessors / blocks, s.tiles), 1));
   s.splits = std::min(static_cast<int>(overrides.tuned("splits", s.splits)), s.tiles);
+  s.sum_groups = static_cast<int>(overrides.tuned("groups", 8));
 
-  const bool one = p.stride_w == 1;
-  s.boxes = one ? static_cast<int>(overrides.tuned("boxes", 1)) : kSide;
+  s.boxes = p.stride_w > 1 ? kSide : p.mode != PaddingMode::kZeros ? 1 : static_cast<int>(overrides.tuned("boxes", 1));
   s.box_width = kTileWidth + (s.boxes == 1 ? kSide - 1 : 0);
   s.box_height = (kTileHeight - 1) * p.stride_h + kSide;
   s.row_bytes = s.box_width * kTapRowBytes;

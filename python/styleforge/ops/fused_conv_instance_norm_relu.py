@@ -294,11 +294,13 @@ def _convolution(
     precision: str,
 ) -> Tensor:
     """conv2d(pad(upsample(input)), weight) with ATen's convolution; zeros are left to it."""
-    if upsample != 1 or padding_mode != "zeros":
+    own = takes(input, weight)
+    if upsample != 1 or (padding_mode != "zeros" and not own):
         sides, padding = (padding, (0, 0)) if padding_mode != "zeros" else ((0, 0), padding)
         input = common.apply_function(PadUpsample, input, sides, padding_mode, upsample)
-    if takes(input, weight):
-        result: Tensor = common.apply_function(Convolution, input, weight, stride, padding)
+        padding_mode = "zeros"
+    if own:
+        result: Tensor = common.apply_function(Convolution, input, weight, stride, padding, padding_mode)
         return result
     if input.is_cuda and input.dtype == torch.float32 and not convolutions_are_in(precision):
         result = common.apply_function(_Convolution, input, weight, stride, padding, precision)
