@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <tuple>
 
-#include "../../csrc/cuda/conv_gradient/launch.h"
 #include "../fused_conv_instance_norm_relu.h"
 #include "launch.h"
 #include "plain_convolution.h"
@@ -28,8 +27,13 @@ struct Arguments : ConvolutionArguments {
 
 // What both gradients read, once one of them has asked for it.
 struct Operands {
-  OptionalTensor pixels;  // grad_output as the kernels read it
+  OptionalTensor pixels;  // grad_output as our kernels read it
   OptionalTensor wide;    // the input with its padding around it
+
+  const Tensor& grad_pixels(const Arguments& args) {
+    if (!pixels) pixels = channels_last_aligned(args.grad_output);
+    return *pixels;
+  }
 
   const Tensor& padded_input(const Arguments& args) {
     if (!wide) wide = padded(args.input, args.padding, args.mode);
@@ -76,7 +80,7 @@ bool is_16_bit(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Half || tensor.scalar_type() == ScalarType::BFloat16;
 }
 
-OptionalTensor input_gradient(const Arguments& args, Operands& operands) {
+std::optional<OwnConvolution> take_input_gradient(const Arguments& args) {
   if (args.stride[0] != 1 || args.stride[1] != 1) return {};
   // 32 to 64 channels of 8x258x258 pixels take 95 us and cuDNN 64; 64 to 128 of 8x130x130 48 and 39.
   if (args.weight.size(0) < args.input.size(1) && !path_is_forced()) return {};
@@ -85,20 +89,20 @@ OptionalTensor input_gradient(const Arguments& args, Operands& operands) {
     sides[d] = args.weight.size(2 + d) - 1 - (args.zeros() ? args.padding[d] : 0);
     size[d] = args.input.size(2 + d) + (args.zeros() ? 0 : 2 * args.padding[d]);
   }
-  const auto found = run_convolution(kOp, args.grad_output, operands.pixels, args.weight, true, {1, 1}, sides,
-                                     PaddingMode::kZeros, size);
-  if (!found || args.zeros()) return found;
-  return pad_upsample_backward(*found, args.padding, args.padding_mode, 1);
+  return OwnConvolution::take(kOp, args.grad_output, args.weight, true, {1, 1}, sides, PaddingMode::kZeros, size);
 }
 
-OptionalTensor weight_gradient(const Arguments& args, Operands& operands) {
+// `for_input`: the other gradient, whose weights the same launch can make.
+OptionalTensor weight_gradient(const Arguments& args, Operands& operands, std::optional<OwnConvolution>& for_input) {
   const auto& weight = args.weight;
   const auto& grad_output = args.grad_output;
   const auto& stride = args.stride;
   constexpr int64_t kMost = 1 << 16;
   Tensor input = args.input;
   std::vector<int64_t> padding = args.padding;
-  if (!is_16_bit(input) || std::max({stride[0], stride[1], padding[0], padding[1]}) > kMost) return {};
+  if (!is_16_bit(input) || grad_output.numel() == 0 || weight.numel() == 0 ||
+      std::max({stride[0], stride[1], padding[0], padding[1]}) > kMost)
+    return {};
   cuda::WeightGradientParams params;
   params.batch = narrow(input.size(0));
   params.out_channels = narrow(weight.size(0));
@@ -129,9 +133,8 @@ OptionalTensor weight_gradient(const Arguments& args, Operands& operands) {
   }
   if (!supported) return {};
 
-  if (!operands.pixels) operands.pixels = channels_last_aligned(grad_output);
   const Tensor of_input = channels_last_aligned(input);
-  params.grad = operands.pixels->const_data_ptr();
+  params.grad = operands.grad_pixels(args).const_data_ptr();
   params.input = of_input.const_data_ptr();
   const std::vector<int64_t> sizes{weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
   const Tensor output = empty_dense(weight, sizes, prefers_channels_last(weight), weight.scalar_type());
@@ -139,6 +142,7 @@ OptionalTensor weight_gradient(const Arguments& args, Operands& operands) {
   for (int d = 0; d < 4; ++d) params.output_stride[d] = output.stride(d);
   std::optional<Tensor> holder;
   params.partials = static_cast<float*>(workspace(input, schedule.workspace_bytes, holder));
+  if (for_input) params.turned = for_input->turned_elsewhere();
   check_cuda(kOp, cuda::launch_weight_gradient(params, schedule, scope.stream()));
   return output;
 }
@@ -153,9 +157,14 @@ std::tuple<Tensor, Tensor> convolution_backward(const Tensor& grad_output, const
   check_like(kOp, "grad_output", grad_output, input, &expected);
   Operands operands;
   OptionalTensor of_input, of_weight;
-  if (grad_output.numel() > 0 && weight.numel() > 0) {
-    if (needs_input) of_input = input_gradient(args, operands);
-    if (needs_weight) of_weight = weight_gradient(args, operands);
+  auto own = needs_input ? take_input_gradient(args) : std::nullopt;
+  if (needs_weight) of_weight = weight_gradient(args, operands, own);
+  // Weights that are turned by a launch of their own cost 2 to 4 us more.
+  const int64_t grad_pixels = grad_output.size(0) * grad_output.size(2) * grad_output.size(3);
+  if (own && !of_weight && grad_pixels < 8192 && !path_is_forced()) own.reset();
+  if (own) {
+    of_input = own->run(operands.grad_pixels(args));
+    if (!args.zeros()) of_input = pad_upsample_backward(*of_input, padding, padding_mode, 1);
   }
   record_path(of_input ? "convolution_backward:cuda:sm90" : "convolution_backward:cuda:aten", !needs_weight ? ""
                                                                                               : of_weight

@@ -4,8 +4,6 @@
 #include <algorithm>
 
 #include "../../csrc/cuda/common/launch.h"
-#include "../../csrc/cuda/conv_gradient/launch.h"
-#include "../../csrc/cuda/conv_instance_norm/launch.h"
 #include "fused_conv.h"
 #include "launch.h"
 
@@ -23,12 +21,9 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::vector<
   const ConvolutionArguments args{input, weight, stride, padding, parse_padding_mode(kOp, padding_mode.value)};
   const std::vector<int64_t> size = args.check(kOp);
   const bool channels_last = prefers_channels_last(input);
-  OptionalTensor pixels;
-  if (input.numel() > 0 && weight.numel() > 0) {
-    if (const auto output = run_convolution(kOp, input, pixels, weight, false, stride, padding, args.mode, size)) {
-      record_path("convolution:cuda:sm90");
-      return in_format(*output, channels_last);
-    }
+  if (auto own = OwnConvolution::take(kOp, input, weight, false, stride, padding, args.mode, size)) {
+    record_path("convolution:cuda:sm90");
+    return in_format(own->run(channels_last_aligned(input)), channels_last);
   }
   const bool zeros = args.mode == PaddingMode::kZeros;
   const Tensor wide = zeros ? input : padded(input, padding, args.mode);
@@ -66,6 +61,11 @@ std::vector<int64_t> ConvolutionArguments::check(const char* op) const {
 }
 
 Tensor padded(const Tensor& input, const std::vector<int64_t>& padding, PaddingMode mode) {
+  if (input.numel() == 0) {
+    return empty_dense(input,
+                       {input.size(0), input.size(1), input.size(2) + 2 * padding[0], input.size(3) + 2 * padding[1]},
+                       prefers_channels_last(input), input.scalar_type());
+  }
   const ConvInstanceNormBackend backend{launch_pad_cuda, nullptr, nullptr, false};
   return pad_upsample(backend, input, 1, mode, padding, prefers_channels_last(input));
 }
@@ -92,17 +92,19 @@ Tensor channels_last_aligned(const Tensor& tensor) {
   return aligned(dense.const_data_ptr()) ? dense : torch::stable::clone(dense);
 }
 
-OptionalTensor run_convolution(const char* op, const Tensor& input, OptionalTensor& pixels, const Tensor& weight,
-                               bool turned, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                               PaddingMode mode, const std::vector<int64_t>& output_size) {
+std::optional<OwnConvolution> OwnConvolution::take(const char* op, const Tensor& input, const Tensor& weight,
+                                                   bool turned, const std::vector<int64_t>& stride,
+                                                   const std::vector<int64_t>& padding, PaddingMode mode,
+                                                   const std::vector<int64_t>& output_size) {
   constexpr int64_t kMostStride = 65535, kMostPadding = 1 << 28;
   const auto type = input.scalar_type();
   if (type != ScalarType::Half && type != ScalarType::BFloat16) return {};
-  if (std::min(padding[0], padding[1]) < 0 || std::max(padding[0], padding[1]) > kMostPadding ||
-      std::max(stride[0], stride[1]) > kMostStride) {
+  if (input.numel() == 0 || weight.numel() == 0 || std::min(padding[0], padding[1]) < 0 ||
+      std::max(padding[0], padding[1]) > kMostPadding || std::max(stride[0], stride[1]) > kMostStride) {
     return {};
   }
-  cuda::ConvParams params;
+  OwnConvolution own(op, weight, turned);
+  cuda::ConvParams& params = own.params_;
   params.batch = narrow(input.size(0));
   params.in_channels = narrow(input.size(1));
   params.height = narrow(input.size(2));
@@ -120,32 +122,34 @@ OptionalTensor run_convolution(const char* op, const Tensor& input, OptionalTens
   params.dtype = kernel_dtype(op, "input", type);
   params.norm_follows = false;
   const CudaScope scope(input);
-  cuda::ConvSchedule schedule;
   bool supported = false;
-  check_cuda(op, cuda::schedule_conv(params, schedule, supported));
-  if (!supported || schedule.mma) return {};
+  check_cuda(op, cuda::schedule_conv(params, own.schedule_, supported));
+  if (!supported || own.schedule_.mma) return {};
+  return own;
+}
 
-  if (!pixels) pixels = channels_last_aligned(input);
-  params.input = pixels->const_data_ptr();
-  params.weight = weight.const_data_ptr();
-  std::optional<Tensor> holder;
-  if (turned || !is_dense(weight, true) || !aligned(params.weight)) {
-    const size_t bytes = static_cast<size_t>(weight.numel()) * cuda::size_of(params.dtype);
-    void* rewritten = workspace(input, bytes, holder);
-    params.weight = rewritten;
-    if (turned) {
-      cuda::TurnedWeightsParams rewrite;
-      fill_weights(rewrite, weight, rewritten, params.dtype);
-      check_cuda(op, cuda::launch_turned_weights(rewrite, scope.stream()));
-    } else {
-      cuda::ConvWeightsParams rewrite;
-      fill_weights(rewrite, weight, rewritten, params.dtype);
-      check_cuda(op, cuda::launch_conv_weights(rewrite, scope.stream()));
-    }
+cuda::TurnedWeightsParams OwnConvolution::turned_elsewhere() {
+  const size_t bytes = static_cast<size_t>(weight_.numel()) * cuda::size_of(params_.dtype);
+  cuda::TurnedWeightsParams rewrite;
+  fill_weights(rewrite, weight_, workspace(weight_, bytes, rewritten_), params_.dtype);
+  return rewrite;
+}
+
+Tensor OwnConvolution::run(const Tensor& pixels) {
+  const CudaScope scope(pixels);
+  if (turned_ && !rewritten_) check_cuda(op_, cuda::launch_turned_weights(turned_elsewhere(), scope.stream()));
+  if (!turned_ && !(is_dense(weight_, true) && aligned(weight_.const_data_ptr()))) {
+    const size_t bytes = static_cast<size_t>(weight_.numel()) * cuda::size_of(params_.dtype);
+    cuda::ConvWeightsParams rewrite;
+    fill_weights(rewrite, weight_, workspace(weight_, bytes, rewritten_), params_.dtype);
+    check_cuda(op_, cuda::launch_conv_weights(rewrite, scope.stream()));
   }
-  Tensor output = empty_dense(input, {input.size(0), params.out_channels, output_size[0], output_size[1]}, true, type);
-  params.output = output.mutable_data_ptr();
-  check_cuda(op, cuda::launch_conv(params, schedule, scope.stream()));
+  Tensor output = empty_dense(pixels, {pixels.size(0), params_.out_channels, params_.out_height, params_.out_width},
+                              true, pixels.scalar_type());
+  params_.input = pixels.const_data_ptr();
+  params_.weight = rewritten_ ? rewritten_->const_data_ptr() : weight_.const_data_ptr();
+  params_.output = output.mutable_data_ptr();
+  check_cuda(op_, cuda::launch_conv(params_, schedule_, scope.stream()));
   return output;
 }
 

@@ -12,6 +12,16 @@
 
 namespace styleforge::cuda {
 
+// output[ci, kernel_h - 1 - i, kernel_w - 1 - j, co] = weight[co, ci, i, j]
+struct TurnedWeightsParams {
+  const void* weight = nullptr;  // [out_channels, in_channels, kernel_h, kernel_w], any strides
+  void* output = nullptr;        // [in_channels, kernel_h, kernel_w, out_channels]
+  int64_t stride[4] = {};        // of weight, in elements
+  int out_channels = 0, in_channels = 0, kernel_h = 1, kernel_w = 1;
+  DType dtype = DType::kFloat16;  // 16-bit
+};
+cudaError_t launch_turned_weights(const TurnedWeightsParams& params, cudaStream_t stream);
+
 // output[co, ci, i, j] = sum over n, y, x of grad[n, y, x, co] * input[n, y * stride_h + i - pad_top,
 //                                                                      x * stride_w + j - pad_left, ci]
 // with the input padded by `mode`.
@@ -27,6 +37,7 @@ struct WeightGradientParams {
   int in_channels = 0, height = 0, width = 0;
   int kernel_h = 3, kernel_w = 3, stride_h = 1, stride_w = 1, pad_top = 0, pad_left = 0;
   PaddingMode mode = PaddingMode::kZeros;
+  TurnedWeightsParams turned;  // with an output: the same launch writes it, too
   DType dtype = DType::kFloat16;
 };
 
@@ -49,15 +60,5 @@ cudaError_t schedule_weight_gradient(const WeightGradientParams& params, WeightG
                                      bool& supported);
 cudaError_t launch_weight_gradient(const WeightGradientParams& params, const WeightGradientSchedule& schedule,
                                    cudaStream_t stream);
-
-// output[ci, kernel_h - 1 - i, kernel_w - 1 - j, co] = weight[co, ci, i, j]
-struct TurnedWeightsParams {
-  const void* weight = nullptr;  // [out_channels, in_channels, kernel_h, kernel_w], any strides
-  void* output = nullptr;        // [in_channels, kernel_h, kernel_w, out_channels]
-  int64_t stride[4] = {};        // of weight, in elements
-  int out_channels = 0, in_channels = 0, kernel_h = 1, kernel_w = 1;
-  DType dtype = DType::kFloat16;  // 16-bit
-};
-cudaError_t launch_turned_weights(const TurnedWeightsParams& params, cudaStream_t stream);
 
 }  // namespace styleforge::cuda

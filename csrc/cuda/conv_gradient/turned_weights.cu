@@ -1,7 +1,8 @@
 // The weights of the convolution that takes a gradient back to the input: taps the other way round, input and output
 // channels exchanged. A transposition of [channels x channels] for each tap, by tiles through shared memory: a warp
-// reads neighbouring input channels and writes neighbouring output channels. (weights.cu, a thread for each element,
-// reads them one sector each: 2.6 us for 128x128x3x3, 6 for 256x256x3x3.)
+// reads neighbouring input channels and writes neighbouring output channels. A launch of its own is 2 to 4 us on the
+// way to the gradient of the input, so where the gradient of the weights is wanted, too, that one's kernel does it
+// beside its multiplications (weight_gradient_sm90.cu).
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "launch.h"
