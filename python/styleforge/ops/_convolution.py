@@ -8,6 +8,7 @@ gradients, and ATen's elsewhere; ``styleforge.last_path()`` says which ran.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,8 +29,13 @@ def takes(input: Tensor, weight: Tensor) -> bool:
         input.is_cuda
         and input.dtype in (torch.float16, torch.bfloat16)
         and tuple(weight.shape[2:]) == (3, 3)
-        and torch.cuda.get_device_capability(input.device) == (9, 0)
+        and _is_sm90(input.device.index)
     )
+
+
+@cache
+def _is_sm90(device: int) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 class Convolution(torch.autograd.Function):
