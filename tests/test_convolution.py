@@ -200,10 +200,13 @@ def test_every_layout(
 @pytest.mark.cuda
 @needs_sm90
 @pytest.mark.parametrize("boxes", [1, 3])
-@pytest.mark.parametrize("splits, stages", [(1, 2), (5, 3), (100, 8)])
-def test_every_cut(boxes: int, splits: int, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("splits, stages, discard", [(1, 2, 1), (5, 3, 2), (100, 8, 1), (100, 8, 2)])
+def test_every_cut(
+    boxes: int, splits: int, stages: int, discard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STYLEFORGE_PATH", "sm90")
-    monkeypatch.setenv("STYLEFORGE_GRADIENT_TUNE", f"boxes={boxes},splits={splits},stages={stages}")
+    tune = f"boxes={boxes},splits={splits},stages={stages},discard={discard}"
+    monkeypatch.setenv("STYLEFORGE_GRADIENT_TUNE", tune)
     arguments = _arguments((3, 64, 64, (40, 50), (1, 1), (1, 1)), torch.float16, "cuda")
     for mode in MODES:
         _assert_accurate(arguments, _run(arguments, mode), mode)

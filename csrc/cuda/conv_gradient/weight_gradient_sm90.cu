@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename T, int kSumGroups>
 __global__ void __launch_bounds__(kSumThreads)
     weight_gradient_sum_kernel(const __grid_constant__ WeightGradientParams p, int splits, int input_blocks,
-                               int64_t pitch) {
+                               int64_t pitch, bool discards) {
   constexpr int kVectorsHere = kSumThreads / kSumGroups;
   static_assert(kBlockVectors % kVectorsHere == 0);
   __shared__ float4 groups[kSumGroups][kVectorsHere];
@@ -309,6 +309,15 @@ __global__ void __launch_bounds__(kSumThreads)
 #pragma unroll 8
   for (int split = begin; split < end; ++split) add(__ldcg(parts + split * pitch));
   groups[group][lane] = sum;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  // Nobody reads the parts again: the L2 cache need not bring them to memory.
+  constexpr int kLine = 128;
+  if (discards && lane % (kLine / 16) == 0) {
+    for (int split = begin; split < end; ++split) {
+      asm volatile("discard.global.L2 [%0], %1;" ::"l"(parts + split * pitch), "n"(kLine) : "memory");
+    }
+  }
+#endif
   __syncthreads();
   if (group != 0) return;
 #pragma unroll
@@ -383,7 +392,7 @@ cudaError_t launch_kernels(const WeightGradientParams& p, const WeightGradientSc
   const auto sum = [&]<int kSumGroups>() {
     return launch(weight_gradient_sum_kernel<T, kSumGroups>,
                   dim3(static_cast<unsigned>(vectors * kSumGroups / kSumThreads)), dim3(kSumThreads), 0, 1, facts,
-                  stream, p, s.splits, input_blocks, vectors);
+                  stream, p, s.splits, input_blocks, vectors, s.discards);
   };
   return s.sum_groups == 4 ? sum.template operator()<4>() : sum.template operator()<8>();
 }
@@ -421,6 +430,7 @@ cudaError_t schedule_weight_gradient(const WeightGradientParams& p, WeightGradie
   const int64_t blocks = int64_t{blocks_of(p.in_channels, kInputChannels)} * blocks_of(p.out_channels, kGradChannels);
   s.splits = static_cast<int>(std::max<int64_t>(std::min<int64_t>(facts.multiprocessors / blocks, s.tiles), 1));
   s.splits = std::min(static_cast<int>(overrides.tuned("splits", s.splits)), s.tiles);
+  s.discards = overrides.tuned("discard", 1) == 2;
   s.sum_groups = static_cast<int>(overrides.tuned("groups", s.splits < 12 ? 4 : 8));
 
   s.boxes = p.stride_w > 1 ? kSide : p.mode != PaddingMode::kZeros ? 1 : static_cast<int>(overrides.tuned("boxes", 1));
