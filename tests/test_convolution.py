@@ -200,12 +200,10 @@ def test_every_layout(
 @pytest.mark.cuda
 @needs_sm90
 @pytest.mark.parametrize("boxes", [1, 3])
-@pytest.mark.parametrize("splits, stages, discard", [(1, 2, 1), (5, 3, 2), (100, 8, 1), (100, 8, 2)])
-def test_every_cut(
-    boxes: int, splits: int, stages: int, discard: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("splits, stages, keep", [(1, 2, 0), (5, 3, 1), (100, 8, 0), (100, 8, 1)])
+def test_every_cut(boxes: int, splits: int, stages: int, keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STYLEFORGE_PATH", "sm90")
-    tune = f"boxes={boxes},splits={splits},stages={stages},discard={discard}"
+    tune = f"boxes={boxes},splits={splits},stages={stages},keep={keep}"
     monkeypatch.setenv("STYLEFORGE_GRADIENT_TUNE", tune)
     arguments = _arguments((3, 64, 64, (40, 50), (1, 1), (1, 1)), torch.float16, "cuda")
     for mode in MODES:

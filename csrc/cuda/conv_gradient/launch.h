@@ -45,7 +45,7 @@ struct WeightGradientSchedule {
   int tiles_x = 0, tiles_y = 0, tiles = 0;  // of grad's pixels
   int splits = 0;                           // blocks that share the tiles of the same weights
   int sum_groups = 0;                       // of threads that share a sum over the splits
-  bool discards = false;
+  bool discards = false;                    // parts that are added up are let go of
   int stages = 0;
   // Of a tile's input in shared memory: one box for all taps, or one for each column of the kernel.
   int boxes = 1;
