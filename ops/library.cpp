@@ -77,6 +77,15 @@ STABLE_TORCH_LIBRARY(styleforge, m) {
   // float32: result[k, a, b] = sum over n, y, x of grad[n, a, y, x] * input[n, b, y + k, x]. On CUDA 32 channels each.
   m.def("_column_gradient(Tensor grad, Tensor input) -> Tensor");
 
+  // conv2d(pad(input), weight) in the memory format of input. No gradient.
+  m.def(
+      "_convolution(Tensor input, Tensor weight, int[2] stride, int[2] padding, str padding_mode=\"zeros\") -> Tensor");
+  // Its gradients: grad_input in the memory format of input, grad_weight in that of weight. What is not needed comes as
+  // [0].
+  m.def(
+      "_convolution_backward(Tensor grad_output, Tensor input, Tensor weight, int[2] stride, int[2] padding, "
+      "str padding_mode, bool needs_input, bool needs_weight) -> (Tensor grad_input, Tensor grad_weight)");
+
   // float32 of the same values, as they lie. No gradient.
   m.def("_widen(Tensor input) -> Tensor");
 

@@ -316,6 +316,21 @@ def _instance_norms(paths: set[str]) -> None:
     os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_TUNE"] = ""
 
 
+def _convolution_gradients(paths: set[str]) -> None:
+    os.environ["STYLEFORGE_PATH"] = "sm90"
+    device = torch.device("cuda")
+    for stride, channels, tune in ((1, 40, ""), (1, 72, "boxes=3,splits=3,stages=2"), (2, 64, "splits=5")):
+        os.environ["STYLEFORGE_GRADIENT_TUNE"] = tune
+        x = torch.randn(2, channels, 19, 37, device=device, dtype=torch.float16)
+        w = torch.randn(72, channels, 3, 3, device=device, dtype=torch.float16)
+        grad = torch.randn(2, 72, -(-19 // stride), -(-37 // stride), device=device, dtype=torch.float16)
+        for mode in ("zeros", "reflect"):
+            both = (stride, stride), (1, 1), mode, stride == 1, True
+            torch.ops.styleforge._convolution_backward(grad, x, w, *both)
+            paths.add(styleforge.last_path())
+    os.environ["STYLEFORGE_PATH"] = os.environ["STYLEFORGE_GRADIENT_TUNE"] = ""
+
+
 def main() -> None:
     paths: set[str] = set()
     device = torch.device("cuda")
@@ -341,6 +356,7 @@ def main() -> None:
         # Elsewhere it is cuDNN's, which takes some tools minutes.
         if runs("conv") and torch.cuda.get_device_capability() == (9, 0):
             _memory_formats(paths)
+            _convolution_gradients(paths)
         for channels_last in (False, True) if runs("conv") else ():
             x = torch.randn(1, 8, 9, 11, device=device)
             if channels_last:

@@ -3,11 +3,13 @@
 
 #include "../fused_conv_instance_norm_relu.h"
 #include "launch.h"
+#include "plain_convolution.h"
 
 namespace styleforge {
-namespace {
 
+namespace {
 constexpr const char* kOp = "_pad_upsample_backward";
+}
 
 Tensor pad_upsample_backward(const Tensor& grad_output, const std::vector<int64_t>& padding, const Text& padding_mode,
                              int64_t upsample) {
@@ -46,7 +48,6 @@ Tensor pad_upsample_backward(const Tensor& grad_output, const std::vector<int64_
   return grad_input;
 }
 
-}  // namespace
 }  // namespace styleforge
 
 STABLE_TORCH_LIBRARY_IMPL(styleforge, CUDA, m) {

@@ -16,6 +16,8 @@ from styleforge.ops import _common as common
 from styleforge.ops import _composite as composite
 from styleforge.ops._cast import composite as widen
 from styleforge.ops._column_gradient import composite as column_gradient
+from styleforge.ops._convolution import composite as convolution
+from styleforge.ops._convolution import composite_backward as convolution_backward
 from styleforge.ops._pad_upsample import composite_backward
 from styleforge.ops._reflect_conv2d import reflect_conv2d
 from styleforge.ops._unfold_columns import composite as unfold_columns
@@ -43,6 +45,8 @@ def register() -> None:
     common.register_kernel("_pad_upsample_backward", "CUDA", composite_backward)
     common.register_kernel("_unfold_columns", "CUDA", unfold_columns)
     common.register_kernel("_column_gradient", "CUDA", column_gradient)
+    common.register_kernel("_convolution", "CUDA", convolution)
+    common.register_kernel("_convolution_backward", "CUDA", convolution_backward)
     common.register_kernel("_widen", "CUDA", widen)
     common.register_kernel("_reflect_conv2d", "CUDA", reflect_conv2d)
 

@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from styleforge.ops import _common as common
 from styleforge.ops import _few_channels as few_channels
 from styleforge.ops._cast import cast
+from styleforge.ops._convolution import Convolution, takes
 from styleforge.ops._pad_upsample import PadUpsample
 from styleforge.ops._precision import conv_precision, convolutions_are_in, convolutions_in
 
@@ -293,11 +294,16 @@ def _convolution(
     precision: str,
 ) -> Tensor:
     """conv2d(pad(upsample(input)), weight) with ATen's convolution; zeros are left to it."""
-    if upsample != 1 or padding_mode != "zeros":
+    own = takes(input, weight)
+    if upsample != 1 or (padding_mode != "zeros" and not own):
         sides, padding = (padding, (0, 0)) if padding_mode != "zeros" else ((0, 0), padding)
         input = common.apply_function(PadUpsample, input, sides, padding_mode, upsample)
+        padding_mode = "zeros"
+    if own:
+        result: Tensor = common.apply_function(Convolution, input, weight, stride, padding, padding_mode)
+        return result
     if input.is_cuda and input.dtype == torch.float32 and not convolutions_are_in(precision):
-        result: Tensor = common.apply_function(_Convolution, input, weight, stride, padding, precision)
+        result = common.apply_function(_Convolution, input, weight, stride, padding, precision)
         return result
     return F.conv2d(input, weight, None, stride, padding)
 
