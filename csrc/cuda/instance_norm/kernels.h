@@ -48,6 +48,12 @@ cudaError_t launch_resident(const InstanceNormParams& params, const InstanceNorm
                             cudaStream_t stream);
 cudaError_t launch_backward_resident(const InstanceNormBackwardParams& params, const InstanceNormSchedule& schedule,
                                      void* workspace, cudaStream_t stream);
+// channels_last held in registers, backward: threads of a block that have data, at most, and vectors of each.
+constexpr int kHeldChannelThreads = 512;
+constexpr int kHeldChannelVectors = 8;         // of either tensor
+constexpr int kHeldChannelVectorsShared = 16;  // of the gradient, with the input in shared memory
+cudaError_t launch_backward_held(const InstanceNormBackwardParams& params, const InstanceNormSchedule& schedule,
+                                 void* workspace, cudaStream_t stream);
 cudaError_t launch_backward_channels_last(const InstanceNormBackwardParams& params,
                                           const InstanceNormSchedule& schedule, void* workspace, cudaStream_t stream);
 

@@ -62,6 +62,7 @@ constexpr int64_t kLine = 8;  // vectors of a cache line: tiles begin where the 
 constexpr int64_t kLeastResidentVectors = 256;
 constexpr int64_t kResidentVectors = 4;
 constexpr int64_t kLeastResident = 4 << 20;  // bytes of the tensor, where slabs would do
+constexpr int64_t kMostGridRows = 65535;     // blocks in the grid's second and third dimension
 constexpr int kSplitThreads = 256;
 constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
 
@@ -480,6 +481,30 @@ bool schedule_resident(const InstanceNormParams& p, int tensors, const DeviceFac
   return true;
 }
 
+// Backward: the gradient in registers, and the input there or in shared memory.
+bool schedule_held_channels(const InstanceNormBackwardParams& p, const DeviceFacts& facts, const Overrides& overrides,
+                            InstanceNormSchedule& s) {
+  const bool relu = p.activation == Activation::kRelu && (p.saved_output != nullptr || p.residual == nullptr);
+  if (p.activation != Activation::kNone && !relu) return false;
+  InstanceNormSchedule one;
+  one.vectorized = s.vectorized;
+  if (overrides.tuned("registers", 2) != 2 || !schedule_resident(p, 1, facts, overrides, one)) return false;
+  const auto width = 16 / static_cast<int64_t>(size_of(p.dtype));
+  const int64_t slices = ceil_div(p.channels / width, one.lanes);
+  const int64_t vectors = one.share * one.lanes;
+  if (slices > kMostGridRows || vectors > kHeldChannelThreads * kHeldChannelVectorsShared) return false;
+  // Four vectors a thread where that is enough.
+  one.threads = static_cast<int>(std::clamp<int64_t>(overrides.tuned("threads", ceil_div(vectors, 4 * 32) * 32), 64,
+                                                     kHeldChannelThreads));
+  one.held = static_cast<int>(ceil_div(vectors, one.threads));
+  if (one.held > kHeldChannelVectorsShared) return false;
+  const bool in_shared = one.held > kHeldChannelVectors;
+  one.shared_bytes = in_shared ? static_cast<size_t>(kHeldChannelVectorsShared * one.threads * 16) : 0;
+  one.path = InstanceNormPath::kHeldChannels;
+  s = one;
+  return true;
+}
+
 }  // namespace
 
 cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule, bool clusters) {
@@ -579,6 +604,8 @@ cudaError_t launch_instance_norm(const InstanceNormParams& params, const Instanc
       return launch_few_channels(params, schedule, workspace, stream);
     case InstanceNormPath::kResident:
       return launch_resident(params, schedule, workspace, stream);
+    case InstanceNormPath::kHeldChannels:
+      break;  // backward only
     case InstanceNormPath::kSplit:
       return params.channels_last ? launch_split_channels_last(params, schedule, workspace, stream)
                                   : launch_split_nchw(params, schedule, workspace, stream);
@@ -598,6 +625,10 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
   schedule = {};
   schedule.vectorized = shape.vectorized;
   const bool free = resident && aligned && !overrides.forced("split") && !overrides.forced("portable");
+  if (free && schedule_held_channels(params, facts, overrides, schedule)) {
+    schedule.name = "instance_norm_backward:cuda:held";
+    return cudaSuccess;
+  }
   if (free && schedule_resident(params, 2, facts, overrides, schedule)) {
     schedule.name = "instance_norm_backward:cuda:resident";
     return cudaSuccess;
@@ -610,6 +641,9 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
 
 cudaError_t launch_instance_norm_backward(const InstanceNormBackwardParams& params,
                                           const InstanceNormSchedule& schedule, void* workspace, cudaStream_t stream) {
+  if (schedule.path == InstanceNormPath::kHeldChannels) {
+    return launch_backward_held(params, schedule, workspace, stream);
+  }
   if (schedule.path == InstanceNormPath::kResident) {
     return launch_backward_resident(params, schedule, workspace, stream);
   }

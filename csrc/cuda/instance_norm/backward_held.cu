@@ -1,0 +1,251 @@
+// Backward, channels_last, one launch, every tensor read once (sm_90+): what a block has of gradient and input is in
+// its threads' registers (held_channels.cuh), or the input in shared memory where that is too much for them. For no
+// activation and ReLU: there the gradient before the norm is the one that came in, or zero, and takes its place, so
+// that nothing is computed twice. The others: backward_resident.cu.
+//
+// With d = x - mean: pass 1 sums g and g * d, pass 2 is scale * g + d * slope + offset, of which slope and offset are
+// computed once for a channel.
+#include <bit>
+
+#include "../common/launch.h"
+#include "gradient.cuh"
+#include "held_channels.cuh"
+
+namespace styleforge::cuda {
+namespace {
+
+// Whether the steward is a warp of its own: a block of 17 has 96 registers a thread.
+template <int kEach>
+constexpr int kStewards = kEach <= 4 ? 1 : 0;
+constexpr int kBatch = 4;  // vectors that a thread waits for together where copies or further loads come in between
+
+template <typename T, int kEach, bool kSharedInput, bool kFromOutput>
+__global__ void __launch_bounds__(kHeldChannelThreads + kStewards<kEach> * kWarp, 1)
+    backward_held_kernel(const __grid_constant__ InstanceNormBackwardParams p, const __grid_constant__ HeldCut cut) {
+#ifdef STYLEFORGE_HAS_CLUSTER
+  constexpr int kWidth = kFullWidth<T>;
+  constexpr int kWarps = kHeldChannelThreads / kWarp;
+  using V = Vec<T, kWidth>;
+  constexpr bool kApart = kStewards<kEach> != 0;
+  using Place = HeldPlace<kWidth, kApart>;
+  using Row = Vec<float, 4>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ float2 warps[kWarps * Place::kMaxChannels];
+  __shared__ float2 groups[(kWarps + kStewards<kEach>)*kWarp];
+  __shared__ __align__(16) float facts[5][Place::kMaxChannels];  // mean, scale, shift; slope, offset
+  const Place at(p, cut);
+  const bool alone = cut.parts == 1;
+  uint4* held = reinterpret_cast<uint4*>(shared) + at.thread;  // the thread's vectors, `threads` apart
+
+  wait_for_predecessor();
+  uint4 x[kSharedInput ? 1 : kEach], dy[kEach], output[kFromOutput ? kBatch : 1];
+  const auto load_output = [&](int base) {
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) load_if(output[u], at.at(p.saved_output, base + u), at.present(base + u));
+  };
+  const auto load = [&] {
+#pragma unroll
+    for (int u = 0; u < kEach; ++u) {
+      if constexpr (kSharedInput) {
+        copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(held + u * at.threads)), at.at(p.input, u),
+                   at.present(u), true);
+        if (u % kBatch == kBatch - 1) copy_commit();
+      } else {
+        load_if(x[u], at.at(p.input, u), at.present(u));
+      }
+      load_if(dy[u], at.at(p.grad_output, u), at.present(u));
+    }
+    if constexpr (kFromOutput) load_output(0);
+  };
+  const int channel = static_cast<int>(threadIdx.x);  // the steward's
+  float rstd = 0;
+  uint32_t token = 0;
+  if (!at.is_steward()) {
+    load();
+  } else {
+    const int64_t of_tensor = static_cast<int64_t>(at.slice) * at.channels + channel;
+    const bool owns = channel < at.channels && of_tensor < p.channels;
+    const int64_t fact = owns ? at.n * p.channels + of_tensor : 0;
+    const int64_t param = owns ? at.n * p.param_batch_stride + of_tensor : 0;
+    if (!alone) token = grid_phase();
+    if (!alone && channel < at.channels) retract(&at.pairs[at.part * at.channels + channel]);
+    const float mean = static_cast<const float*>(p.mean)[fact];
+    rstd = static_cast<const float*>(p.rstd)[fact];
+    const float weight = load_param(p.weight, p.param_dtype, param, 1.0f);
+    const float bias = load_param(p.bias, p.param_dtype, param, 0.0f);
+    if constexpr (!kApart) load();
+    __syncwarp();
+    if (!alone && channel == 0) grid_arrive_unanswered();
+    if (channel < at.channels) {
+      facts[0][channel] = mean;
+      facts[1][channel] = rstd * weight;
+      facts[2][channel] = bias;
+    }
+  }
+  release_successor();
+  __syncthreads();
+
+  const auto fetch = [&](int which, float (&to)[kWidth]) {
+#pragma unroll
+    for (int k = 0; k < kWidth; k += 4) {
+      const Row row = *reinterpret_cast<const Row*>(&facts[which][at.lane * kWidth + k]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) to[k + j] = row.data[j];
+    }
+  };
+  const auto input = [&](int u) {
+    uint4 raw;
+    if constexpr (kSharedInput) {
+      raw = held[u * at.threads];
+    } else {
+      raw = x[u];
+    }
+    return *reinterpret_cast<const V*>(&raw);
+  };
+
+  // 1. sums, and what the gradient before the norm is
+  float mean[kWidth];
+  if (at.has_data()) {
+    float scale[kWidth], shift[kWidth], sum_g[kWidth] = {}, sum_gd[kWidth] = {};
+    fetch(0, mean);
+    if constexpr (!kFromOutput) {
+      fetch(1, scale);
+      fetch(2, shift);
+    }
+    const auto sums = [&]<bool kRelu>() {
+#pragma unroll
+      for (int u = 0; u < kEach; ++u) {
+        if constexpr (kSharedInput) {
+          if (u == 0) copy_wait<kEach / kBatch - 1>();
+          if (u == kBatch) copy_wait<(kEach / kBatch > 2 ? kEach / kBatch - 2 : 0)>();
+          if (u == 2 * kBatch) copy_wait<(kEach / kBatch > 3 ? kEach / kBatch - 3 : 0)>();
+          if (u == 3 * kBatch) copy_wait<0>();
+        }
+        if (kFromOutput && u > 0 && u % kBatch == 0) load_output(u);
+        const V v = input(u);
+        const V of_gradient = *reinterpret_cast<const V*>(&dy[u]);
+        [[maybe_unused]] const V y = *reinterpret_cast<const V*>(&output[kFromOutput ? u % kBatch : 0]);
+        float g[kWidth];
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+          g[k] = to_acc(of_gradient.data[k]);
+          const float d = to_acc(v.data[k]) - mean[k];
+          if constexpr (kRelu) {
+            const float before = kFromOutput ? to_acc(y.data[k]) : d * scale[k] + shift[k];
+            g[k] = before <= 0.0f ? 0.0f : g[k];
+          }
+          sum_g[k] += g[k];
+          sum_gd[k] += g[k] * d;
+        }
+        if constexpr (kRelu) {
+          const V masked = rounded<T>(g);
+          dy[u] = *reinterpret_cast<const uint4*>(&masked);
+        }
+        // As words from here on, converted again in the end: all vectors at a time are more registers than there are.
+        asm volatile("" : "+r"(dy[u].x), "+r"(dy[u].y), "+r"(dy[u].z), "+r"(dy[u].w));
+        if constexpr (!kSharedInput) asm volatile("" : "+r"(x[u].x), "+r"(x[u].y), "+r"(x[u].z), "+r"(x[u].w));
+      }
+    };
+    if (p.activation == Activation::kRelu) {
+      sums.template operator()<true>();
+    } else {
+      sums.template operator()<false>();
+    }
+    at.sum_in_warp(sum_g, sum_gd, warps);
+  }
+  if (!alone && channel == 0) grid_wait(token);  // before the barrier behind which is published
+  __syncthreads();
+
+  // 2. over the unit's blocks
+  const bool adds = channel < at.channels;
+  float2 total = make_float2(0.0f, 0.0f);
+  if (adds) {
+    total = at.sum_of_warps(warps, channel);
+    if (!alone) publish(&at.pairs[at.part * at.channels + channel], total);
+  }
+  if (!alone) {
+    groups[threadIdx.x] = at.gather(cut.parts);
+    __syncthreads();
+    if (adds) {
+      const int number = static_cast<int>(blockDim.x) >> at.channels_log2;
+      total = groups[channel];
+#pragma unroll 16
+      for (int g = 1; g < number; ++g) {
+        const float2 other = groups[g * at.channels + channel];
+        total.x += other.x;
+        total.y += other.y;
+      }
+    }
+  }
+  if (adds) {
+    const float share = __fdividef(1.0f, static_cast<float>(p.pixels));
+    const float scale = facts[1][channel];
+    const float weight_gradient = total.y * rstd;
+    facts[3][channel] = -scale * rstd * (weight_gradient * share);
+    facts[4][channel] = -scale * (total.x * share);
+    const int64_t of_tensor = static_cast<int64_t>(at.slice) * at.channels + channel;
+    if (at.part == 0 && of_tensor < p.channels) {
+      static_cast<float*>(p.grad_bias)[at.n * p.channels + of_tensor] = total.x;
+      static_cast<float*>(p.grad_weight)[at.n * p.channels + of_tensor] = weight_gradient;
+    }
+  }
+  __syncthreads();
+  if (!at.has_data()) return;
+
+  // 3. the gradient
+  float scale[kWidth], slope[kWidth], offset[kWidth];
+  fetch(1, scale);
+  fetch(3, slope);
+  fetch(4, offset);
+#pragma unroll
+  for (int u = 0; u < kEach; ++u) {
+    if (!at.present(u)) break;
+    const V v = input(u);
+    const V g = *reinterpret_cast<const V*>(&dy[u]);
+    float dx[kWidth];
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      dx[k] = scale[k] * to_acc(g.data[k]) + ((to_acc(v.data[k]) - mean[k]) * slope[k] + offset[k]);
+    }
+    store(p.grad_input, at.index(u), rounded<T>(dx));
+    if (p.grad_residual != nullptr) store(p.grad_residual, at.index(u), g);
+  }
+#endif
+}
+
+}  // namespace
+
+cudaError_t launch_backward_held(const InstanceNormBackwardParams& params, const InstanceNormSchedule& schedule,
+                                 void* workspace, cudaStream_t stream) {
+  DeviceFacts facts;
+  if (const auto error = device_facts(facts)) return error;
+  const HeldCut cut{std::countr_zero(static_cast<unsigned>(schedule.lanes)), static_cast<int>(schedule.share),
+                    static_cast<int>(schedule.parts), static_cast<float2*>(workspace)};
+  const bool from_output = params.activation != Activation::kNone && params.saved_output != nullptr;
+  const auto go = [&]<typename T>() {
+    const auto slices = static_cast<unsigned>(ceil_div(params.channels / kFullWidth<T>, schedule.lanes));
+    const auto grid =
+        dim3(static_cast<unsigned>(params.batch), static_cast<unsigned>(schedule.parts), slices);
+    const auto with = [&]<int kEach, bool kSharedInput>() {
+      auto* kernel = from_output ? backward_held_kernel<T, kEach, kSharedInput, true>
+                             : backward_held_kernel<T, kEach, kSharedInput, false>;
+      return launch(kernel, grid, dim3(schedule.threads + kStewards<kEach> * kWarp), schedule.shared_bytes,
+                    Together{1, schedule.parts > 1}, facts, stream, params, cut);
+    };
+    if (schedule.held <= 4) return with.template operator()<4, false>();
+    if (schedule.held <= 8) return with.template operator()<8, false>();
+    return with.template operator()<16, true>();
+  };
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return go.operator()<float>();
+    case DType::kFloat16:
+      return go.operator()<__half>();
+    case DType::kBFloat16:
+      return go.operator()<__nv_bfloat16>();
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace styleforge::cuda

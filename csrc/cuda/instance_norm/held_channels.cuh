@@ -1,0 +1,170 @@
+// channels_last tensors whose share of a block is in its threads' registers: cut as in resident.cuh. One warp, the
+// steward, fetches what the block must know of its channels, marks the block's pairs as absent, and later adds what the
+// warps found and publishes it. It has no data, so that no thread with data has anything to do before its loads but to
+// compute where they lie; where threads have so much that a seventeenth warp would leave too few registers, it is the
+// first of the others.
+//
+// The grid is (samples, parts of a unit, slices), so that nothing has to be divided.
+#pragma once
+
+#include <bit>
+
+#include "../common/cluster.cuh"
+#include "../common/grid.cuh"
+#include "../common/mma.cuh"
+#include "../common/reduce.cuh"
+#include "../common/types.cuh"
+#include "kernels.h"
+
+namespace styleforge::cuda {
+
+struct HeldCut {
+  int lanes_log2, share, parts;
+  float2* pairs;  // [samples, slices, parts, channels of a slice]
+};
+
+// `count` vectors from `from` on, `step` apart; zeros for those that are not there. All are asked for at once, and
+// leave no trace in the L1 cache.
+__device__ __forceinline__ void load_if(uint4& to, const uint4* from, bool present) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  to = make_uint4(0, 0, 0, 0);
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %5, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+      : "l"(from), "r"(static_cast<int>(present))
+      : "memory");
+#endif
+}
+
+#ifdef STYLEFORGE_HAS_CLUSTER
+
+template <int kWidth, bool kApart>
+struct HeldPlace {
+  static constexpr int kMaxChannels = kResidentLanes * kWidth;
+
+  int threads;  // with data
+  int thread;   // of those, negative in a steward without
+  int lanes, lane, row, rows;
+  int part, slice;
+  int channels, channels_log2;  // of a slice, those beyond the tensor's included
+  int vectors;                // of a pixel
+  int count;                  // pixels of this thread's lane in the block
+  int64_t n, block;           // sample, and the block's first vector
+  int first, step;            // of the thread's vectors from there
+  float2* pairs;              // the unit's
+
+  __device__ __forceinline__ HeldPlace(const InstanceNormParams& p, const HeldCut& cut) {
+    threads = static_cast<int>(blockDim.x) - (kApart ? kWarp : 0);
+    thread = static_cast<int>(threadIdx.x) - (kApart ? kWarp : 0);
+    lanes = 1 << cut.lanes_log2;
+    lane = thread & (lanes - 1);
+    row = thread >> cut.lanes_log2;
+    rows = threads >> cut.lanes_log2;
+    part = static_cast<int>(blockIdx.y);
+    slice = static_cast<int>(blockIdx.z);
+    n = blockIdx.x;
+    channels_log2 = cut.lanes_log2 + std::countr_zero(static_cast<unsigned>(kWidth));
+    channels = 1 << channels_log2;
+    vectors = static_cast<int>(p.channels) / kWidth;
+    const int vector = slice * lanes + lane;
+    const int begin = part * cut.share;
+    count = vector < vectors ? min(cut.share, static_cast<int>(p.pixels) - begin) : 0;
+    block = (n * p.pixels + begin) * vectors;
+    first = row * vectors + vector;
+    step = rows * vectors;
+    pairs = cut.pairs + (n * gridDim.z + slice) * cut.parts * channels;
+  }
+
+  __device__ __forceinline__ bool has_data() const { return !kApart || thread >= 0; }
+  __device__ __forceinline__ bool is_steward() const { return threadIdx.x < kWarp; }
+  // Of the thread's u-th vector.
+  __device__ __forceinline__ bool present(int u) const { return row + u * rows < count; }
+  __device__ __forceinline__ int64_t index(int u) const { return block + (first + u * step); }
+  __device__ __forceinline__ const uint4* at(const void* tensor, int u) const {
+    return static_cast<const uint4*>(tensor) + index(u);
+  }
+
+  // Two sums of each of a thread's channels over the rows of its warp. Threads hand over half of what they have at
+  // every step, so that a step costs half of the one before; in the end each has one channel. To [warp][channel].
+  __device__ __forceinline__ void sum_in_warp(float (&a)[kWidth], float (&b)[kWidth], float2* to) const {
+    const int in_warp = static_cast<int>(threadIdx.x) % kWarp;
+    int channel = lane * kWidth;
+    int left = kWidth;
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      if (left > 1) {  // known to the compiler
+        left /= 2;
+        const bool upper = (in_warp & offset) != 0;
+#pragma unroll
+        for (int k = 0; k < kWidth / 2; ++k) {
+          if (k >= left) break;
+          const float give_a = upper ? a[k] : a[k + left];
+          const float give_b = upper ? b[k] : b[k + left];
+          a[k] = (upper ? a[k + left] : a[k]) + __shfl_xor_sync(0xffffffffu, give_a, offset);
+          b[k] = (upper ? b[k + left] : b[k]) + __shfl_xor_sync(0xffffffffu, give_b, offset);
+        }
+        channel += upper ? left : 0;
+      } else if (offset >= lanes) {
+        a[0] += __shfl_xor_sync(0xffffffffu, a[0], offset);
+        b[0] += __shfl_xor_sync(0xffffffffu, b[0], offset);
+      }
+    }
+    if ((in_warp & (kWarp / kWidth - 1) & ~(lanes - 1)) == 0) {
+      to[thread / kWarp * channels + channel] = make_float2(a[0], b[0]);
+    }
+  }
+
+  // Channel `channel` of what sum_in_warp left, the warps in their order.
+  __device__ __forceinline__ float2 sum_of_warps(const float2* from, int channel) const {
+    const int warps = threads / kWarp;
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int w = 0; w < kHeldChannelThreads / kWarp; ++w) {
+      if (w >= warps) break;
+      const float2 other = from[w * channels + channel];
+      sum.x += other.x;
+      sum.y += other.y;
+    }
+    return sum;
+  }
+
+  // By all threads: the unit's pairs, groups of threads taking parts by turns. Each thread gets the sum of what its
+  // group has of channel threadIdx.x % channels.
+  __device__ __forceinline__ float2 gather(int parts) const {
+    constexpr int kAtOnce = 4;
+    const int groups = static_cast<int>(blockDim.x) >> channels_log2;
+    const int group = static_cast<int>(threadIdx.x) >> channels_log2;
+    const float2* of_channel = pairs + (static_cast<int>(threadIdx.x) - group * channels);
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll 1
+    for (int base = group; base < parts; base += kAtOnce * groups) {
+      Awaited part[kAtOnce];
+#pragma unroll
+      for (int u = 1; u < kAtOnce; ++u) {
+        if (base + u * groups >= parts) part[u].bits = 0;  // nothing to ask for, and zeros
+      }
+      bool there;
+      do {
+        there = true;
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) part[u].look(of_channel + (base + u * groups) * channels);
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) there = there && part[u].there();
+      } while (!there);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        sum.x += part[u].first();
+        sum.y += part[u].second();
+      }
+    }
+    return sum;
+  }
+};
+
+#endif  // STYLEFORGE_HAS_CLUSTER
+
+}  // namespace styleforge::cuda
