@@ -14,24 +14,23 @@
 namespace styleforge::cuda {
 namespace {
 
-// Whether the steward is a warp of its own: a block of 17 has 96 registers a thread.
-template <int kEach>
-constexpr int kStewards = kEach <= 4 ? 1 : 0;
 constexpr int kBatch = 4;  // vectors that a thread waits for together where copies or further loads come in between
 
+
 template <typename T, int kEach, bool kSharedInput, bool kFromOutput>
-__global__ void __launch_bounds__(kHeldChannelThreads + kStewards<kEach> * kWarp, 1)
+__global__ void __launch_bounds__(kHeldChannelThreads + (kEach * (kSharedInput ? 4 : 8) <= kMostApart ? kWarp : 0), 1)
     backward_held_kernel(const __grid_constant__ InstanceNormBackwardParams p, const __grid_constant__ HeldCut cut) {
 #ifdef STYLEFORGE_HAS_CLUSTER
   constexpr int kWidth = kFullWidth<T>;
   constexpr int kWarps = kHeldChannelThreads / kWarp;
   using V = Vec<T, kWidth>;
-  constexpr bool kApart = kStewards<kEach> != 0;
+  constexpr int kRegisters = kEach * (kSharedInput ? 4 : 8);
+  constexpr bool kApart = kRegisters <= kMostApart;
   using Place = HeldPlace<kWidth, kApart>;
   using Row = Vec<float, 4>;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ float2 warps[kWarps * Place::kMaxChannels];
-  __shared__ float2 groups[(kWarps + kStewards<kEach>)*kWarp];
+  __shared__ float2 groups[kHeldChannelThreads + (kApart ? kWarp : 0)];
   __shared__ __align__(16) float facts[5][Place::kMaxChannels];  // mean, scale, shift; slope, offset
   const Place at(p, cut);
   const bool alone = cut.parts == 1;
@@ -151,7 +150,7 @@ __global__ void __launch_bounds__(kHeldChannelThreads + kStewards<kEach> * kWarp
     } else {
       sums.template operator()<false>();
     }
-    at.sum_in_warp(sum_g, sum_gd, warps);
+    at.merge_in_warp(sum_g, sum_gd, AddPairs{}, warps);
   }
   if (!alone && channel == 0) grid_wait(token);  // before the barrier behind which is published
   __syncthreads();
@@ -164,18 +163,14 @@ __global__ void __launch_bounds__(kHeldChannelThreads + kStewards<kEach> * kWarp
     if (!alone) publish(&at.pairs[at.part * at.channels + channel], total);
   }
   if (!alone) {
-    groups[threadIdx.x] = at.gather(cut.parts);
+    float2 sum = make_float2(0.0f, 0.0f);
+    at.template gather<false>(cut.parts, [&](float g, float gd, float, int) {
+      sum.x += g;
+      sum.y += gd;
+    });
+    groups[threadIdx.x] = sum;
     __syncthreads();
-    if (adds) {
-      const int number = static_cast<int>(blockDim.x) >> at.channels_log2;
-      total = groups[channel];
-#pragma unroll 16
-      for (int g = 1; g < number; ++g) {
-        const float2 other = groups[g * at.channels + channel];
-        total.x += other.x;
-        total.y += other.y;
-      }
-    }
+    if (adds) total = at.sum_of_groups(groups, channel);
   }
   if (adds) {
     const float share = __fdividef(1.0f, static_cast<float>(p.pixels));
@@ -229,8 +224,9 @@ cudaError_t launch_backward_held(const InstanceNormBackwardParams& params, const
     const auto with = [&]<int kEach, bool kSharedInput>() {
       auto* kernel = from_output ? backward_held_kernel<T, kEach, kSharedInput, true>
                              : backward_held_kernel<T, kEach, kSharedInput, false>;
-      return launch(kernel, grid, dim3(schedule.threads + kStewards<kEach> * kWarp), schedule.shared_bytes,
-                    Together{1, schedule.parts > 1}, facts, stream, params, cut);
+      const int threads = schedule.threads + (kEach * (kSharedInput ? 4 : 8) <= kMostApart ? kWarp : 0);
+      return launch(kernel, grid, dim3(threads), schedule.shared_bytes, Together{1, schedule.parts > 1}, facts, stream,
+                    params, cut);
     };
     if (schedule.held <= 4) return with.template operator()<4, false>();
     if (schedule.held <= 8) return with.template operator()<8, false>();

@@ -18,6 +18,10 @@
 
 namespace styleforge::cuda {
 
+// The steward is a warp of its own where threads have up to so many registers of data: a block of 17 warps has 96 a
+// thread.
+constexpr int kMostApart = 32;
+
 struct HeldCut {
   int lanes_log2, share, parts;
   float2* pairs;  // [samples, slices, parts, channels of a slice]
@@ -41,6 +45,14 @@ __device__ __forceinline__ void load_if(uint4& to, const uint4* from, bool prese
 }
 
 #ifdef STYLEFORGE_HAS_CLUSTER
+
+struct AddPairs {
+  __device__ __forceinline__ void step(int) const {}
+  __device__ __forceinline__ void operator()(float& a, float& b, float other_a, float other_b) const {
+    a += other_a;
+    b += other_b;
+  }
+};
 
 template <int kWidth, bool kApart>
 struct HeldPlace {
@@ -88,10 +100,12 @@ struct HeldPlace {
     return static_cast<const uint4*>(tensor) + index(u);
   }
 
-  // Two sums of each of a thread's channels over the rows of its warp. Threads hand over half of what they have at
-  // every step, so that a step costs half of the one before; in the end each has one channel. To [warp][channel].
-  __device__ __forceinline__ void sum_in_warp(float (&a)[kWidth], float (&b)[kWidth], float2* to) const {
-    const int in_warp = static_cast<int>(threadIdx.x) % kWarp;
+  // Two numbers of each of a thread's channels, merged over the rows of its warp. Threads hand over half of what they
+  // have at every step, so that a step costs half of the one before; in the end each has one channel. To
+  // [warp][channel].
+  template <typename Merge>
+  __device__ __forceinline__ void merge_in_warp(float (&a)[kWidth], float (&b)[kWidth], Merge merge, float2* to) const {
+    const int in_warp = thread & (kWarp - 1);
     int channel = lane * kWidth;
     int left = kWidth;
 #pragma unroll
@@ -99,18 +113,21 @@ struct HeldPlace {
       if (left > 1) {  // known to the compiler
         left /= 2;
         const bool upper = (in_warp & offset) != 0;
+        merge.step(offset);
 #pragma unroll
         for (int k = 0; k < kWidth / 2; ++k) {
           if (k >= left) break;
           const float give_a = upper ? a[k] : a[k + left];
           const float give_b = upper ? b[k] : b[k + left];
-          a[k] = (upper ? a[k + left] : a[k]) + __shfl_xor_sync(0xffffffffu, give_a, offset);
-          b[k] = (upper ? b[k + left] : b[k]) + __shfl_xor_sync(0xffffffffu, give_b, offset);
+          a[k] = upper ? a[k + left] : a[k];
+          b[k] = upper ? b[k + left] : b[k];
+          merge(a[k], b[k], __shfl_xor_sync(0xffffffffu, give_a, offset),
+                __shfl_xor_sync(0xffffffffu, give_b, offset));
         }
         channel += upper ? left : 0;
       } else if (offset >= lanes) {
-        a[0] += __shfl_xor_sync(0xffffffffu, a[0], offset);
-        b[0] += __shfl_xor_sync(0xffffffffu, b[0], offset);
+        merge.step(offset);
+        merge(a[0], b[0], __shfl_xor_sync(0xffffffffu, a[0], offset), __shfl_xor_sync(0xffffffffu, b[0], offset));
       }
     }
     if ((in_warp & (kWarp / kWidth - 1) & ~(lanes - 1)) == 0) {
@@ -118,7 +135,7 @@ struct HeldPlace {
     }
   }
 
-  // Channel `channel` of what sum_in_warp left, the warps in their order.
+  // Sums of channel `channel` over the warps in their order.
   __device__ __forceinline__ float2 sum_of_warps(const float2* from, int channel) const {
     const int warps = threads / kWarp;
     float2 sum = make_float2(0.0f, 0.0f);
@@ -132,34 +149,48 @@ struct HeldPlace {
     return sum;
   }
 
-  // By all threads: the unit's pairs, groups of threads taking parts by turns. Each thread gets the sum of what its
-  // group has of channel threadIdx.x % channels.
-  __device__ __forceinline__ float2 gather(int parts) const {
+  // By all threads: the pairs of the unit's blocks, groups of threads taking parts by turns, for channel threadIdx.x %
+  // channels: visit(pair, part). `lead` is part 0's, if wanted.
+  template <bool kLead, typename Visit>
+  __device__ __forceinline__ float2 gather(int parts, Visit&& visit) const {
     constexpr int kAtOnce = 4;
     const int groups = static_cast<int>(blockDim.x) >> channels_log2;
     const int group = static_cast<int>(threadIdx.x) >> channels_log2;
     const float2* of_channel = pairs + (static_cast<int>(threadIdx.x) - group * channels);
-    float2 sum = make_float2(0.0f, 0.0f);
+    Awaited lead;
+    if constexpr (!kLead) lead.bits = 0;
 #pragma unroll 1
     for (int base = group; base < parts; base += kAtOnce * groups) {
       Awaited part[kAtOnce];
 #pragma unroll
       for (int u = 1; u < kAtOnce; ++u) {
-        if (base + u * groups >= parts) part[u].bits = 0;  // nothing to ask for, and zeros
+        if (base + u * groups >= parts) part[u].bits = 0;  // nothing to ask for
       }
       bool there;
       do {
-        there = true;
+        if constexpr (kLead) lead.look(of_channel);
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) part[u].look(of_channel + (base + u * groups) * channels);
+        there = lead.there();
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) there = there && part[u].there();
       } while (!there);
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        sum.x += part[u].first();
-        sum.y += part[u].second();
+        if (base + u * groups < parts) visit(part[u].first(), part[u].second(), lead.first(), base + u * groups);
       }
+    }
+    return make_float2(lead.first(), lead.second());
+  }
+  // By the steward, behind a barrier: the sum of what the threads of channel `channel` left.
+  __device__ __forceinline__ float2 sum_of_groups(const float2* from, int channel) const {
+    const int groups = static_cast<int>(blockDim.x) >> channels_log2;
+    float2 sum = from[channel];
+#pragma unroll 16
+    for (int g = 1; g < groups; ++g) {
+      const float2 other = from[g * channels + channel];
+      sum.x += other.x;
+      sum.y += other.y;
     }
     return sum;
   }

@@ -481,27 +481,33 @@ bool schedule_resident(const InstanceNormParams& p, int tensors, const DeviceFac
   return true;
 }
 
-// Backward: the gradient in registers, and the input there or in shared memory.
-bool schedule_held_channels(const InstanceNormBackwardParams& p, const DeviceFacts& facts, const Overrides& overrides,
+// The same in registers, where threads have enough of them.
+bool schedule_held_channels(const InstanceNormParams& p, const DeviceFacts& facts, const Overrides& overrides,
                             InstanceNormSchedule& s) {
-  const bool relu = p.activation == Activation::kRelu && (p.saved_output != nullptr || p.residual == nullptr);
-  if (p.activation != Activation::kNone && !relu) return false;
   InstanceNormSchedule one;
   one.vectorized = s.vectorized;
   if (overrides.tuned("registers", 2) != 2 || !schedule_resident(p, 1, facts, overrides, one)) return false;
   const auto width = 16 / static_cast<int64_t>(size_of(p.dtype));
-  const int64_t slices = ceil_div(p.channels / width, one.lanes);
   const int64_t vectors = one.share * one.lanes;
-  if (slices > kMostGridRows || vectors > kHeldChannelThreads * kHeldChannelVectorsShared) return false;
+  if (ceil_div(p.channels / width, one.lanes) > kMostGridRows || one.parts > kMostGridRows) return false;
   // Four vectors a thread where that is enough.
-  one.threads = static_cast<int>(std::clamp<int64_t>(overrides.tuned("threads", ceil_div(vectors, 4 * 32) * 32), 64,
-                                                     kHeldChannelThreads));
-  one.held = static_cast<int>(ceil_div(vectors, one.threads));
-  if (one.held > kHeldChannelVectorsShared) return false;
-  const bool in_shared = one.held > kHeldChannelVectors;
-  one.shared_bytes = in_shared ? static_cast<size_t>(kHeldChannelVectorsShared * one.threads * 16) : 0;
+  const int64_t warps = ceil_div(vectors, kResidentVectors * 32);
+  one.threads = static_cast<int>(std::clamp<int64_t>(overrides.tuned("threads", warps * 32), 64, kHeldChannelThreads));
+  one.held = static_cast<int>(ceil_div(one.share, one.threads / one.lanes));
+  if (one.held > kHeldChannelVectors) return false;
+  one.shared_bytes = 0;
   one.path = InstanceNormPath::kHeldChannels;
   s = one;
+  return true;
+}
+
+// Backward: where what comes before the norm needs no place of its own.
+bool schedule_held_backward(const InstanceNormBackwardParams& p, const DeviceFacts& facts, const Overrides& overrides,
+                            InstanceNormSchedule& s) {
+  const bool relu = p.activation == Activation::kRelu && (p.saved_output != nullptr || p.residual == nullptr);
+  if (p.activation != Activation::kNone && !relu) return false;
+  if (!schedule_held_channels(p, facts, overrides, s)) return false;
+  if (s.held > kHeldBackwardVectors) s.shared_bytes = static_cast<size_t>(kHeldChannelVectors * s.threads * 16);
   return true;
 }
 
@@ -541,14 +547,18 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
     }
   }
   const int64_t total = params.batch * params.channels * params.pixels * static_cast<int64_t>(size_of(params.dtype));
-  if (overrides.forced("resident") || (free && total >= overrides.tuned("least", kLeastResident))) {
+  const bool held = overrides.forced("resident") || overrides.forced("held");
+  if (held || (free && total >= overrides.tuned("least", kLeastResident))) {
     InstanceNormSchedule other;
     other.vectorized = shape.vectorized;
     // Slices that one block holds need no exchange: slabs.
     if (all_aligned(params) && schedule_resident(params, 1, facts, overrides, other) &&
-        (other.parts > 1 || overrides.forced("resident"))) {
+        (other.parts > 1 || held)) {
       schedule = other;
       schedule.name = "instance_norm:cuda:resident";
+      if (!overrides.forced("resident") && schedule_held_channels(params, facts, overrides, schedule)) {
+        schedule.name = "instance_norm:cuda:held";
+      }
       return cudaSuccess;
     }
   }
@@ -605,7 +615,7 @@ cudaError_t launch_instance_norm(const InstanceNormParams& params, const Instanc
     case InstanceNormPath::kResident:
       return launch_resident(params, schedule, workspace, stream);
     case InstanceNormPath::kHeldChannels:
-      break;  // backward only
+      return launch_held_channels(params, schedule, workspace, stream);
     case InstanceNormPath::kSplit:
       return params.channels_last ? launch_split_channels_last(params, schedule, workspace, stream)
                                   : launch_split_nchw(params, schedule, workspace, stream);
@@ -625,7 +635,7 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
   schedule = {};
   schedule.vectorized = shape.vectorized;
   const bool free = resident && aligned && !overrides.forced("split") && !overrides.forced("portable");
-  if (free && schedule_held_channels(params, facts, overrides, schedule)) {
+  if (free && !overrides.forced("resident") && schedule_held_backward(params, facts, overrides, schedule)) {
     schedule.name = "instance_norm_backward:cuda:held";
     return cudaSuccess;
   }
