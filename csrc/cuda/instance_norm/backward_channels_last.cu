@@ -11,7 +11,7 @@ namespace styleforge::cuda {
 namespace {
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kTileThreads) reduce_kernel(const __grid_constant__ InstanceNormBackwardParams p,
+__global__ void __launch_bounds__(kTileThreads, 3) reduce_kernel(const __grid_constant__ InstanceNormBackwardParams p,
                                                               int lanes, int tiles, int share, acc_t<T>* partials) {
   using Acc = acc_t<T>;
   __shared__ __align__(16) Acc scratch[2][kSumScratch<kWidth>];
@@ -21,16 +21,15 @@ __global__ void __launch_bounds__(kTileThreads) reduce_kernel(const __grid_const
   Acc sum_g[kWidth] = {}, sum_gx[kWidth] = {};
   if (at.active) {
     const auto f = channel_facts<kWidth, Acc>(p, at.n, at.vector);
-#pragma unroll 2
-    for (int i = at.row; i < at.count; i += at.rows) {
-      Acc g[kWidth], xhat[kWidth];
-      gradient_before_norm<T, kWidth>(p, at.index(i), f.mean, f.rstd, f.scale, f.shift, g, xhat);
+    walk_gradients<T, kWidth>(
+        p, f, at.row, at.count, at.rows, [&](int i) { return at.index(i); },
+        [&](int64_t, const Acc(&g)[kWidth], const Acc(&xhat)[kWidth]) {
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        sum_g[k] += g[k];
-        sum_gx[k] += g[k] * xhat[k];
-      }
-    }
+          for (int k = 0; k < kWidth; ++k) {
+            sum_g[k] += g[k];
+            sum_gx[k] += g[k] * xhat[k];
+          }
+        });
   }
   sum_over_rows<kWidth>(sum_g, lanes, scratch[0]);
   sum_over_rows<kWidth>(sum_gx, lanes, scratch[1]);
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(kWarp* kMergeWarps)
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 3)
     apply_kernel(const __grid_constant__ InstanceNormBackwardParams p, int lanes, int tiles, int share) {
   using Acc = acc_t<T>;
   const auto at = channel_tile<kWidth>(p, lanes, tiles, share, gridDim.x - 1 - blockIdx.x);
@@ -92,12 +91,11 @@ __global__ void __launch_bounds__(kTileThreads)
     mean_g[k] = static_cast<const Acc*>(p.grad_bias)[c] / static_cast<Acc>(p.pixels);
     mean_gx[k] = static_cast<const Acc*>(p.grad_weight)[c] / static_cast<Acc>(p.pixels);
   }
-#pragma unroll 2
-  for (int i = at.row; i < at.count; i += at.rows) {
-    Acc g[kWidth], xhat[kWidth];
-    gradient_before_norm<T, kWidth>(p, at.index(i), f.mean, f.rstd, f.scale, f.shift, g, xhat);
-    store_gradients<T, kWidth>(p, at.index(i), factor, mean_g, mean_gx, g, xhat);
-  }
+  walk_gradients<T, kWidth>(
+      p, f, at.row, at.count, at.rows, [&](int i) { return at.index(i); },
+      [&](int64_t index, const Acc(&g)[kWidth], const Acc(&xhat)[kWidth]) {
+        store_gradients<T, kWidth>(p, index, factor, mean_g, mean_gx, g, xhat);
+      });
 }
 
 }  // namespace

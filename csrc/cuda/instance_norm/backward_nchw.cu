@@ -48,20 +48,19 @@ __global__ void __launch_bounds__(kThreads)
   const int count = static_cast<int>(min(static_cast<int64_t>(share), vectors - begin));
   const auto f = plane_facts<kWidth, Acc>(p, plane);
   Acc sum_g = 0, sum_gx = 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    Acc g[kWidth], xhat[kWidth];
-    gradient_before_norm<T, kWidth>(p, plane * vectors + begin + i, f.mean, f.rstd, f.scale, f.shift, g, xhat);
-    // A vector's own sums first: fewer additions to the long sums, less rounding in them.
-    Acc vector_g = 0, vector_gx = 0;
+  walk_gradients<T, kWidth>(
+      p, f, static_cast<int>(threadIdx.x), count, kThreads, [&](int i) { return plane * vectors + begin + i; },
+      [&](int64_t, const Acc(&g)[kWidth], const Acc(&xhat)[kWidth]) {
+        // A vector's own sums first: fewer additions to the long sums, less rounding in them.
+        Acc vector_g = 0, vector_gx = 0;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      vector_g += g[k];
-      vector_gx += g[k] * xhat[k];
-    }
-    sum_g += vector_g;
-    sum_gx += vector_gx;
-  }
+        for (int k = 0; k < kWidth; ++k) {
+          vector_g += g[k];
+          vector_gx += g[k] * xhat[k];
+        }
+        sum_g += vector_g;
+        sum_gx += vector_gx;
+      });
   sum_g = block_sum(sum_g, scratch[0]);
   sum_gx = block_sum(sum_gx, scratch[1]);
   if (threadIdx.x == 0) {
@@ -102,13 +101,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t vectors = p.pixels / kWidth;
   const int64_t begin = static_cast<int64_t>(part) * share;
   const int count = static_cast<int>(min(static_cast<int64_t>(share), vectors - begin));
-#pragma unroll 2
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int64_t index = plane * vectors + begin + i;
-    Acc g[kWidth], xhat[kWidth];
-    gradient_before_norm<T, kWidth>(p, index, f.mean, f.rstd, f.scale, f.shift, g, xhat);
-    store_gradients<T, kWidth>(p, index, factor, mean_g, mean_gx, g, xhat);
-  }
+  walk_gradients<T, kWidth>(
+      p, f, static_cast<int>(threadIdx.x), count, kThreads, [&](int i) { return plane * vectors + begin + i; },
+      [&](int64_t index, const Acc(&g)[kWidth], const Acc(&xhat)[kWidth]) {
+        store_gradients<T, kWidth>(p, index, factor, mean_g, mean_gx, g, xhat);
+      });
 }
 
 }  // namespace

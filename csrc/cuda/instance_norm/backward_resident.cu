@@ -43,6 +43,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 1. sums
   ChannelFacts<kWidth, float> f = {};
   if (at.active) f = channel_facts<kWidth, float>(p, at.n, at.vector);
+  const void* from_further = further_of(p);
+  const auto before_norm = [&](int i, float(&g)[kWidth], float(&xhat)[kWidth]) {
+    const V further = from_further != nullptr ? load_const<V>(from_further, at.index(i)) : V{};
+    gradient_before_norm<false>(p, f, held_x[i * lanes + at.lane], held_dy[i * lanes + at.lane], further, g, xhat);
+  };
   float sum_g[kWidth] = {}, sum_gx[kWidth] = {};
   at.chunks([&](int chunk) {
 #pragma unroll 1
@@ -50,8 +55,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int i = at.row + (chunk * at.per_chunk + j) * at.rows;
       if (i >= at.count) return;
       float g[kWidth], xhat[kWidth];
-      gradient_before_norm<T, kWidth>(p, at.index(i), held_x[i * lanes + at.lane], held_dy[i * lanes + at.lane], f.mean,
-                                      f.rstd, f.scale, f.shift, g, xhat);
+      before_norm(i, g, xhat);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         sum_g[k] += g[k];
@@ -110,8 +114,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll 1
   for (int i = at.row; i < at.count; i += at.rows) {
     float g[kWidth], xhat[kWidth];
-    gradient_before_norm<T, kWidth>(p, at.index(i), held_x[i * lanes + at.lane], held_dy[i * lanes + at.lane], f.mean,
-                                    f.rstd, f.scale, f.shift, g, xhat);
+    before_norm(i, g, xhat);
     store_gradients<T, kWidth>(p, at.index(i), factor, mean_g, mean_gx, g, xhat);
   }
 #endif

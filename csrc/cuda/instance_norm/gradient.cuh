@@ -50,50 +50,88 @@ __device__ __forceinline__ ChannelFacts<kWidth, Acc> channel_facts(const Instanc
   return f;
 }
 
-// mean, rstd, scale (= weight) and shift (= bias) of each element's channel; `index` says where the vectors x of the
-// input and dy of the gradient lie, and with them those of the result and of the residual.
-template <typename T, int kWidth>
-__device__ __forceinline__ void gradient_before_norm(const InstanceNormBackwardParams& p, int64_t index,
+// The result that the derivative is taken from, or the residual; null where neither is needed.
+__device__ __forceinline__ const void* further_of(const InstanceNormBackwardParams& p) {
+  if (p.activation == Activation::kNone) return nullptr;
+  return p.saved_output != nullptr ? p.saved_output : p.residual;
+}
+
+// Of the vectors x of the input, dy of the gradient and `further` (see above). kPiecewise: the activation is known to
+// be (and no code of the others is fetched).
+template <bool kPiecewise, typename T, int kWidth, typename Facts>
+__device__ __forceinline__ void gradient_before_norm(const InstanceNormBackwardParams& p, const Facts& f,
                                                      const Vec<T, kWidth>& x, const Vec<T, kWidth>& dy,
-                                                     const acc_t<T> (&mean)[kWidth], const acc_t<T> (&rstd)[kWidth],
-                                                     const acc_t<T> (&scale)[kWidth], const acc_t<T> (&shift)[kWidth],
-                                                     acc_t<T> (&g)[kWidth], acc_t<T> (&xhat)[kWidth]) {
-  using V = Vec<T, kWidth>;
+                                                     const Vec<T, kWidth>& further, acc_t<T> (&g)[kWidth],
+                                                     acc_t<T> (&xhat)[kWidth]) {
   using Acc = acc_t<T>;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
     g[k] = to_acc(dy.data[k]);
-    xhat[k] = (to_acc(x.data[k]) - mean[k]) * rstd[k];
+    xhat[k] = (to_acc(x.data[k]) - f.mean[k]) * f.rstd[k];
   }
   if (p.activation == Activation::kNone) return;
   Acc at[kWidth];
   if (p.saved_output != nullptr) {
-    const V y = load_const<V>(p.saved_output, index);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) at[k] = to_acc(y.data[k]);
+    for (int k = 0; k < kWidth; ++k) at[k] = to_acc(further.data[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) at[k] = (to_acc(x.data[k]) - f.mean[k]) * (f.rstd[k] * f.scale[k]) + f.shift[k];
+    if (p.residual != nullptr) {
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) at[k] += to_acc(further.data[k]);
+    }
+  }
+  if constexpr (kPiecewise) {  // from the result as from the argument: it has the same sign
+    activation_backward_piecewise(g, at, p.activation, static_cast<Acc>(p.negative_slope));
+  } else if (p.saved_output != nullptr) {
     activation_backward_from_output(g, at, p.activation, p.negative_slope);
-    return;
+  } else {
+    activation_backward(g, at, p.activation, p.negative_slope);
   }
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) at[k] = (to_acc(x.data[k]) - mean[k]) * (rstd[k] * scale[k]) + shift[k];
-  if (p.residual != nullptr) {
-    const V r = load_const<V>(p.residual, index);
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) at[k] += to_acc(r.data[k]);
-  }
-  activation_backward(g, at, p.activation, p.negative_slope);
 }
 
-// The same of vectors in memory.
-template <typename T, int kWidth>
-__device__ __forceinline__ void gradient_before_norm(const InstanceNormBackwardParams& p, int64_t index,
-                                                     const acc_t<T> (&mean)[kWidth], const acc_t<T> (&rstd)[kWidth],
-                                                     const acc_t<T> (&scale)[kWidth], const acc_t<T> (&shift)[kWidth],
-                                                     acc_t<T> (&g)[kWidth], acc_t<T> (&xhat)[kWidth]) {
+// Calls visit(index, g, xhat) for a thread's vectors begin, begin + step, ... below count of a tile; `index` says where
+// they lie. Several are asked for at a time: one behind the other they left half of the memory's rate unused.
+template <typename T, int kWidth, typename Facts, typename Index, typename Visit>
+__device__ __forceinline__ void walk_gradients(const InstanceNormBackwardParams& p, const Facts& f, int begin, int count,
+                                               int step, Index&& index, Visit&& visit) {
   using V = Vec<T, kWidth>;
-  const V x = load_const<V>(p.input, index);
-  const V dy = load_const<V>(p.grad_output, index);
-  gradient_before_norm<T, kWidth>(p, index, x, dy, mean, rstd, scale, shift, g, xhat);
+  constexpr int kBytes = kWidth * static_cast<int>(sizeof(T));
+  // As words: elements of two bytes would take a register each.
+  using Raw = std::conditional_t<kBytes % 4 == 0, Vec<uint32_t, kBytes / 4>, V>;
+  const auto as_vector = [](const Raw& raw) { return *reinterpret_cast<const V*>(&raw); };
+  const void* from_further = further_of(p);
+  const auto walk = [&]<int kAtOnce, bool kPiecewise>() {
+#pragma unroll 1
+    for (int base = begin; base < count; base += kAtOnce * step) {
+      Raw x[kAtOnce], dy[kAtOnce], further[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (base + u * step >= count) continue;
+        x[u] = load_const<Raw>(p.input, index(base + u * step));
+        dy[u] = load_const<Raw>(p.grad_output, index(base + u * step));
+      }
+      if (from_further != nullptr) {
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+          if (base + u * step < count) further[u] = load_const<Raw>(from_further, index(base + u * step));
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (base + u * step >= count) break;
+        acc_t<T> g[kWidth], xhat[kWidth];
+        gradient_before_norm<kPiecewise>(p, f, as_vector(x[u]), as_vector(dy[u]), as_vector(further[u]), g, xhat);
+        visit(index(base + u * step), g, xhat);
+      }
+    }
+  };
+  if (is_piecewise(p.activation)) {
+    walk.template operator()<(kBytes >= 8 ? 32 / kBytes : 4), true>();
+  } else {
+    walk.template operator()<1, false>();
+  }
 }
 
 // grad_input from g, xhat and the channel's means of g and g * xhat; also stores grad_residual where it is wanted.

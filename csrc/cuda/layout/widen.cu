@@ -9,13 +9,13 @@ namespace styleforge::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectors = 2;  // of 8 elements, a thread's
+constexpr int kVectors = 4;  // a thread's
+constexpr int kWidth = 4;    // elements of one: a warp stores whole lines, where 8 would make it two halves of sectors
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) widen_kernel(const T* input, float* output, int64_t count) {
-  constexpr int kWidth = kFullWidth<T>;
   using V = Vec<T, kWidth>;
-  using Out = Vec<float, 4>;
+  using Out = Vec<float, kWidth>;
   wait_for_predecessor();
   release_successor();
   const int64_t vectors = count / kWidth;
@@ -27,15 +27,11 @@ __global__ void __launch_bounds__(kThreads) widen_kernel(const T* input, float* 
   }
 #pragma unroll
   for (int u = 0; u < kVectors; ++u) {
-    const int64_t i = first + u * kThreads;
-    if (i >= vectors) break;
+    if (first + u * kThreads >= vectors) break;
+    Out out;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Out out;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) out.data[k] = to_acc(in[u].data[half * 4 + k]);
-      store(output, i * 2 + half, out);
-    }
+    for (int k = 0; k < kWidth; ++k) out.data[k] = to_acc(in[u].data[k]);
+    store(output, first + u * kThreads, out);
   }
   const int64_t rest = vectors * kWidth + first;  // fewer than a vector's, by the first threads of the grid
   if (rest < count && first < kWidth) output[rest] = to_acc(input[rest]);
@@ -47,7 +43,7 @@ cudaError_t launch_widen(const WidenParams& params, cudaStream_t stream) {
   if (!aligned16(params.output) || !aligned16(params.input)) return cudaErrorInvalidValue;
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  const auto grid = static_cast<unsigned>(ceil_div(params.count, kThreads * kVectors * 8));
+  const auto grid = static_cast<unsigned>(ceil_div(params.count, kThreads * kVectors * kWidth));
   const auto with = [&]<typename T>() {
     return launch(widen_kernel<T>, dim3(grid), dim3(kThreads), 0, 1, facts, stream, static_cast<const T*>(params.input),
                   static_cast<float*>(params.output), params.count);
