@@ -18,14 +18,13 @@ constexpr int kBatch = 4;  // vectors that a thread waits for together where cop
 
 
 template <typename T, int kEach, bool kSharedInput, bool kFromOutput>
-__global__ void __launch_bounds__(kHeldChannelThreads + (kEach * (kSharedInput ? 4 : 8) <= kMostApart ? kWarp : 0), 1)
+__global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? kWarp : 0), 1)
     backward_held_kernel(const __grid_constant__ InstanceNormBackwardParams p, const __grid_constant__ HeldCut cut) {
 #ifdef STYLEFORGE_HAS_CLUSTER
   constexpr int kWidth = kFullWidth<T>;
   constexpr int kWarps = kHeldChannelThreads / kWarp;
   using V = Vec<T, kWidth>;
-  constexpr int kRegisters = kEach * (kSharedInput ? 4 : 8);
-  constexpr bool kApart = kRegisters <= kMostApart;
+  constexpr bool kApart = kEach <= kMostApart;
   using Place = HeldPlace<kWidth, kApart>;
   using Row = Vec<float, 4>;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -224,11 +223,12 @@ cudaError_t launch_backward_held(const InstanceNormBackwardParams& params, const
     const auto with = [&]<int kEach, bool kSharedInput>() {
       auto* kernel = from_output ? backward_held_kernel<T, kEach, kSharedInput, true>
                              : backward_held_kernel<T, kEach, kSharedInput, false>;
-      const int threads = schedule.threads + (kEach * (kSharedInput ? 4 : 8) <= kMostApart ? kWarp : 0);
+      const int threads = schedule.threads + (kEach <= kMostApart ? kWarp : 0);
       return launch(kernel, grid, dim3(threads), schedule.shared_bytes, Together{1, schedule.parts > 1}, facts, stream,
                     params, cut);
     };
     if (schedule.held <= 4) return with.template operator()<4, false>();
+    if (schedule.held <= 8 && schedule.shared_bytes > 0) return with.template operator()<8, true>();
     if (schedule.held <= 8) return with.template operator()<8, false>();
     return with.template operator()<16, true>();
   };

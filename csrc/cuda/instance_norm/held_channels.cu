@@ -36,12 +36,12 @@ struct MergeMoments {
 #endif
 
 template <typename T, int kEach>
-__global__ void __launch_bounds__(kHeldChannelThreads + (4 * kEach <= kMostApart ? kWarp : 0), 1)
+__global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? kWarp : 0), 1)
     held_channels_kernel(const __grid_constant__ InstanceNormParams p, const __grid_constant__ HeldCut cut) {
 #ifdef STYLEFORGE_HAS_CLUSTER
   constexpr int kWidth = kFullWidth<T>;
   constexpr int kWarps = kHeldChannelThreads / kWarp;
-  constexpr bool kApart = 4 * kEach <= kMostApart;
+  constexpr bool kApart = kEach <= kMostApart;
   using V = Vec<T, kWidth>;
   using Place = HeldPlace<kWidth, kApart>;
   using Row = Vec<float, 4>;
@@ -116,6 +116,13 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (4 * kEach <= kMostApart
     }
     if (at.thread % kWarp == 0) counts[at.thread / kWarp] = in_warp;
   }
+  // On its way while the blocks exchange what they have.
+  uint4 residual[kBatch] = {};
+  const auto load_residual = [&](int base) {
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) load_if(residual[u], at.at(p.residual, base + u), at.present(base + u));
+  };
+  if (p.residual != nullptr && at.has_data()) load_residual(0);
   if (!alone && channel == 0) grid_wait(token);  // before the barrier behind which is published
   __syncthreads();
 
@@ -124,21 +131,19 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (4 * kEach <= kMostApart
   const bool adds = channel < at.channels;
   float2 own = make_float2(0.0f, 0.0f);
   if (adds) {
-    float2 part[kWarps];
-    float count[kWarps];
+    const float pilot = warps[channel].x;
+    float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const bool there = w * kWarp < at.threads;
-      part[w] = there ? warps[w * at.channels + channel] : make_float2(0.0f, 0.0f);
-      count[w] = there ? counts[w] : 0.0f;
-      own.x += count[w] * part[w].x;
+      if (w * kWarp >= at.threads) break;
+      const float2 part = warps[w * at.channels + channel];
+      const float d = part.x - pilot;
+      sum.x += counts[w] * d;
+      sum.y += part.y + counts[w] * d * d;
     }
-    own.x *= reciprocal(static_cast<float>(max(min(cut.share, pixels - at.part * cut.share), 1)));
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float d = part[w].x - own.x;
-      own.y += part[w].y + count[w] * d * d;
-    }
+    const float shift =
+        __fdividef(sum.x, static_cast<float>(max(min(cut.share, pixels - at.part * cut.share), 1)));
+    own = make_float2(pilot + shift, relu_acc(sum.y - sum.x * shift));
     if (!alone) publish(&at.pairs[at.part * at.channels + channel], own);
   }
   if (!alone) {
@@ -184,13 +189,7 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (4 * kEach <= kMostApart
   switch_finish(p, [&]<Finish kFinish>() {
 #pragma unroll
     for (int base = 0; base < kEach; base += kBatch) {
-      uint4 residual[kBatch] = {};
-      if (has_residual<kFinish>(p)) {
-#pragma unroll
-        for (int u = 0; u < kBatch; ++u) {
-          load_if(residual[u], at.at(p.residual, base + u), at.present(base + u));
-        }
-      }
+      if (base > 0 && has_residual<kFinish>(p)) load_residual(base);
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         if (!at.present(base + u)) return;
@@ -215,7 +214,7 @@ cudaError_t launch_held_channels(const InstanceNormParams& params, const Instanc
     const auto slices = static_cast<unsigned>(ceil_div(params.channels / kFullWidth<T>, schedule.lanes));
     const auto grid = dim3(static_cast<unsigned>(params.batch), static_cast<unsigned>(schedule.parts), slices);
     const auto with = [&]<int kEach>() {
-      const int threads = schedule.threads + (4 * kEach <= kMostApart ? kWarp : 0);
+      const int threads = schedule.threads + (kEach <= kMostApart ? kWarp : 0);
       return launch(held_channels_kernel<T, kEach>, grid, dim3(threads), 0, Together{1, schedule.parts > 1}, facts,
                     stream, params, cut);
     };

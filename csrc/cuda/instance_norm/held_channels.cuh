@@ -18,9 +18,9 @@
 
 namespace styleforge::cuda {
 
-// The steward is a warp of its own where threads have up to so many registers of data: a block of 17 warps has 96 a
-// thread.
-constexpr int kMostApart = 32;
+// The steward is a warp of its own where threads have up to so many vectors of a tensor: a block of 17 warps has 96
+// registers a thread, one of 16 has 128.
+constexpr int kMostApart = 4;
 
 struct HeldCut {
   int lanes_log2, share, parts;

@@ -466,8 +466,10 @@ bool schedule_resident(const InstanceNormParams& p, int tensors, const DeviceFac
     const int64_t share = ceil_div(p.pixels, parts);
     parts = ceil_div(p.pixels, share);
     const int64_t bytes = share * lanes * 16 * tensors;
-    if (bytes > room || units * parts <= most_blocks * 9 / 8) continue;
-    most_blocks = units * parts;
+    // Those that find no multiprocessor at once do not count: wider slices are whole sectors and lines.
+    const int64_t blocks = std::min<int64_t>(units * parts, facts.multiprocessors);
+    if (bytes > room || blocks <= most_blocks * 9 / 8) continue;
+    most_blocks = blocks;
     s.lanes = lanes;
     s.share = share;
     s.parts = parts;
@@ -507,7 +509,8 @@ bool schedule_held_backward(const InstanceNormBackwardParams& p, const DeviceFac
   const bool relu = p.activation == Activation::kRelu && (p.saved_output != nullptr || p.residual == nullptr);
   if (p.activation != Activation::kNone && !relu) return false;
   if (!schedule_held_channels(p, facts, overrides, s)) return false;
-  if (s.held > kHeldBackwardVectors) s.shared_bytes = static_cast<size_t>(kHeldChannelVectors * s.threads * 16);
+  if (s.held > kHeldBackwardVectors || (s.held > 4 && overrides.tuned("shared", 1) == 2))
+    s.shared_bytes = static_cast<size_t>((s.held > 8 ? kHeldChannelVectors : 8) * s.threads * 16);
   return true;
 }
 
