@@ -12,7 +12,7 @@ namespace {
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kTileThreads, 3) reduce_kernel(const __grid_constant__ InstanceNormBackwardParams p,
-                                                              int lanes, int tiles, int share, acc_t<T>* partials) {
+                                                                 int lanes, int tiles, int share, acc_t<T>* partials) {
   using Acc = acc_t<T>;
   __shared__ __align__(16) Acc scratch[2][kSumScratch<kWidth>];
   const auto at = channel_tile<kWidth>(p, lanes, tiles, share, blockIdx.x);

@@ -14,19 +14,19 @@
 namespace styleforge::cuda {
 namespace {
 
-constexpr int kBatch = 4;  // vectors that a thread waits for together where copies or further loads come in between
-
-
-template <typename T, int kEach, bool kSharedInput, bool kFromOutput>
+template <typename T, int kEach, bool kFromOutput>
 __global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? kWarp : 0), 1)
     backward_held_kernel(const __grid_constant__ InstanceNormBackwardParams p, const __grid_constant__ HeldCut cut) {
 #ifdef STYLEFORGE_HAS_CLUSTER
+  constexpr bool kSharedInput = kEach > kHeldBackwardVectors;
   constexpr int kWidth = kFullWidth<T>;
   constexpr int kWarps = kHeldChannelThreads / kWarp;
   using V = Vec<T, kWidth>;
   constexpr bool kApart = kEach <= kMostApart;
   using Place = HeldPlace<kWidth, kApart>;
   using Row = Vec<float, 4>;
+  // Vectors that a thread waits for together where copies or further loads come in between.
+  constexpr int kBatch = 4;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ float2 warps[kWarps * Place::kMaxChannels];
   __shared__ float2 groups[kHeldChannelThreads + (kApart ? kWarp : 0)];
@@ -113,12 +113,7 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? k
     const auto sums = [&]<bool kRelu>() {
 #pragma unroll
       for (int u = 0; u < kEach; ++u) {
-        if constexpr (kSharedInput) {
-          if (u == 0) copy_wait<kEach / kBatch - 1>();
-          if (u == kBatch) copy_wait<(kEach / kBatch > 2 ? kEach / kBatch - 2 : 0)>();
-          if (u == 2 * kBatch) copy_wait<(kEach / kBatch > 3 ? kEach / kBatch - 3 : 0)>();
-          if (u == 3 * kBatch) copy_wait<0>();
-        }
+        if (kSharedInput && u % kBatch == 0) copy_wait_but(kEach / kBatch - 1 - u / kBatch);
         if (kFromOutput && u > 0 && u % kBatch == 0) load_output(u);
         const V v = input(u);
         const V of_gradient = *reinterpret_cast<const V*>(&dy[u]);
@@ -218,19 +213,16 @@ cudaError_t launch_backward_held(const InstanceNormBackwardParams& params, const
   const bool from_output = params.activation != Activation::kNone && params.saved_output != nullptr;
   const auto go = [&]<typename T>() {
     const auto slices = static_cast<unsigned>(ceil_div(params.channels / kFullWidth<T>, schedule.lanes));
-    const auto grid =
-        dim3(static_cast<unsigned>(params.batch), static_cast<unsigned>(schedule.parts), slices);
-    const auto with = [&]<int kEach, bool kSharedInput>() {
-      auto* kernel = from_output ? backward_held_kernel<T, kEach, kSharedInput, true>
-                             : backward_held_kernel<T, kEach, kSharedInput, false>;
+    const auto grid = dim3(static_cast<unsigned>(params.batch), static_cast<unsigned>(schedule.parts), slices);
+    const auto with = [&]<int kEach>() {
+      auto* kernel = from_output ? backward_held_kernel<T, kEach, true> : backward_held_kernel<T, kEach, false>;
       const int threads = schedule.threads + (kEach <= kMostApart ? kWarp : 0);
-      return launch(kernel, grid, dim3(threads), schedule.shared_bytes, Together{1, schedule.parts > 1}, facts, stream,
-                    params, cut);
+      const size_t bytes = kEach > kHeldBackwardVectors ? size_t{16} * kEach * schedule.threads : 0;
+      return launch(kernel, grid, dim3(threads), bytes, Together{1, schedule.parts > 1}, facts, stream, params, cut);
     };
-    if (schedule.held <= 4) return with.template operator()<4, false>();
-    if (schedule.held <= 8 && schedule.shared_bytes > 0) return with.template operator()<8, true>();
-    if (schedule.held <= 8) return with.template operator()<8, false>();
-    return with.template operator()<16, true>();
+    if (schedule.held <= 4) return with.template operator()<4>();
+    if (schedule.held <= 8) return with.template operator()<8>();
+    return with.template operator()<16>();
   };
   switch (params.dtype) {
     case DType::kFloat32:

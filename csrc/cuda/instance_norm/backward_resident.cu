@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   ChannelFacts<kWidth, float> f = {};
   if (at.active) f = channel_facts<kWidth, float>(p, at.n, at.vector);
   const void* from_further = further_of(p);
-  const auto before_norm = [&](int i, float(&g)[kWidth], float(&xhat)[kWidth]) {
+  const auto before_norm = [&](int i, float (&g)[kWidth], float (&xhat)[kWidth]) {
     const V further = from_further != nullptr ? load_const<V>(from_further, at.index(i)) : V{};
     gradient_before_norm<false>(p, f, held_x[i * lanes + at.lane], held_dy[i * lanes + at.lane], further, g, xhat);
   };

@@ -94,8 +94,8 @@ __device__ __forceinline__ void gradient_before_norm(const InstanceNormBackwardP
 // Calls visit(index, g, xhat) for a thread's vectors begin, begin + step, ... below count of a tile; `index` says where
 // they lie. Several are asked for at a time: one behind the other they left half of the memory's rate unused.
 template <typename T, int kWidth, typename Facts, typename Index, typename Visit>
-__device__ __forceinline__ void walk_gradients(const InstanceNormBackwardParams& p, const Facts& f, int begin, int count,
-                                               int step, Index&& index, Visit&& visit) {
+__device__ __forceinline__ void walk_gradients(const InstanceNormBackwardParams& p, const Facts& f, int begin,
+                                               int count, int step, Index&& index, Visit&& visit) {
   using V = Vec<T, kWidth>;
   constexpr int kBytes = kWidth * static_cast<int>(sizeof(T));
   // As words: elements of two bytes would take a register each.

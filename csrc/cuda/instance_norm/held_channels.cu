@@ -14,8 +14,6 @@
 namespace styleforge::cuda {
 namespace {
 
-constexpr int kBatch = 4;  // vectors of the residual that a thread asks for together
-
 #ifdef STYLEFORGE_HAS_CLUSTER
 // (mean, M2) of `count` values and of those of another row.
 struct MergeMoments {
@@ -45,6 +43,8 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? k
   using V = Vec<T, kWidth>;
   using Place = HeldPlace<kWidth, kApart>;
   using Row = Vec<float, 4>;
+  // Vectors of the residual that a thread asks for together.
+  constexpr int kBatch = 4;
   __shared__ float2 warps[kWarps * Place::kMaxChannels];
   __shared__ float2 groups[kHeldChannelThreads + (kApart ? kWarp : 0)];
   __shared__ float counts[kWarps];
@@ -141,8 +141,7 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? k
       sum.x += counts[w] * d;
       sum.y += part.y + counts[w] * d * d;
     }
-    const float shift =
-        __fdividef(sum.x, static_cast<float>(max(min(cut.share, pixels - at.part * cut.share), 1)));
+    const float shift = __fdividef(sum.x, static_cast<float>(max(min(cut.share, pixels - at.part * cut.share), 1)));
     own = make_float2(pilot + shift, relu_acc(sum.y - sum.x * shift));
     if (!alone) publish(&at.pairs[at.part * at.channels + channel], own);
   }

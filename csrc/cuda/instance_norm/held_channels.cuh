@@ -46,6 +46,20 @@ __device__ __forceinline__ void load_if(uint4& to, const uint4* from, bool prese
 
 #ifdef STYLEFORGE_HAS_CLUSTER
 
+// Until all of the thread's groups of copies but the last `pending` are there; a number that the compiler knows.
+__device__ __forceinline__ void copy_wait_but(int pending) {
+  switch (pending) {
+    case 0:
+      return copy_wait<0>();
+    case 1:
+      return copy_wait<1>();
+    case 2:
+      return copy_wait<2>();
+    default:
+      return copy_wait<3>();
+  }
+}
+
 struct AddPairs {
   __device__ __forceinline__ void step(int) const {}
   __device__ __forceinline__ void operator()(float& a, float& b, float other_a, float other_b) const {
@@ -63,11 +77,11 @@ struct HeldPlace {
   int lanes, lane, row, rows;
   int part, slice;
   int channels, channels_log2;  // of a slice, those beyond the tensor's included
-  int vectors;                // of a pixel
-  int count;                  // pixels of this thread's lane in the block
-  int64_t n, block;           // sample, and the block's first vector
-  int first, step;            // of the thread's vectors from there
-  float2* pairs;              // the unit's
+  int vectors;                  // of a pixel
+  int count;                    // pixels of this thread's lane in the block
+  int64_t n, block;             // sample, and the block's first vector
+  int first, step;              // of the thread's vectors from there
+  float2* pairs;                // the unit's
 
   __device__ __forceinline__ HeldPlace(const InstanceNormParams& p, const HeldCut& cut) {
     threads = static_cast<int>(blockDim.x) - (kApart ? kWarp : 0);
@@ -121,8 +135,7 @@ struct HeldPlace {
           const float give_b = upper ? b[k] : b[k + left];
           a[k] = upper ? a[k + left] : a[k];
           b[k] = upper ? b[k + left] : b[k];
-          merge(a[k], b[k], __shfl_xor_sync(0xffffffffu, give_a, offset),
-                __shfl_xor_sync(0xffffffffu, give_b, offset));
+          merge(a[k], b[k], __shfl_xor_sync(0xffffffffu, give_a, offset), __shfl_xor_sync(0xffffffffu, give_b, offset));
         }
         channel += upper ? left : 0;
       } else if (offset >= lanes) {

@@ -52,7 +52,7 @@ cudaError_t launch_backward_resident(const InstanceNormBackwardParams& params, c
 // most; and where the backward has its input in registers, too, not in shared memory.
 constexpr int kHeldChannelThreads = 512;
 constexpr int kHeldChannelVectors = 16;
-constexpr int kHeldBackwardVectors = 8;
+constexpr int kHeldBackwardVectors = 4;
 cudaError_t launch_held_channels(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
                                  void* workspace, cudaStream_t stream);
 cudaError_t launch_backward_held(const InstanceNormBackwardParams& params, const InstanceNormSchedule& schedule,

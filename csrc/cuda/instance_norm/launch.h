@@ -53,8 +53,9 @@ struct InstanceNormSchedule {
   int fill = 1;
   bool read_once = false;
   bool stream_stores = false;
-  // stream in channels_last: tiles of a unit that a block keeps (held in registers: vectors that a thread keeps), tiles on their way at a time, whether every block
-  // merges the statistics of all channels, and whether the L2 cache is to hold on to what will be read again
+  // stream in channels_last: tiles of a unit that a block keeps (held in registers: vectors that a thread keeps), tiles
+  // on their way at a time, whether every block merges the statistics of all channels, and whether the L2 cache is to
+  // hold on to what will be read again
   int held = 1;
   int ahead = 1;
   bool direct = false;

@@ -62,7 +62,7 @@ constexpr int64_t kLine = 8;  // vectors of a cache line: tiles begin where the 
 constexpr int64_t kLeastResidentVectors = 256;
 constexpr int64_t kResidentVectors = 4;
 constexpr int64_t kLeastResident = 4 << 20;  // bytes of the tensor, where slabs would do
-constexpr int64_t kMostGridRows = 65535;     // blocks in the grid's second and third dimension
+constexpr int64_t kMostGridRows = 65535;     // slices in the grid's third dimension
 constexpr int kSplitThreads = 256;
 constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
 
@@ -491,27 +491,22 @@ bool schedule_held_channels(const InstanceNormParams& p, const DeviceFacts& fact
   if (overrides.tuned("registers", 2) != 2 || !schedule_resident(p, 1, facts, overrides, one)) return false;
   const auto width = 16 / static_cast<int64_t>(size_of(p.dtype));
   const int64_t vectors = one.share * one.lanes;
-  if (ceil_div(p.channels / width, one.lanes) > kMostGridRows || one.parts > kMostGridRows) return false;
+  if (ceil_div(p.channels / width, one.lanes) > kMostGridRows) return false;
   // Four vectors a thread where that is enough.
   const int64_t warps = ceil_div(vectors, kResidentVectors * 32);
   one.threads = static_cast<int>(std::clamp<int64_t>(overrides.tuned("threads", warps * 32), 64, kHeldChannelThreads));
   one.held = static_cast<int>(ceil_div(one.share, one.threads / one.lanes));
   if (one.held > kHeldChannelVectors) return false;
-  one.shared_bytes = 0;
   one.path = InstanceNormPath::kHeldChannels;
   s = one;
   return true;
 }
 
-// Backward: where what comes before the norm needs no place of its own.
+// Backward: where the gradient before the norm needs no place of its own.
 bool schedule_held_backward(const InstanceNormBackwardParams& p, const DeviceFacts& facts, const Overrides& overrides,
                             InstanceNormSchedule& s) {
   const bool relu = p.activation == Activation::kRelu && (p.saved_output != nullptr || p.residual == nullptr);
-  if (p.activation != Activation::kNone && !relu) return false;
-  if (!schedule_held_channels(p, facts, overrides, s)) return false;
-  if (s.held > kHeldBackwardVectors || (s.held > 4 && overrides.tuned("shared", 1) == 2))
-    s.shared_bytes = static_cast<size_t>((s.held > 8 ? kHeldChannelVectors : 8) * s.threads * 16);
-  return true;
+  return (p.activation == Activation::kNone || relu) && schedule_held_channels(p, facts, overrides, s);
 }
 
 }  // namespace
@@ -555,8 +550,7 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
     InstanceNormSchedule other;
     other.vectorized = shape.vectorized;
     // Slices that one block holds need no exchange: slabs.
-    if (all_aligned(params) && schedule_resident(params, 1, facts, overrides, other) &&
-        (other.parts > 1 || held)) {
+    if (all_aligned(params) && schedule_resident(params, 1, facts, overrides, other) && (other.parts > 1 || held)) {
       schedule = other;
       schedule.name = "instance_norm:cuda:resident";
       if (!overrides.forced("resident") && schedule_held_channels(params, facts, overrides, schedule)) {
