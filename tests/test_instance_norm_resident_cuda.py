@@ -35,7 +35,7 @@ FROM_OUTPUT = ("relu", "leaky_relu", "sigmoid", "tanh")
 def _held(cut: str, sizes: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether a pixel has as many vectors as the cut asks for (rounded up to a power of two)."""
     vectors = sizes[1] * dtype.itemsize // 16
-    wanted = int(cut.split(",")[0].removeprefix("lanes=")) if cut else 1
+    wanted = int(cut.split(",")[0].removeprefix("lanes=")) if cut.startswith("lanes=") else 1
     return wanted < 2 * vectors
 
 

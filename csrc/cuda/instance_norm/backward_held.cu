@@ -3,8 +3,6 @@
 // activation and ReLU: there the gradient before the norm is the one that came in, or zero, and takes its place, so
 // that nothing is computed twice. The others: backward_resident.cu.
 //
-// With d = x - mean: pass 1 sums g and g * d, pass 2 is scale * g + d * slope + offset, of which slope and offset are
-// computed once for a channel.
 #include <bit>
 
 #include "../common/launch.h"
@@ -14,15 +12,18 @@
 namespace styleforge::cuda {
 namespace {
 
+// Whether the steward is a warp of its own: a block of 17 warps has 96 registers a thread, one of 16 has 128.
+constexpr bool is_apart(int vectors) { return vectors <= kHeldBackwardVectors; }
+
 template <typename T, int kEach, bool kFromOutput>
-__global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? kWarp : 0), 1)
+__global__ void __launch_bounds__(kHeldChannelThreads + (is_apart(kEach) ? kWarp : 0), 1)
     backward_held_kernel(const __grid_constant__ InstanceNormBackwardParams p, const __grid_constant__ HeldCut cut) {
 #ifdef STYLEFORGE_HAS_CLUSTER
   constexpr bool kSharedInput = kEach > kHeldBackwardVectors;
   constexpr int kWidth = kFullWidth<T>;
   constexpr int kWarps = kHeldChannelThreads / kWarp;
   using V = Vec<T, kWidth>;
-  constexpr bool kApart = kEach <= kMostApart;
+  constexpr bool kApart = is_apart(kEach);
   using Place = HeldPlace<kWidth, kApart>;
   using Row = Vec<float, 4>;
   // Vectors that a thread waits for together where copies or further loads come in between.
@@ -153,7 +154,10 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? k
   const bool adds = channel < at.channels;
   float2 total = make_float2(0.0f, 0.0f);
   if (adds) {
-    total = at.sum_of_warps(warps, channel);
+    at.each_warp(warps, channel, [&](float2 pair, int) {
+      total.x += pair.x;
+      total.y += pair.y;
+    });
     if (!alone) publish(&at.pairs[at.part * at.channels + channel], total);
   }
   if (!alone) {
@@ -167,11 +171,10 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? k
     if (adds) total = at.sum_of_groups(groups, channel);
   }
   if (adds) {
-    const float share = __fdividef(1.0f, static_cast<float>(p.pixels));
-    const float scale = facts[1][channel];
     const float weight_gradient = total.y * rstd;
-    facts[3][channel] = -scale * rstd * (weight_gradient * share);
-    facts[4][channel] = -scale * (total.x * share);
+    const GradientFactors<float> factors(facts[1][channel], rstd, total.x, weight_gradient, p.pixels);
+    facts[3][channel] = factors.slope;
+    facts[4][channel] = factors.offset;
     const int64_t of_tensor = static_cast<int64_t>(at.slice) * at.channels + channel;
     if (at.part == 0 && of_tensor < p.channels) {
       static_cast<float*>(p.grad_bias)[at.n * p.channels + of_tensor] = total.x;
@@ -191,12 +194,13 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? k
     if (!at.present(u)) break;
     const V v = input(u);
     const V g = *reinterpret_cast<const V*>(&dy[u]);
-    float dx[kWidth];
+    float d[kWidth], gradient[kWidth];
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      dx[k] = scale[k] * to_acc(g.data[k]) + ((to_acc(v.data[k]) - mean[k]) * slope[k] + offset[k]);
+      gradient[k] = to_acc(g.data[k]);
+      d[k] = to_acc(v.data[k]) - mean[k];
     }
-    store(p.grad_input, at.index(u), rounded<T>(dx));
+    store(p.grad_input, at.index(u), input_gradient<T>(scale, slope, offset, gradient, d));
     if (p.grad_residual != nullptr) store(p.grad_residual, at.index(u), g);
   }
 #endif
@@ -216,7 +220,7 @@ cudaError_t launch_backward_held(const InstanceNormBackwardParams& params, const
     const auto grid = dim3(static_cast<unsigned>(params.batch), static_cast<unsigned>(schedule.parts), slices);
     const auto with = [&]<int kEach>() {
       auto* kernel = from_output ? backward_held_kernel<T, kEach, true> : backward_held_kernel<T, kEach, false>;
-      const int threads = schedule.threads + (kEach <= kMostApart ? kWarp : 0);
+      const int threads = schedule.threads + (is_apart(kEach) ? kWarp : 0);
       const size_t bytes = kEach > kHeldBackwardVectors ? size_t{16} * kEach * schedule.threads : 0;
       return launch(kernel, grid, dim3(threads), bytes, Together{1, schedule.parts > 1}, facts, stream, params, cut);
     };

@@ -1,4 +1,6 @@
-// The gradient before the norm: g = grad_output * activation'(...), and xhat, for one vector of elements.
+// The gradient before the norm, g = grad_output * activation'(...), and d = x - mean, for vectors of elements. With
+// them, sums over a plane of g and of g * d are all that the rest needs: grad_input = scale * g + (d * slope + offset),
+// whose factors are the same for a whole plane.
 #pragma once
 
 #include "../../instance_norm_params.h"
@@ -6,7 +8,7 @@
 
 namespace styleforge::cuda {
 
-// mean, rstd, scale (= weight) and shift (= bias) of the channels of one vector of a channels_last pixel.
+// mean, rstd, scale (= rstd * weight) and shift (= bias) of the channels of one vector of a channels_last pixel.
 template <int kWidth, typename Acc>
 struct ChannelFacts {
   Acc mean[kWidth], rstd[kWidth], scale[kWidth], shift[kWidth];
@@ -47,8 +49,21 @@ __device__ __forceinline__ ChannelFacts<kWidth, Acc> channel_facts(const Instanc
   }
   load_params<kWidth>(p.weight, p.param_dtype, n * p.param_batch_stride + c, Acc(1), f.scale);
   load_params<kWidth>(p.bias, p.param_dtype, n * p.param_batch_stride + c, Acc(0), f.shift);
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) f.scale[k] *= f.rstd[k];
   return f;
 }
+
+// Of a plane; grad_weight is rstd times the sum of g * d.
+template <typename Acc>
+struct GradientFactors {
+  Acc slope, offset;
+  __device__ __forceinline__ GradientFactors(Acc scale, Acc rstd, Acc sum_g, Acc grad_weight, int64_t pixels) {
+    const Acc share = Acc(1) / static_cast<Acc>(pixels);
+    slope = -scale * rstd * (grad_weight * share);
+    offset = -scale * (sum_g * share);
+  }
+};
 
 // The result that the derivative is taken from, or the residual; null where neither is needed.
 __device__ __forceinline__ const void* further_of(const InstanceNormBackwardParams& p) {
@@ -62,12 +77,12 @@ template <bool kPiecewise, typename T, int kWidth, typename Facts>
 __device__ __forceinline__ void gradient_before_norm(const InstanceNormBackwardParams& p, const Facts& f,
                                                      const Vec<T, kWidth>& x, const Vec<T, kWidth>& dy,
                                                      const Vec<T, kWidth>& further, acc_t<T> (&g)[kWidth],
-                                                     acc_t<T> (&xhat)[kWidth]) {
+                                                     acc_t<T> (&d)[kWidth]) {
   using Acc = acc_t<T>;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
     g[k] = to_acc(dy.data[k]);
-    xhat[k] = (to_acc(x.data[k]) - f.mean[k]) * f.rstd[k];
+    d[k] = to_acc(x.data[k]) - f.mean[k];
   }
   if (p.activation == Activation::kNone) return;
   Acc at[kWidth];
@@ -76,7 +91,7 @@ __device__ __forceinline__ void gradient_before_norm(const InstanceNormBackwardP
     for (int k = 0; k < kWidth; ++k) at[k] = to_acc(further.data[k]);
   } else {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) at[k] = (to_acc(x.data[k]) - f.mean[k]) * (f.rstd[k] * f.scale[k]) + f.shift[k];
+    for (int k = 0; k < kWidth; ++k) at[k] = d[k] * f.scale[k] + f.shift[k];
     if (p.residual != nullptr) {
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) at[k] += to_acc(further.data[k]);
@@ -91,7 +106,7 @@ __device__ __forceinline__ void gradient_before_norm(const InstanceNormBackwardP
   }
 }
 
-// Calls visit(index, g, xhat) for a thread's vectors begin, begin + step, ... below count of a tile; `index` says where
+// Calls visit(index, g, d) for a thread's vectors begin, begin + step, ... below count of a tile; `index` says where
 // they lie. Several are asked for at a time: one behind the other they left half of the memory's rate unused.
 template <typename T, int kWidth, typename Facts, typename Index, typename Visit>
 __device__ __forceinline__ void walk_gradients(const InstanceNormBackwardParams& p, const Facts& f, int begin,
@@ -121,35 +136,38 @@ __device__ __forceinline__ void walk_gradients(const InstanceNormBackwardParams&
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         if (base + u * step >= count) break;
-        acc_t<T> g[kWidth], xhat[kWidth];
-        gradient_before_norm<kPiecewise>(p, f, as_vector(x[u]), as_vector(dy[u]), as_vector(further[u]), g, xhat);
-        visit(index(base + u * step), g, xhat);
+        acc_t<T> g[kWidth], d[kWidth];
+        gradient_before_norm<kPiecewise>(p, f, as_vector(x[u]), as_vector(dy[u]), as_vector(further[u]), g, d);
+        visit(index(base + u * step), g, d);
       }
     }
   };
   if (is_piecewise(p.activation)) {
-    walk.template operator()<(kBytes >= 8 ? 32 / kBytes : 4), true>();
+    walk.template operator()<(kBytes >= 8 ? 64 / kBytes : 4), true>();
   } else {
     walk.template operator()<1, false>();
   }
 }
 
-// grad_input from g, xhat and the channel's means of g and g * xhat; also stores grad_residual where it is wanted.
+template <typename T, int kWidth>
+__device__ __forceinline__ Vec<T, kWidth> input_gradient(const acc_t<T> (&scale)[kWidth],
+                                                         const acc_t<T> (&slope)[kWidth],
+                                                         const acc_t<T> (&offset)[kWidth], const acc_t<T> (&g)[kWidth],
+                                                         const acc_t<T> (&d)[kWidth]) {
+  acc_t<T> dx[kWidth];
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) dx[k] = scale[k] * g[k] + (d[k] * slope[k] + offset[k]);
+  return rounded<T>(dx);
+}
+
+// grad_input; also grad_residual where it is wanted.
 template <typename T, int kWidth>
 __device__ __forceinline__ void store_gradients(const InstanceNormBackwardParams& p, int64_t index,
-                                                const acc_t<T> (&factor)[kWidth], const acc_t<T> (&mean_g)[kWidth],
-                                                const acc_t<T> (&mean_gx)[kWidth], const acc_t<T> (&g)[kWidth],
-                                                const acc_t<T> (&xhat)[kWidth]) {
-  using V = Vec<T, kWidth>;
-  V dx;
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) dx.data[k] = from_acc<T>(factor[k] * (g[k] - mean_g[k] - xhat[k] * mean_gx[k]));
-  store(p.grad_input, index, dx);
-  if (p.grad_residual == nullptr) return;
-  V dr;
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) dr.data[k] = from_acc<T>(g[k]);
-  store(p.grad_residual, index, dr);
+                                                const acc_t<T> (&scale)[kWidth], const acc_t<T> (&slope)[kWidth],
+                                                const acc_t<T> (&offset)[kWidth], const acc_t<T> (&g)[kWidth],
+                                                const acc_t<T> (&d)[kWidth]) {
+  store(p.grad_input, index, input_gradient<T>(scale, slope, offset, g, d));
+  if (p.grad_residual != nullptr) store(p.grad_residual, index, rounded<T>(g));
 }
 
 }  // namespace styleforge::cuda

@@ -33,13 +33,16 @@ struct MergeMoments {
 };
 #endif
 
+// Whether the steward is a warp of its own: a block of 17 warps has 96 registers a thread, one of 16 has 128.
+constexpr bool is_apart(int vectors) { return vectors <= 8; }
+
 template <typename T, int kEach>
-__global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? kWarp : 0), 1)
+__global__ void __launch_bounds__(kHeldChannelThreads + (is_apart(kEach) ? kWarp : 0), 1)
     held_channels_kernel(const __grid_constant__ InstanceNormParams p, const __grid_constant__ HeldCut cut) {
 #ifdef STYLEFORGE_HAS_CLUSTER
   constexpr int kWidth = kFullWidth<T>;
   constexpr int kWarps = kHeldChannelThreads / kWarp;
-  constexpr bool kApart = kEach <= kMostApart;
+  constexpr bool kApart = is_apart(kEach);
   using V = Vec<T, kWidth>;
   using Place = HeldPlace<kWidth, kApart>;
   using Row = Vec<float, 4>;
@@ -116,13 +119,6 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? k
     }
     if (at.thread % kWarp == 0) counts[at.thread / kWarp] = in_warp;
   }
-  // On its way while the blocks exchange what they have.
-  uint4 residual[kBatch] = {};
-  const auto load_residual = [&](int base) {
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) load_if(residual[u], at.at(p.residual, base + u), at.present(base + u));
-  };
-  if (p.residual != nullptr && at.has_data()) load_residual(0);
   if (!alone && channel == 0) grid_wait(token);  // before the barrier behind which is published
   __syncthreads();
 
@@ -133,14 +129,12 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? k
   if (adds) {
     const float pilot = warps[channel].x;
     float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      if (w * kWarp >= at.threads) break;
-      const float2 part = warps[w * at.channels + channel];
-      const float d = part.x - pilot;
-      sum.x += counts[w] * d;
-      sum.y += part.y + counts[w] * d * d;
-    }
+    at.each_warp(warps, channel, [&](float2 pair, int warp) {
+      const float count = warp * kWarp < at.threads ? counts[warp] : 0.0f;
+      const float d = count > 0.0f ? pair.x - pilot : 0.0f;
+      sum.x += count * d;
+      sum.y += pair.y + count * d * d;
+    });
     const float shift = __fdividef(sum.x, static_cast<float>(max(min(cut.share, pixels - at.part * cut.share), 1)));
     own = make_float2(pilot + shift, relu_acc(sum.y - sum.x * shift));
     if (!alone) publish(&at.pairs[at.part * at.channels + channel], own);
@@ -188,7 +182,11 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (kEach <= kMostApart ? k
   switch_finish(p, [&]<Finish kFinish>() {
 #pragma unroll
     for (int base = 0; base < kEach; base += kBatch) {
-      if (base > 0 && has_residual<kFinish>(p)) load_residual(base);
+      uint4 residual[kBatch] = {};
+      if (has_residual<kFinish>(p)) {
+#pragma unroll
+        for (int u = 0; u < kBatch; ++u) load_if(residual[u], at.at(p.residual, base + u), at.present(base + u));
+      }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         if (!at.present(base + u)) return;
@@ -213,7 +211,7 @@ cudaError_t launch_held_channels(const InstanceNormParams& params, const Instanc
     const auto slices = static_cast<unsigned>(ceil_div(params.channels / kFullWidth<T>, schedule.lanes));
     const auto grid = dim3(static_cast<unsigned>(params.batch), static_cast<unsigned>(schedule.parts), slices);
     const auto with = [&]<int kEach>() {
-      const int threads = schedule.threads + (kEach <= kMostApart ? kWarp : 0);
+      const int threads = schedule.threads + (is_apart(kEach) ? kWarp : 0);
       return launch(held_channels_kernel<T, kEach>, grid, dim3(threads), 0, Together{1, schedule.parts > 1}, facts,
                     stream, params, cut);
     };

@@ -18,10 +18,6 @@
 
 namespace styleforge::cuda {
 
-// The steward is a warp of its own where threads have up to so many vectors of a tensor: a block of 17 warps has 96
-// registers a thread, one of 16 has 128.
-constexpr int kMostApart = 4;
-
 struct HeldCut {
   int lanes_log2, share, parts;
   float2* pairs;  // [samples, slices, parts, channels of a slice]
@@ -148,18 +144,22 @@ struct HeldPlace {
     }
   }
 
-  // Sums of channel `channel` over the warps in their order.
-  __device__ __forceinline__ float2 sum_of_warps(const float2* from, int channel) const {
-    const int warps = threads / kWarp;
-    float2 sum = make_float2(0.0f, 0.0f);
+  // Calls visit(pair, warp) with what the warps left of channel `channel`, in their order; zeros of warps that the
+  // block does not have. Several are asked for at a time, without a branch.
+  template <typename Visit>
+  __device__ __forceinline__ void each_warp(const float2* from, int channel, Visit&& visit) const {
+    constexpr int kAtOnce = 8;
 #pragma unroll
-    for (int w = 0; w < kHeldChannelThreads / kWarp; ++w) {
-      if (w >= warps) break;
-      const float2 other = from[w * channels + channel];
-      sum.x += other.x;
-      sum.y += other.y;
+    for (int base = 0; base < kHeldChannelThreads / kWarp; base += kAtOnce) {
+      float2 pair[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const float2 other = from[(base + u) * channels + channel];
+        pair[u] = (base + u) * kWarp < threads ? other : make_float2(0.0f, 0.0f);
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) visit(pair[u], base + u);
     }
-    return sum;
   }
 
   // By all threads: the pairs of the unit's blocks, groups of threads taking parts by turns, for channel threadIdx.x %
@@ -197,13 +197,21 @@ struct HeldPlace {
   }
   // By the steward, behind a barrier: the sum of what the threads of channel `channel` left.
   __device__ __forceinline__ float2 sum_of_groups(const float2* from, int channel) const {
+    constexpr int kAtOnce = 8;
     const int groups = static_cast<int>(blockDim.x) >> channels_log2;
-    float2 sum = from[channel];
-#pragma unroll 16
-    for (int g = 1; g < groups; ++g) {
-      const float2 other = from[g * channels + channel];
-      sum.x += other.x;
-      sum.y += other.y;
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll 1
+    for (int base = 0; base < groups; base += kAtOnce) {
+      float2 other[kAtOnce];
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        other[u] = base + u < groups ? from[(base + u) * channels + channel] : make_float2(0.0f, 0.0f);
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        sum.x += other[u].x;
+        sum.y += other[u].y;
+      }
     }
     return sum;
   }

@@ -38,6 +38,7 @@ enum class InstanceNormPath {
 struct InstanceNormSchedule {
   InstanceNormPath path = InstanceNormPath::kSplit;
   bool vectorized = false;  // accesses of several elements; else one by one
+  int width = 1;            // split, backward in channels_last: elements of an access
   int cluster = 1;          // blocks that share a plane or slab
   int copies_log2 = 0;      // plane in registers: clusters that store one part of the same plane each
   int threads = 256;

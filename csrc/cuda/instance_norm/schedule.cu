@@ -63,6 +63,7 @@ constexpr int64_t kLeastResidentVectors = 256;
 constexpr int64_t kResidentVectors = 4;
 constexpr int64_t kLeastResident = 4 << 20;  // bytes of the tensor, where slabs would do
 constexpr int64_t kMostGridRows = 65535;     // slices in the grid's third dimension
+constexpr int kForwardTiles = 3;             // channels_last in two passes: blocks of a multiprocessor
 constexpr int kSplitThreads = 256;
 constexpr int64_t kSplitShare = kSplitThreads * 8;  // vectors of one NCHW tile
 
@@ -423,7 +424,7 @@ bool schedule_slab(const InstanceNormParams& p, const DeviceFacts& facts, const 
   return true;
 }
 
-void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
+void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape, int at_once,
                     const Overrides& overrides, InstanceNormSchedule& s) {
   const size_t acc = p.dtype == DType::kFloat64 ? 8 : 4;
   s.path = InstanceNormPath::kSplit;
@@ -441,8 +442,8 @@ void schedule_tiles(const InstanceNormParams& p, const DeviceFacts& facts, const
   s.lanes = std::min(lanes_for(vectors), static_cast<int>(128 / shape.vector_bytes));
   const int64_t blocks = p.batch * ceil_div(vectors, s.lanes);
   const int64_t rows = kTileThreads / s.lanes;
-  // Three blocks a multiprocessor, each with at least eight loads a thread.
-  const int64_t wanted = std::max<int64_t>(1, overrides.tuned("tiles", 3 * facts.multiprocessors) / blocks);
+  // As many blocks as are there at once, each with at least eight loads a thread.
+  const int64_t wanted = std::max<int64_t>(1, overrides.tuned("tiles", at_once * facts.multiprocessors) / blocks);
   s.share = std::max(rows * 8, ceil_div(ceil_div(p.pixels, wanted), rows * 4) * rows * 4);
   s.parts = ceil_div(p.pixels, s.share);
   s.workspace_bytes = static_cast<size_t>(2 * p.batch * p.channels * (s.parts + 1)) * acc;
@@ -574,7 +575,7 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
     if (fits) return cudaSuccess;
   }
   if (schedule_few_channels(params, facts, overrides, schedule)) return cudaSuccess;
-  schedule_tiles(params, facts, shape, overrides, schedule);
+  schedule_tiles(params, facts, shape, kForwardTiles, overrides, schedule);
   if (params.channels_last) {
     schedule.name = "instance_norm:cuda:split:channels_last";
     return cudaSuccess;
@@ -628,6 +629,7 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
   const bool aligned = aligned16(params.input) && aligned16(params.residual) && aligned16(params.saved_output) &&
                        aligned16(params.grad_output) && aligned16(params.grad_input) && aligned16(params.grad_residual);
   const Shape shape = shape_of(params, aligned);
+  const int64_t full = 16 / static_cast<int64_t>(size_of(params.dtype));
   const Overrides overrides(kTuneVariable);
   schedule = {};
   schedule.vectorized = shape.vectorized;
@@ -640,7 +642,10 @@ cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& pa
     schedule.name = "instance_norm_backward:cuda:resident";
     return cudaSuccess;
   }
-  schedule_tiles(params, facts, shape, overrides, schedule);
+  Shape wide = shape;
+  if (params.channels_last && shape.vectorized && params.channels % full == 0) wide = {full, 16, true};
+  schedule.width = static_cast<int>(wide.width);
+  schedule_tiles(params, facts, wide, kTileBlocks, overrides, schedule);
   schedule.name = params.channels_last ? "instance_norm_backward:cuda:split:channels_last"
                                        : "instance_norm_backward:cuda:split:nchw";
   return cudaSuccess;
