@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   Acc sum_g[kWidth] = {}, sum_gd[kWidth] = {};
   if (at.active) {
     const auto f = channel_facts<kWidth, Acc>(p, at.n, at.vector);
-    walk_gradients<T, kWidth>(
+    walk_gradients<64, T, kWidth>(
         p, f, at.row, at.count, at.rows, [&](int i) { return at.index(i); },
         [&](int64_t, const Acc(&g)[kWidth], const Acc(&d)[kWidth]) {
 #pragma unroll
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     slope[k] = factors.slope;
     offset[k] = factors.offset;
   }
-  walk_gradients<T, kWidth>(
+  walk_gradients<64, T, kWidth>(
       p, f, at.row, at.count, at.rows, [&](int i) { return at.index(i); },
       [&](int64_t index, const Acc(&g)[kWidth], const Acc(&d)[kWidth]) {
         store_gradients<T, kWidth>(p, index, f.scale, slope, offset, g, d);

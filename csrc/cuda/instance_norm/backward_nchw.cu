@@ -35,7 +35,7 @@ __device__ __forceinline__ PlaneFacts<kWidth, Acc> plane_facts(const InstanceNor
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     reduce_kernel(const __grid_constant__ InstanceNormBackwardParams p, int parts, int share, acc_t<T>* partials) {
   using Acc = acc_t<T>;
   __shared__ Acc scratch[2][kMaxWarps];
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
   const int count = static_cast<int>(min(static_cast<int64_t>(share), vectors - begin));
   const auto f = plane_facts<kWidth, Acc>(p, plane);
   Acc sum_g = 0, sum_gd = 0;
-  walk_gradients<T, kWidth>(
+  walk_gradients<32, T, kWidth>(
       p, f, static_cast<int>(threadIdx.x), count, kThreads, [&](int i) { return plane * vectors + begin + i; },
       [&](int64_t, const Acc(&g)[kWidth], const Acc(&d)[kWidth]) {
         // A vector's own sums first: fewer additions to the long sums, less rounding in them.
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     apply_kernel(const __grid_constant__ InstanceNormBackwardParams p, int parts, int share, const acc_t<T>* partials) {
   using Acc = acc_t<T>;
   wait_for_predecessor();
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t vectors = p.pixels / kWidth;
   const int64_t begin = static_cast<int64_t>(part) * share;
   const int count = static_cast<int>(min(static_cast<int64_t>(share), vectors - begin));
-  walk_gradients<T, kWidth>(
+  walk_gradients<32, T, kWidth>(
       p, f, static_cast<int>(threadIdx.x), count, kThreads, [&](int i) { return plane * vectors + begin + i; },
       [&](int64_t index, const Acc(&g)[kWidth], const Acc(&d)[kWidth]) {
         store_gradients<T, kWidth>(p, index, f.scale, slope, offset, g, d);

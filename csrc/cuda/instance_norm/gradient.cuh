@@ -107,8 +107,9 @@ __device__ __forceinline__ void gradient_before_norm(const InstanceNormBackwardP
 }
 
 // Calls visit(index, g, d) for a thread's vectors begin, begin + step, ... below count of a tile; `index` says where
-// they lie. Several are asked for at a time: one behind the other they left half of the memory's rate unused.
-template <typename T, int kWidth, typename Facts, typename Index, typename Visit>
+// they lie. Several are asked for at a time (kBytesAtOnce of each tensor where the activation is cheap): one behind the
+// other they left half of the memory's rate unused.
+template <int kBytesAtOnce, typename T, int kWidth, typename Facts, typename Index, typename Visit>
 __device__ __forceinline__ void walk_gradients(const InstanceNormBackwardParams& p, const Facts& f, int begin,
                                                int count, int step, Index&& index, Visit&& visit) {
   using V = Vec<T, kWidth>;
@@ -143,9 +144,9 @@ __device__ __forceinline__ void walk_gradients(const InstanceNormBackwardParams&
     }
   };
   if (is_piecewise(p.activation)) {
-    walk.template operator()<(kBytes >= 8 ? 64 / kBytes : 4), true>();
+    walk.template operator()<(kBytes >= 8 ? kBytesAtOnce / kBytes : 4), true>();
   } else {
-    walk.template operator()<1, false>();
+    walk.template operator()<2, false>();
   }
 }
 

@@ -7,7 +7,8 @@
 //                           one read, one write, planes of any size (sm_90+)
 //            channels_last  the same of slices of the channels; all blocks       1      stream_channels_last.cu,
 //                           run at once, or slices that a cluster holds (sm_90+)        cluster_channels.cu
-//   resident channels_last  the whole tensor, in all multiprocessors (sm_90+)     1      resident.cu
+//   held     channels_last  the whole tensor, in all multiprocessors' registers  1      held_channels.cu
+//   resident channels_last  the same in their shared memory (sm_90+)             1      resident.cu
 //   slab     channels_last  a few neighbouring channels of one sample, all       1      slab.cu
 //                           their pixels, in a block or cluster
 //   split    both           nothing: statistics of tiles, then a second pass    2 - 3   split_nchw.cu,
@@ -67,7 +68,7 @@ struct InstanceNormSchedule {
 };
 
 // A pure function of the shape and the device, but for STYLEFORGE_PATH, which tests set: plane takes a cluster of 16
-// where that is not the choice, stream the ring where the tensor allows it, resident holds what it can of
+// where that is not the choice, stream the ring where the tensor allows it, resident and held hold what they can of
 // channels_last, split takes the two passes, ticket the two passes by tickets (NCHW), portable does as on a device
 // without clusters, as do calls without `clusters`.
 cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule,
@@ -76,9 +77,10 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
 cudaError_t launch_instance_norm(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
                                  void* workspace, cudaStream_t stream);
 
-// Backward: one launch in channels_last where the multiprocessors hold input and gradient (backward_resident.cu), else
-// two passes (reduce, apply) in either format, as with STYLEFORGE_PATH=split or portable and without `resident`: a part
-// of a GPU may have no place for all blocks (cudaErrorCooperativeLaunchTooLarge, cudaErrorNotSupported).
+// Backward: one launch in channels_last where the multiprocessors hold input and gradient (backward_held.cu,
+// backward_resident.cu), else two passes (reduce, apply) in either format, as with STYLEFORGE_PATH=split or portable
+// and without `resident`: a part of a GPU may have no place for all blocks (cudaErrorCooperativeLaunchTooLarge,
+// cudaErrorNotSupported).
 cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& params, InstanceNormSchedule& schedule,
                                             bool resident = true);
 cudaError_t launch_instance_norm_backward(const InstanceNormBackwardParams& params,
