@@ -35,7 +35,7 @@ __device__ __forceinline__ PlaneFacts<kWidth, Acc> plane_facts(const InstanceNor
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     reduce_kernel(const __grid_constant__ InstanceNormBackwardParams p, int parts, int share, acc_t<T>* partials) {
   using Acc = acc_t<T>;
   __shared__ Acc scratch[2][kMaxWarps];
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
     apply_kernel(const __grid_constant__ InstanceNormBackwardParams p, int parts, int share, const acc_t<T>* partials) {
   using Acc = acc_t<T>;
   wait_for_predecessor();

@@ -108,7 +108,7 @@ __device__ __forceinline__ void gradient_before_norm(const InstanceNormBackwardP
 
 // Calls visit(index, g, d) for a thread's vectors begin, begin + step, ... below count of a tile; `index` says where
 // they lie. Several are asked for at a time (kBytesAtOnce of each tensor where the activation is cheap): one behind the
-// other they left half of the memory's rate unused.
+// other they left half of the memory's rate unused (8x32x256x256 in half, channels_last, 79 -> 55 us).
 template <int kBytesAtOnce, typename T, int kWidth, typename Facts, typename Index, typename Visit>
 __device__ __forceinline__ void walk_gradients(const InstanceNormBackwardParams& p, const Facts& f, int begin,
                                                int count, int step, Index&& index, Visit&& visit) {

@@ -4,6 +4,10 @@
 //
 // Deviations are taken from one of the values (a thread's first, the first block's mean), and M2 = squares - sum^2 / n:
 // what cancels there is bounded by the number of values, which are few.
+//
+// Measured (H200, half, rotated buffers) against resident.cu: 1x128x128x128 8.7 -> 6.0 us, with a residual 10.9 -> 7.6;
+// 8x128x64x64 11.3 -> 8.2; 8x64x128x128 17.1 -> 14.2, with a residual 26.3 -> 18.6. Loads of the residual before the
+// exchange hide nothing: what they take away is the registers.
 #include <bit>
 
 #include "../common/launch.h"

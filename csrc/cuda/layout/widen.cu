@@ -1,5 +1,6 @@
 // float32 of 16-bit elements, as they lie: the last step of a gradient under autocast. ATen's copy between dtypes reads
-// two bytes at a time: 6.0 us for the four million elements of 1x128x128x128, where memory takes 3.
+// two bytes at a time: 12.6 us for four million elements that the L2 cache has not, and this one 6.5. (11.3 where a
+// thread had eight elements, which it stores in two pieces: a warp then writes halves of sectors.)
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/types.cuh"
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kVectors = 4;  // a thread's
-constexpr int kWidth = 4;    // elements of one: a warp stores whole lines, where 8 would make it two halves of sectors
+constexpr int kWidth = 4;    // elements of one
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) widen_kernel(const T* input, float* output, int64_t count) {
