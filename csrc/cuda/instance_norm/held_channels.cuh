@@ -23,8 +23,8 @@ struct HeldCut {
   float2* pairs;  // [samples, slices, parts, channels of a slice]
 };
 
-// Zeros where there is nothing. Without a branch, so that all that a thread loads is asked for at once; what is read once
-// leaves no trace in the L1 cache.
+// Zeros where there is nothing. Without a branch, so that all that a thread loads is asked for at once; what is read
+// once leaves no trace in the L1 cache.
 __device__ __forceinline__ void load_if(uint4& to, const uint4* from, bool present) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   to = make_uint4(0, 0, 0, 0);
