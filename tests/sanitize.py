@@ -40,6 +40,8 @@ CASES = [
     ("stream", (2, 136, 12, 10)),
     ("resident", (2, 40, 24, 20)),
     ("resident", (1, 8, 32, 32)),
+    ("held", (2, 40, 24, 20)),
+    ("held", (1, 8, 64, 64)),
     ("", (1, 3, 32, 24)),
 ]
 
@@ -296,6 +298,15 @@ def _instance_norms(paths: set[str]) -> None:
                 paths.add(styleforge.last_path())
                 y.backward(torch.randn(shape).to(device, dtype))
                 paths.add(styleforge.last_path())
+                # The derivative from the argument, from the result.
+                for other in (None, residual) if forced == "held" and channels_last else ():
+                    for tune in ("threads=64", "lanes=1,threads=64"):
+                        os.environ["STYLEFORGE_TUNE"] = tune
+                        y = fused_instance_norm(x, weight, weight, activation="relu", residual=other)
+                        paths.add(styleforge.last_path())
+                        y.backward(torch.randn(shape).to(device, dtype))
+                        paths.add(styleforge.last_path())
+                os.environ["STYLEFORGE_TUNE"] = ""
     # The ticket kernel, which is for tensors larger than the cache: forced on a small one.
     os.environ["STYLEFORGE_PATH"] = "ticket"
     os.environ["STYLEFORGE_TUNE"] = "lead=3,tile=256"

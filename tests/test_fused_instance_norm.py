@@ -354,11 +354,14 @@ PATHS: list[tuple[str, str, tuple[int, ...], str]] = [
     ("", "channels_last", (1, 2, 8, 1), "split:few_channels"),
     ("", "channels_last", (2, 16, 8, 7), "slab:block"),
     ("", "channels_last", (2, 13, 5, 7), "slab:block"),
-    ("", "channels_last", (60, 64, 24, 24), "slab:block"),
+    ("plane", "channels_last", (60, 64, 24, 24), "slab:block"),
+    ("", "channels_last", (60, 64, 24, 24), "held"),
     ("", "channels_last", (60, 61, 23, 21), "slab:block"),
-    ("", "channels_last", (2, 64, 64, 64), "slab:cluster"),
+    ("plane", "channels_last", (2, 64, 64, 64), "slab:cluster"),
+    ("", "channels_last", (2, 64, 64, 64), "held"),
     ("", "channels_last", (2, 37, 101, 99), "slab:cluster"),
-    ("", "channels_last", (1, 128, 64, 60), "slab:cluster"),
+    ("plane", "channels_last", (1, 128, 64, 60), "slab:cluster"),
+    ("", "channels_last", (1, 136, 64, 62), "held"),
     ("", "contiguous", (1, 1, 2048, 2048), "split:nchw"),
     ("", "contiguous", (1, 1, 2047, 2049), "split:nchw"),
     ("split", "channels_last", (1, 16, 1024, 512), "split:channels_last"),
@@ -411,7 +414,7 @@ def test_every_cuda_path(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    needs_sm90 = "cluster" in expected or expected.startswith("stream")
+    needs_sm90 = "cluster" in expected or expected.startswith(("stream", "held"))
     if needs_sm90 and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs thread block clusters or bulk copies (compute capability 9.0)")
     _forced(monkeypatch, forced)

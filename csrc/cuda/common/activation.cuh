@@ -107,6 +107,18 @@ __device__ __forceinline__ void activation_backward(Acc (&grad)[kSize], const Ac
   }
 }
 
+template <int kSize, typename Acc>
+__device__ __forceinline__ void activation_backward_piecewise(Acc (&grad)[kSize], const Acc (&pre)[kSize],
+                                                              Activation activation, Acc negative_slope) {
+  if (activation == Activation::kRelu) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) grad[i] = pre[i] <= Acc(0) ? Acc(0) : grad[i];
+  } else if (activation == Activation::kLeakyRelu) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) grad[i] = pre[i] > Acc(0) ? grad[i] : grad[i] * negative_slope;
+  }
+}
+
 // The same from the saved result y = activation(pre), for the activations that allow it.
 template <int kSize, typename Acc>
 __device__ __forceinline__ void activation_backward_from_output(Acc (&grad)[kSize], const Acc (&y)[kSize],

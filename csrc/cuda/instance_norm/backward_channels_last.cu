@@ -1,5 +1,5 @@
-// Backward, channels_last: pass 1 sums g and g * xhat of every channel over tiles of pixels, a small kernel adds a
-// channel's tiles in a fixed order, pass 2 writes the gradients. Tiles as in split_channels_last.cu.
+// Backward, channels_last: pass 1 sums g and g * d (gradient.cuh) of every channel over tiles of pixels, a small kernel
+// adds a channel's tiles in a fixed order, pass 2 writes the gradients. Tiles as in split_channels_last.cu.
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "channel_sums.cuh"
@@ -11,35 +11,35 @@ namespace styleforge::cuda {
 namespace {
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kTileThreads) reduce_kernel(const __grid_constant__ InstanceNormBackwardParams p,
-                                                              int lanes, int tiles, int share, acc_t<T>* partials) {
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
+    reduce_kernel(const __grid_constant__ InstanceNormBackwardParams p, int lanes, int tiles, int share,
+                  acc_t<T>* partials) {
   using Acc = acc_t<T>;
   __shared__ __align__(16) Acc scratch[2][kSumScratch<kWidth>];
   const auto at = channel_tile<kWidth>(p, lanes, tiles, share, blockIdx.x);
   wait_for_predecessor();
   release_successor();
-  Acc sum_g[kWidth] = {}, sum_gx[kWidth] = {};
+  Acc sum_g[kWidth] = {}, sum_gd[kWidth] = {};
   if (at.active) {
     const auto f = channel_facts<kWidth, Acc>(p, at.n, at.vector);
-#pragma unroll 2
-    for (int i = at.row; i < at.count; i += at.rows) {
-      Acc g[kWidth], xhat[kWidth];
-      gradient_before_norm<T, kWidth>(p, at.index(i), f.mean, f.rstd, f.scale, f.shift, g, xhat);
+    walk_gradients<64, T, kWidth>(
+        p, f, at.row, at.count, at.rows, [&](int i) { return at.index(i); },
+        [&](int64_t, const Acc(&g)[kWidth], const Acc(&d)[kWidth]) {
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        sum_g[k] += g[k];
-        sum_gx[k] += g[k] * xhat[k];
-      }
-    }
+          for (int k = 0; k < kWidth; ++k) {
+            sum_g[k] += g[k];
+            sum_gd[k] += g[k] * d[k];
+          }
+        });
   }
   sum_over_rows<kWidth>(sum_g, lanes, scratch[0]);
-  sum_over_rows<kWidth>(sum_gx, lanes, scratch[1]);
+  sum_over_rows<kWidth>(sum_gd, lanes, scratch[1]);
   if (at.active && at.row == 0) {
     Acc* out = partials + (at.n * tiles + at.tile) * 2 * p.channels + static_cast<int64_t>(at.vector) * kWidth;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       out[k] = sum_g[k];
-      out[p.channels + k] = sum_gx[k];
+      out[p.channels + k] = sum_gd[k];
     }
   }
 }
@@ -54,29 +54,29 @@ __global__ void __launch_bounds__(kWarp* kMergeWarps)
   const int64_t c = static_cast<int64_t>(blockIdx.x % blocks_per_sample) * kWarp + threadIdx.x;
   wait_for_predecessor();
   release_successor();
-  Acc sum_g = 0, sum_gx = 0;
+  Acc sum_g = 0, sum_gd = 0;
   if (c < p.channels) {
 #pragma unroll 4
     for (int tile = threadIdx.y; tile < tiles; tile += kMergeWarps) {
       const Acc* in = partials + (n * tiles + tile) * 2 * p.channels + c;
       sum_g += in[0];
-      sum_gx += in[p.channels];
+      sum_gd += in[p.channels];
     }
   }
   groups[0][threadIdx.y][threadIdx.x] = sum_g;
-  groups[1][threadIdx.y][threadIdx.x] = sum_gx;
+  groups[1][threadIdx.y][threadIdx.x] = sum_gd;
   __syncthreads();
   if (threadIdx.y != 0 || c >= p.channels) return;
   for (int g = 1; g < kMergeWarps; ++g) {
     sum_g += groups[0][g][threadIdx.x];
-    sum_gx += groups[1][g][threadIdx.x];
+    sum_gd += groups[1][g][threadIdx.x];
   }
   static_cast<Acc*>(p.grad_bias)[n * p.channels + c] = sum_g;
-  static_cast<Acc*>(p.grad_weight)[n * p.channels + c] = sum_gx;
+  static_cast<Acc*>(p.grad_weight)[n * p.channels + c] = sum_gd * static_cast<const Acc*>(p.rstd)[n * p.channels + c];
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     apply_kernel(const __grid_constant__ InstanceNormBackwardParams p, int lanes, int tiles, int share) {
   using Acc = acc_t<T>;
   const auto at = channel_tile<kWidth>(p, lanes, tiles, share, gridDim.x - 1 - blockIdx.x);
@@ -84,20 +84,20 @@ __global__ void __launch_bounds__(kTileThreads)
   release_successor();
   if (!at.active) return;
   const auto f = channel_facts<kWidth, Acc>(p, at.n, at.vector);
-  Acc factor[kWidth], mean_g[kWidth], mean_gx[kWidth];
+  Acc slope[kWidth], offset[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
     const int64_t c = at.n * p.channels + static_cast<int64_t>(at.vector) * kWidth + k;
-    factor[k] = f.rstd[k] * f.scale[k];
-    mean_g[k] = static_cast<const Acc*>(p.grad_bias)[c] / static_cast<Acc>(p.pixels);
-    mean_gx[k] = static_cast<const Acc*>(p.grad_weight)[c] / static_cast<Acc>(p.pixels);
+    const GradientFactors<Acc> factors(f.scale[k], f.rstd[k], static_cast<const Acc*>(p.grad_bias)[c],
+                                       static_cast<const Acc*>(p.grad_weight)[c], p.pixels);
+    slope[k] = factors.slope;
+    offset[k] = factors.offset;
   }
-#pragma unroll 2
-  for (int i = at.row; i < at.count; i += at.rows) {
-    Acc g[kWidth], xhat[kWidth];
-    gradient_before_norm<T, kWidth>(p, at.index(i), f.mean, f.rstd, f.scale, f.shift, g, xhat);
-    store_gradients<T, kWidth>(p, at.index(i), factor, mean_g, mean_gx, g, xhat);
-  }
+  walk_gradients<64, T, kWidth>(
+      p, f, at.row, at.count, at.rows, [&](int i) { return at.index(i); },
+      [&](int64_t index, const Acc(&g)[kWidth], const Acc(&d)[kWidth]) {
+        store_gradients<T, kWidth>(p, index, f.scale, slope, offset, g, d);
+      });
 }
 
 }  // namespace
@@ -111,10 +111,15 @@ cudaError_t launch_backward_channels_last(const InstanceNormBackwardParams& para
   const int lanes = schedule.lanes;
   return switch_dtype(params.dtype, [&]<typename T>() -> cudaError_t {
     auto* partials = static_cast<acc_t<T>*>(workspace);
-    const int64_t vectors = params.channels / (schedule.vectorized ? kChannelWidth<T> : 1);
+    constexpr int kNarrow = kChannelWidth<T>, kWide = kFullWidth<T>;
+    const int64_t vectors = params.channels / schedule.width;
     const auto grid = dim3(static_cast<unsigned>(params.batch * ceil_div(vectors, lanes) * tiles));
-    auto* reduce = schedule.vectorized ? reduce_kernel<T, kChannelWidth<T>> : reduce_kernel<T, 1>;
-    auto* apply = schedule.vectorized ? apply_kernel<T, kChannelWidth<T>> : apply_kernel<T, 1>;
+    auto* reduce = schedule.width == kWide     ? reduce_kernel<T, kWide>
+                   : schedule.width == kNarrow ? reduce_kernel<T, kNarrow>
+                                               : reduce_kernel<T, 1>;
+    auto* apply = schedule.width == kWide     ? apply_kernel<T, kWide>
+                  : schedule.width == kNarrow ? apply_kernel<T, kNarrow>
+                                              : apply_kernel<T, 1>;
     if (const auto error =
             launch(reduce, grid, dim3(kTileThreads), 0, 1, facts, stream, params, lanes, tiles, share, partials))
       return error;

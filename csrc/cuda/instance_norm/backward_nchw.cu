@@ -1,5 +1,5 @@
-// Backward, NCHW: pass 1 sums g and g * xhat over tiles of a plane, pass 2 adds a plane's tiles in a fixed order and
-// writes the gradients, last tile first (the L2 cache still holds what pass 1 read last).
+// Backward, NCHW: pass 1 sums g and g * d (gradient.cuh) over tiles of a plane, pass 2 adds a plane's tiles in a fixed
+// order and writes the gradients, last tile first (the L2 cache still holds what pass 1 read last).
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/reduce.cuh"
@@ -22,7 +22,7 @@ __device__ __forceinline__ PlaneFacts<kWidth, Acc> plane_facts(const InstanceNor
   const int64_t param = plane / p.channels * p.param_batch_stride + plane % p.channels;
   const Acc mean = static_cast<const Acc*>(p.mean)[plane];
   const Acc rstd = static_cast<const Acc*>(p.rstd)[plane];
-  const Acc scale = load_param(p.weight, p.param_dtype, param, Acc(1));
+  const Acc scale = rstd * load_param(p.weight, p.param_dtype, param, Acc(1));
   const Acc shift = load_param(p.bias, p.param_dtype, param, Acc(0));
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
@@ -35,7 +35,7 @@ __device__ __forceinline__ PlaneFacts<kWidth, Acc> plane_facts(const InstanceNor
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     reduce_kernel(const __grid_constant__ InstanceNormBackwardParams p, int parts, int share, acc_t<T>* partials) {
   using Acc = acc_t<T>;
   __shared__ Acc scratch[2][kMaxWarps];
@@ -47,31 +47,30 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t begin = static_cast<int64_t>(part) * share;
   const int count = static_cast<int>(min(static_cast<int64_t>(share), vectors - begin));
   const auto f = plane_facts<kWidth, Acc>(p, plane);
-  Acc sum_g = 0, sum_gx = 0;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    Acc g[kWidth], xhat[kWidth];
-    gradient_before_norm<T, kWidth>(p, plane * vectors + begin + i, f.mean, f.rstd, f.scale, f.shift, g, xhat);
-    // A vector's own sums first: fewer additions to the long sums, less rounding in them.
-    Acc vector_g = 0, vector_gx = 0;
+  Acc sum_g = 0, sum_gd = 0;
+  walk_gradients<32, T, kWidth>(
+      p, f, static_cast<int>(threadIdx.x), count, kThreads, [&](int i) { return plane * vectors + begin + i; },
+      [&](int64_t, const Acc(&g)[kWidth], const Acc(&d)[kWidth]) {
+        // A vector's own sums first: fewer additions to the long sums, less rounding in them.
+        Acc vector_g = 0, vector_gd = 0;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      vector_g += g[k];
-      vector_gx += g[k] * xhat[k];
-    }
-    sum_g += vector_g;
-    sum_gx += vector_gx;
-  }
+        for (int k = 0; k < kWidth; ++k) {
+          vector_g += g[k];
+          vector_gd += g[k] * d[k];
+        }
+        sum_g += vector_g;
+        sum_gd += vector_gd;
+      });
   sum_g = block_sum(sum_g, scratch[0]);
-  sum_gx = block_sum(sum_gx, scratch[1]);
+  sum_gd = block_sum(sum_gd, scratch[1]);
   if (threadIdx.x == 0) {
     partials[blockIdx.x * int64_t(2)] = sum_g;
-    partials[blockIdx.x * int64_t(2) + 1] = sum_gx;
+    partials[blockIdx.x * int64_t(2) + 1] = sum_gd;
   }
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
     apply_kernel(const __grid_constant__ InstanceNormBackwardParams p, int parts, int share, const acc_t<T>* partials) {
   using Acc = acc_t<T>;
   wait_for_predecessor();
@@ -80,35 +79,34 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t plane = block / parts;
   const int part = static_cast<int>(block % parts);
   const int lane = threadIdx.x % kWarp;
-  Acc sum_g = 0, sum_gx = 0;
+  Acc sum_g = 0, sum_gd = 0;
   for (int j = lane; j < parts; j += kWarp) {
     sum_g += partials[(plane * parts + j) * 2];
-    sum_gx += partials[(plane * parts + j) * 2 + 1];
+    sum_gd += partials[(plane * parts + j) * 2 + 1];
   }
   sum_g = warp_sum(sum_g);
-  sum_gx = warp_sum(sum_gx);
+  sum_gd = warp_sum(sum_gd);
+  const auto f = plane_facts<kWidth, Acc>(p, plane);
+  const Acc grad_weight = sum_gd * f.rstd[0];
   if (part == 0 && threadIdx.x == 0) {
     static_cast<Acc*>(p.grad_bias)[plane] = sum_g;
-    static_cast<Acc*>(p.grad_weight)[plane] = sum_gx;
+    static_cast<Acc*>(p.grad_weight)[plane] = grad_weight;
   }
-  const auto f = plane_facts<kWidth, Acc>(p, plane);
-  Acc factor[kWidth], mean_g[kWidth], mean_gx[kWidth];
+  const GradientFactors<Acc> factors(f.scale[0], f.rstd[0], sum_g, grad_weight, p.pixels);
+  Acc slope[kWidth], offset[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
-    factor[k] = f.rstd[k] * f.scale[k];
-    mean_g[k] = sum_g / static_cast<Acc>(p.pixels);
-    mean_gx[k] = sum_gx / static_cast<Acc>(p.pixels);
+    slope[k] = factors.slope;
+    offset[k] = factors.offset;
   }
   const int64_t vectors = p.pixels / kWidth;
   const int64_t begin = static_cast<int64_t>(part) * share;
   const int count = static_cast<int>(min(static_cast<int64_t>(share), vectors - begin));
-#pragma unroll 2
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int64_t index = plane * vectors + begin + i;
-    Acc g[kWidth], xhat[kWidth];
-    gradient_before_norm<T, kWidth>(p, index, f.mean, f.rstd, f.scale, f.shift, g, xhat);
-    store_gradients<T, kWidth>(p, index, factor, mean_g, mean_gx, g, xhat);
-  }
+  walk_gradients<32, T, kWidth>(
+      p, f, static_cast<int>(threadIdx.x), count, kThreads, [&](int i) { return plane * vectors + begin + i; },
+      [&](int64_t index, const Acc(&g)[kWidth], const Acc(&d)[kWidth]) {
+        store_gradients<T, kWidth>(p, index, f.scale, slope, offset, g, d);
+      });
 }
 
 }  // namespace

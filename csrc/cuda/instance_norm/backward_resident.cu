@@ -1,6 +1,6 @@
 // Backward, channels_last, one launch, every tensor read once (sm_90+): input and gradient are in the shared memory of
-// the multiprocessors (resident.cuh). The unit's blocks exchange the sums of g and g * xhat of every channel; then
-// every thread has its vectors at hand for the gradient.
+// the multiprocessors (resident.cuh). The unit's blocks exchange the sums of g and g * d (gradient.cuh) of every
+// channel; then every thread has its vectors at hand for the gradient.
 //
 // The two passes of backward_channels_last.cu read both tensors twice and need three launches one behind the other.
 #include "../common/launch.h"
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ __align__(16) float scratch[2][kThreads / kWarp * Place::kMaxChannels];
   __shared__ float2 groups[kThreads];
-  __shared__ float2 total[Place::kMaxChannels];  // a unit's sums of g and g * xhat over its pixels
+  __shared__ float2 total[Place::kMaxChannels];  // a unit's sums of g and g * d over its pixels
   const V* held_x = reinterpret_cast<const V*>(shared);
   const V* held_dy = held_x + cut.share * cut.lanes;
   const Place at(p, cut);
@@ -43,24 +43,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 1. sums
   ChannelFacts<kWidth, float> f = {};
   if (at.active) f = channel_facts<kWidth, float>(p, at.n, at.vector);
-  float sum_g[kWidth] = {}, sum_gx[kWidth] = {};
+  const void* from_further = further_of(p);
+  const auto before_norm = [&](int i, float (&g)[kWidth], float (&d)[kWidth]) {
+    const V further = from_further != nullptr ? load_const<V>(from_further, at.index(i)) : V{};
+    gradient_before_norm<false>(p, f, held_x[i * lanes + at.lane], held_dy[i * lanes + at.lane], further, g, d);
+  };
+  float sum_g[kWidth] = {}, sum_gd[kWidth] = {};
   at.chunks([&](int chunk) {
 #pragma unroll 1
     for (int j = 0; j < at.per_chunk; ++j) {
       const int i = at.row + (chunk * at.per_chunk + j) * at.rows;
       if (i >= at.count) return;
-      float g[kWidth], xhat[kWidth];
-      gradient_before_norm<T, kWidth>(p, at.index(i), held_x[i * lanes + at.lane], held_dy[i * lanes + at.lane], f.mean,
-                                      f.rstd, f.scale, f.shift, g, xhat);
+      float g[kWidth], d[kWidth];
+      before_norm(i, g, d);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         sum_g[k] += g[k];
-        sum_gx[k] += g[k] * xhat[k];
+        sum_gd[k] += g[k] * d[k];
       }
     }
   });
   at.sum_in_warp(sum_g, lanes, scratch[0]);
-  at.sum_in_warp(sum_gx, lanes, scratch[1]);
+  at.sum_in_warp(sum_gd, lanes, scratch[1]);
   if (cut.parts > 1 && threadIdx.x == 0) grid_wait(token);  // before the barrier behind which is published
   __syncthreads();
 
@@ -95,24 +99,25 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int64_t channel = static_cast<int64_t>(at.slice) * at.channels + threadIdx.x;
     if (channel < p.channels) {
       static_cast<float*>(p.grad_bias)[at.n * p.channels + channel] = total[threadIdx.x].x;
-      static_cast<float*>(p.grad_weight)[at.n * p.channels + channel] = total[threadIdx.x].y;
+      static_cast<float*>(p.grad_weight)[at.n * p.channels + channel] =
+          total[threadIdx.x].y * static_cast<const float*>(p.rstd)[at.n * p.channels + channel];
     }
   }
 
   // 3. the gradient
-  float factor[kWidth], mean_g[kWidth], mean_gx[kWidth];
+  float slope[kWidth], offset[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
-    factor[k] = f.rstd[k] * f.scale[k];
-    mean_g[k] = total[at.lane * kWidth + k].x / static_cast<float>(p.pixels);
-    mean_gx[k] = total[at.lane * kWidth + k].y / static_cast<float>(p.pixels);
+    const float2 of = total[at.lane * kWidth + k];
+    const GradientFactors<float> factors(f.scale[k], f.rstd[k], of.x, of.y * f.rstd[k], p.pixels);
+    slope[k] = factors.slope;
+    offset[k] = factors.offset;
   }
 #pragma unroll 1
   for (int i = at.row; i < at.count; i += at.rows) {
-    float g[kWidth], xhat[kWidth];
-    gradient_before_norm<T, kWidth>(p, at.index(i), held_x[i * lanes + at.lane], held_dy[i * lanes + at.lane], f.mean,
-                                    f.rstd, f.scale, f.shift, g, xhat);
-    store_gradients<T, kWidth>(p, at.index(i), factor, mean_g, mean_gx, g, xhat);
+    float g[kWidth], d[kWidth];
+    before_norm(i, g, d);
+    store_gradients<T, kWidth>(p, at.index(i), f.scale, slope, offset, g, d);
   }
 #endif
 }

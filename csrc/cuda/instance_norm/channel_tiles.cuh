@@ -7,6 +7,7 @@
 namespace styleforge::cuda {
 
 constexpr int kTileThreads = 256;
+constexpr int kTileBlocks = 2;  // backward: of a multiprocessor, at the same time
 constexpr int kMergeWarps = 32;
 
 template <int kWidth>

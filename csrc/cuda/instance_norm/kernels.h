@@ -48,6 +48,15 @@ cudaError_t launch_resident(const InstanceNormParams& params, const InstanceNorm
                             cudaStream_t stream);
 cudaError_t launch_backward_resident(const InstanceNormBackwardParams& params, const InstanceNormSchedule& schedule,
                                      void* workspace, cudaStream_t stream);
+// channels_last held in registers, forward and backward: threads of a block that have data, and vectors of each, at
+// most; and where the backward has its input in registers, too, not in shared memory.
+constexpr int kHeldChannelThreads = 512;
+constexpr int kHeldChannelVectors = 16;
+constexpr int kHeldBackwardVectors = 4;
+cudaError_t launch_held_channels(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
+                                 void* workspace, cudaStream_t stream);
+cudaError_t launch_backward_held(const InstanceNormBackwardParams& params, const InstanceNormSchedule& schedule,
+                                 void* workspace, cudaStream_t stream);
 cudaError_t launch_backward_channels_last(const InstanceNormBackwardParams& params,
                                           const InstanceNormSchedule& schedule, void* workspace, cudaStream_t stream);
 

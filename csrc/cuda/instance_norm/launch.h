@@ -7,7 +7,8 @@
 //                           one read, one write, planes of any size (sm_90+)
 //            channels_last  the same of slices of the channels; all blocks       1      stream_channels_last.cu,
 //                           run at once, or slices that a cluster holds (sm_90+)        cluster_channels.cu
-//   resident channels_last  the whole tensor, in all multiprocessors (sm_90+)     1      resident.cu
+//   held     channels_last  the whole tensor, in all multiprocessors' registers  1      held_channels.cu
+//   resident channels_last  the same in their shared memory (sm_90+)             1      resident.cu
 //   slab     channels_last  a few neighbouring channels of one sample, all       1      slab.cu
 //                           their pixels, in a block or cluster
 //   split    both           nothing: statistics of tiles, then a second pass    2 - 3   split_nchw.cu,
@@ -30,13 +31,15 @@ enum class InstanceNormPath {
   kSlab,
   kFewChannels,
   kSplit,
-  kResident
+  kResident,
+  kHeldChannels
 };
 
 // How a call is going to run. `workspace_bytes` of device memory must be given to the launch (16-byte aligned).
 struct InstanceNormSchedule {
   InstanceNormPath path = InstanceNormPath::kSplit;
   bool vectorized = false;  // accesses of several elements; else one by one
+  int width = 1;            // split, backward in channels_last: elements of an access
   int cluster = 1;          // blocks that share a plane or slab
   int copies_log2 = 0;      // plane in registers: clusters that store one part of the same plane each
   int threads = 256;
@@ -52,8 +55,9 @@ struct InstanceNormSchedule {
   int fill = 1;
   bool read_once = false;
   bool stream_stores = false;
-  // stream in channels_last: tiles of a unit that a block keeps, tiles on their way at a time, whether every block
-  // merges the statistics of all channels, and whether the L2 cache is to hold on to what will be read again
+  // stream in channels_last: tiles of a unit that a block keeps (held in registers: vectors that a thread keeps), tiles
+  // on their way at a time, whether every block merges the statistics of all channels, and whether the L2 cache is to
+  // hold on to what will be read again
   int held = 1;
   int ahead = 1;
   bool direct = false;
@@ -64,7 +68,7 @@ struct InstanceNormSchedule {
 };
 
 // A pure function of the shape and the device, but for STYLEFORGE_PATH, which tests set: plane takes a cluster of 16
-// where that is not the choice, stream the ring where the tensor allows it, resident holds what it can of
+// where that is not the choice, stream the ring where the tensor allows it, resident and held hold what they can of
 // channels_last, split takes the two passes, ticket the two passes by tickets (NCHW), portable does as on a device
 // without clusters, as do calls without `clusters`.
 cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule,
@@ -73,9 +77,10 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
 cudaError_t launch_instance_norm(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
                                  void* workspace, cudaStream_t stream);
 
-// Backward: one launch in channels_last where the multiprocessors hold input and gradient (backward_resident.cu), else
-// two passes (reduce, apply) in either format, as with STYLEFORGE_PATH=split or portable and without `resident`: a part
-// of a GPU may have no place for all blocks (cudaErrorCooperativeLaunchTooLarge, cudaErrorNotSupported).
+// Backward: one launch in channels_last where the multiprocessors hold input and gradient (backward_held.cu,
+// backward_resident.cu), else two passes (reduce, apply) in either format, as with STYLEFORGE_PATH=split or portable
+// and without `resident`: a part of a GPU may have no place for all blocks (cudaErrorCooperativeLaunchTooLarge,
+// cudaErrorNotSupported).
 cudaError_t schedule_instance_norm_backward(const InstanceNormBackwardParams& params, InstanceNormSchedule& schedule,
                                             bool resident = true);
 cudaError_t launch_instance_norm_backward(const InstanceNormBackwardParams& params,
