@@ -90,6 +90,8 @@ std::optional<FfnResult> run_whole_ffn(const FfnFacts& args, const FfnPlan& plan
   const auto run_whole = [&]() -> cudaError_t (*)(const cuda::WholeFfnParams&, cudaStream_t) {
     bool supported = false;
     if (dtype == ScalarType::Float) {
+      check_cuda(kOp, cuda::whole_tf32_supported(params, supported));
+      if (supported) return cuda::launch_whole_tf32;
       check_cuda(kOp, cuda::whole_mma_supported(params, supported));
       return supported ? cuda::launch_whole_mma : nullptr;
     }
