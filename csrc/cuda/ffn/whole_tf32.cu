@@ -1,40 +1,29 @@
 // A small float32 feed-forward network in one launch, to float32's accuracy by 3xTF32 on wgmma (sm_90a).
+//
+//   block:    16, 24 or 32 rows, two warpgroups. 64 hidden columns at a time (a turn), transposed: the weights are the
+//             left operand, which comes from registers, the rows the right one, in shared memory in two parts. First
+//             product: each warpgroup half of k; they exchange halves of the sums and activate one half of the columns
+//             each. Second product: each warpgroup half of the outputs
+//   cluster:  the same rows, the hidden width cut up among its blocks. A block adds up some of the outputs: the others
+//             send it theirs (st.async), and nobody waits for anything but those
+//
+// So each weight goes straight from memory to the one lane that needs it and is split once, a row's number once a
+// block. What such sizes cost is latency: of 4.4 us for 1 x 256 x 128 -> 512 (one H200; mma.sync, 32 rows a
+// block: 7.5) 1.1 are a launch behind another; of the 6,400 cycles of the rest (with clock stamps) the rows take 1,400
+// to arrive, to be split and to be there, the products 1,200 each (the units alone 600), exchange and activation 1,300,
+// sums and their way 1,200. Where clusters of eight find room fifteen times, 16 rows a block (sixteen clusters)
+// take 4.9 us. What it needs: registers and shared memory for two blocks a multiprocessor, as the next launch's blocks
+// come while this one's run. No faster: large terms of 32 of k summed in the units (4.4, and 1.3 times the error),
+// parts of rows multiplied one by one (4.6). Much slower: loads that ptxas puts off (4.9).
+#include <algorithm>
+
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
-#include "../common/mma.cuh"
 #include "../common/overrides.h"
-#include "../common/types.cuh"
-#include "../common/wgmma.cuh"
-#include "gelu.cuh"
-#include "launch.h"
+#include "whole_tf32.cuh"
 #include "whole_tile.cuh"
 
 namespace styleforge::cuda {
-namespace small_tf32 {
-
-constexpr int kThreads = 256;
-constexpr int kWidth = 128;   // of input and output, at most
-constexpr int kHidden = 64;   // columns at a time
-constexpr int kMaxParts = 8;  // of a cluster
-
-// Shared memory of a block of kRows rows. Boxes: 32 numbers of k, rows of 128 bytes, swizzled as wgmma reads them.
-template <int kRows>
-struct Shape {
-  static constexpr int kValues = kRows / 4;  // hidden numbers that a thread activates
-  static constexpr int kSums = kRows / 2;    // of a thread
-  static constexpr int kBoxBytes = kRows * 128;
-  static constexpr int kInputBytes = kWidth / 32 * kBoxBytes, kActivatedBytes = kHidden / 32 * kBoxBytes;
-  static constexpr int kSumBytes = kRows * kWidth * 4, kExchangeBytes = kThreads * kValues * 4;
-  static constexpr int kWeightPitch = kHidden * 4 + 32;  // rows that are two apart lie in different halves of the banks
-  static constexpr int kWeightBytes = kWidth * kWeightPitch;
-  static constexpr int kInput = 0, kActivated = 2 * kInputBytes, kSumsAt = kActivated + 2 * kActivatedBytes,
-                       kExchange = kSumsAt + kSumBytes, kWeights = kExchange + kExchangeBytes,
-                       kBytes = kWeights + kWeightBytes;
-  static_assert(kBoxBytes % 1024 == 0, "what the swizzle repeats after");
-};
-
-}  // namespace small_tf32
-
 namespace {
 
 using namespace small_tf32;
@@ -44,144 +33,34 @@ struct Schedule {
   int parts_log2 = 0;
   int rows = 16;  // of a block
   int blocks = 0;
-  int stamp = 0;
+  bool one_turn(const WholeFfnParams& p) const { return ceil_div(p.hidden, kHidden) <= parts; }
 };
 
 #ifdef STYLEFORGE_HAS_WGMMA
 
-using small_ffn::Four;
 using small_ffn::Line;
 using small_ffn::load_wanted;
-using small_ffn::prefetch_bytes;
 
-// D[64 x N] (+)= A[64 x 8] B[N x 8]^T with A in registers, N = 2 kCount.
-__device__ __forceinline__ void wgmma_tf32(float (&d)[8], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %13, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k8.f32.tf32.tf32 {%0, %1, %2, %3, %4, %5, %6, %7}, "
-      "{%8, %9, %10, %11}, %12, p, 1, 1;\n"
-      "}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
-}
-__device__ __forceinline__ void wgmma_tf32(float (&d)[12], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %17, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n24k8.f32.tf32.tf32 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}, "
-      "{%12, %13, %14, %15}, %16, p, 1, 1;\n"
-      "}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-        "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
-}
-__device__ __forceinline__ void wgmma_tf32(float (&d)[16], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  Wgmma<MmaKind::kTF32, 32>::run(d, a, b, accumulate);
-}
-
-// The units cut off what an addition does not fit: so the large term of each step is summed in float32 by itself, and
-// the small ones, where that does not matter, in the units. a: 64 of k, [16 of k][row][4]; b: descriptor of two boxes
-// of the large parts, and how far the small ones are from it.
-template <int kRows, typename Then>
-__device__ __forceinline__ void multiply_64(float (&sum)[kRows / 2], const uint32_t (&a)[4][2][4], uint64_t b,
-                                            uint32_t small_parts, const Then& beside) {
-  constexpr int kCount = kRows / 2;
-  float small[kCount], large[2][kCount];
-#pragma unroll
-  for (int g = 0; g < 4; ++g) {
-    uint32_t hi[2][4], lo[2][4];
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) split_fragment(a[g][r % 2][2 * s + r / 2], hi[s][r], lo[s][r]);
-    }
-    const uint64_t here = b + g / 2 * (Shape<kRows>::kBoxBytes >> 4) + g % 2 * 4;
-    wgmma_fence();
-#pragma unroll
-    for (int s = 0; s < 2; ++s) wgmma_tf32(small, lo[s], here + 2 * s, g > 0 || s > 0);
-#pragma unroll
-    for (int s = 0; s < 2; ++s) wgmma_tf32(small, hi[s], here + (small_parts >> 4) + 2 * s, true);
-    wgmma_commit();
-    if (g > 0) {
-      wgmma_wait<1>();
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) sum[i] = g == 1 && s == 0 ? large[s][i] : sum[i] + large[s][i];
-      }
-      wgmma_fence();
-    }
-#pragma unroll
-    for (int s = 0; s < 2; ++s) wgmma_tf32(large[s], hi[s], here + 2 * s, false);
-    wgmma_commit();
-    beside(g);
-  }
-  wgmma_wait<0>();
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) sum[i] = (sum[i] + large[0][i]) + (large[1][i] + small[i]);
-}
-
-// Where k of a row lies in boxes in shared memory. Of 16 k the fourth ones follow each other: a lane of A's fragments
-// has four neighbours.
-template <int kRows>
-__device__ __forceinline__ int place_in_boxes(int row, int k) {
-  return k / 32 * Shape<kRows>::kBoxBytes + row * 128 + (((k / 16 % 2 * 4 + k % 4) ^ (row % 8)) << 4) + k % 16 / 4 * 4;
-}
-
-// Where the parts of a number that is not finite gave NaN: elements in the plain way (see gemm/finish.cuh). Functions of
-// their own, which keep that code out of the kernel's way. Of a hidden column: rows `row`, `row` + 1 of each tile.
-template <int kRows>
-__device__ __noinline__ void mend_hidden(float (&h)[kRows / 4], const WholeFfnParams& p, int row, int column) {
-#pragma unroll 1
-  for (int i = 0; i < kRows / 4; ++i) {
-    const int r = row + i / 2 * 8 + i % 2;
-    if (!isnan(h[i]) || r >= p.rows || column >= p.hidden) continue;
-    const float* a = static_cast<const float*>(p.input) + r * p.input_stride;
-    const float* b = static_cast<const float*>(p.fc1_weight) + column * p.fc1_stride;
-    float sum = 0;
-    for (int k = 0; k < p.embed && !isnan(sum); ++k) sum = fmaf(a[k], b[k], sum);
-    h[i] = sum;
-  }
-}
-
-// Of two outputs, what the 64 hidden columns in shared memory give them.
-template <int kRows>
-__device__ __noinline__ void mend_outputs(float (&part)[kRows / 2], const WholeFfnParams& p, const unsigned char* hi,
-                                          int first_row, int row, int output, int column) {
-#pragma unroll 1
-  for (int i = 0; i < kRows / 2; ++i) {
-    const int r = row + i / 4 * 8 + i % 2, out = output + i / 2 % 2;
-    if (!isnan(part[i]) || first_row + r >= p.rows || out >= p.out) continue;
-    const float* b = static_cast<const float*>(p.fc2_weight) + out * p.fc2_stride + column;
-    float sum = 0;
-    for (int k = 0; k < min(kHidden, p.hidden - column) && !isnan(sum); ++k) {
-      const unsigned char* at = hi + place_in_boxes<kRows>(r, k);
-      const float high = *reinterpret_cast<const float*>(at);
-      const float low = *reinterpret_cast<const float*>(at + Shape<kRows>::kActivatedBytes);
-      sum = fmaf(isinf(high) ? high : high + low, b[k], sum);
-    }
-    part[i] = sum;
-  }
-}
-
-// As split_fragment, but what is finite stays finite.
-__device__ __forceinline__ void split_finite(float value, float& hi, float& lo) {
-  const uint32_t bits = __float_as_uint(value);
-  constexpr uint32_t kSign = 0x80000000u, kLast = 0x7f7fefffu, kInfinity = 0x7f800000u, kCut = ~0x1fffu;
-  const bool stays = (bits & ~kSign) > kLast && (bits & ~kSign) < kInfinity;
-  hi = __uint_as_float((stays ? bits : bits + 0x1000u) & kCut);
-  lo = value - hi;
-}
-
+// Not moved down to where it is used.
 template <typename P>
 __device__ __forceinline__ void pin(P*& pointer) {
   asm volatile("" : "+l"(pointer));
 }
 __device__ __forceinline__ void pin(uint32_t (&v)[4]) {
   asm volatile("" : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3]));
+}
+
+// As load_wanted, and ptxas, which would have such loads wait until shortly before their use, keeps it where it stands.
+__device__ __forceinline__ void load_now(uint32_t (&v)[4], const void* from, bool wanted) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %5, 0;\n"
+      "@p ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3])
+      : "l"(from), "r"(static_cast<int>(wanted))
+      : "memory");
 }
 
 #endif  // STYLEFORGE_HAS_WGMMA
@@ -209,11 +88,6 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
   const int first_chunk = (all * rank) >> parts_log2;
   const int chunks = kTurns ? ((all * (rank + 1)) >> parts_log2) - first_chunk : 1;
   const int first_column = first_chunk * kHidden;
-  const auto stamp = [&](int i) {
-    if (s.stamp != 0 && lane == 0) {
-      static_cast<unsigned*>(p.product)[(blockIdx.x * 8 + warp) * 16 + i] = static_cast<unsigned>(clock());
-    }
-  };
 
   if (threadIdx.x == 0) {
     mbarrier_init(&merged, 1);
@@ -223,26 +97,10 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
   cluster_arrive_relaxed();  // sums may come
   if (threadIdx.x == 0) mbarrier_arrive_expect(&merged, S::kSumBytes);
 
-  // What this block is going to read, on its way to the L2 cache while the kernel's predecessor runs: a hint, which
-  // sees no values. The clusters share the rows of the weights.
-  {
-    const int count = min(p.hidden - first_column, chunks * kHidden);
-    if (warp == 0) {
-      for (int row = tile + lane * tiles; row < count; row += 32 * tiles) {
-        prefetch_bytes(static_cast<const float*>(p.fc1_weight) + (first_column + row) * p.fc1_stride, p.embed * 4);
-      }
-    } else if (warp == 1) {
-      for (int row = tile + lane * tiles; row < p.out; row += 32 * tiles) {
-        prefetch_bytes(static_cast<const float*>(p.fc2_weight) + row * p.fc2_stride + first_column, count * 4);
-      }
-    } else if (warp == 2) {
-      const int end = min(p.rows - first_row, kRows);
-      for (int row = rank + lane * parts; row < end; row += 32 * parts) {
-        prefetch_bytes(static_cast<const float*>(p.input) + (first_row + row) * p.input_stride, p.embed * 4);
-      }
-    }
-    __syncwarp();
-  }
+  const struct {
+    int unit, warp, lane, rank, tile, tiles, first_row, first_chunk, chunks;
+  } at{0, warp, lane, rank, tile, tiles, first_row, first_chunk, chunks};
+  small_ffn::prefetch<float>(p, at, parts, kRows);
 
   // The first product: this warp has hidden columns own + 0 and own + 2 of a turn's, half of k.
   const int own = warp % 4 * 16 + quad / 2 * 4 + quad % 2, k = group * 64 + place * 4;
@@ -253,12 +111,13 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
   bool x_here[kTiles];
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
-    const int index = 4 * i + warp % 4, row = index / 2 * 4 + lane / 8, column = group * 64 + index % 2 * 32 + lane % 8 * 4;
+    const int index = 4 * i + warp % 4, row = index / 2 * 4 + lane / 8,
+              column = group * 64 + index % 2 * 32 + lane % 8 * 4;
     x_here[i] = first_row + row < p.rows && column < p.embed;
     x_at[i] = static_cast<const float*>(p.input) + (x_here[i] ? (first_row + row) * p.input_stride + column : 0);
     // Its four numbers go to neighbouring pieces of 16 bytes; the swizzle flips bits 4 to 6 of them.
-    x_to[i] = base_at + S::kInput + (group * 2 + index % 2) * S::kBoxBytes + row * 128 + ((lane % 8 / 4 * 4 ^ row % 8) << 4) +
-              lane % 4 * 4;
+    x_to[i] = base_at + S::kInput + (group * 2 + index % 2) * S::kBoxBytes + row * 128 +
+              ((lane % 8 / 4 * 4 ^ row % 8) << 4) + lane % 4 * 4;
   }
   uint32_t first[4][2][4] = {};
   const float* first_at[2];
@@ -273,14 +132,15 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
 #pragma unroll
     for (int g = 0; g < 4; ++g) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) load_wanted(first[g][h], first_at[h] + 16 * g, 16 * g < p.embed - k);
+      for (int h = 0; h < 2; ++h) load_now(first[g][h], first_at[h] + 16 * g, 16 * g < p.embed - k);
     }
   };
   // The second weights, by all threads: a row of 256 bytes is 16 threads'.
   const int copy_column = threadIdx.x % 16 * 4, copy_rows = p.out - static_cast<int>(threadIdx.x) / 16;
   const uint32_t copy_to = base_at + S::kWeights + threadIdx.x / 16 * S::kWeightPitch + copy_column * 4;
   const float* second_at = static_cast<const float*>(p.fc2_weight) +
-                           min(static_cast<int>(threadIdx.x) / 16, p.out - 1) * p.fc2_stride + first_column + copy_column;
+                           min(static_cast<int>(threadIdx.x) / 16, p.out - 1) * p.fc2_stride + first_column +
+                           copy_column;
   const int64_t copy_step = 16 * p.fc2_stride;
   const auto copy_second = [&](int chunk) {
     const bool valid = first_column + chunk * kHidden + copy_column < p.hidden;
@@ -305,9 +165,7 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
     pin(first[g][0]);
     pin(first[g][1]);
   }
-  stamp(0);
   wait_for_predecessor();
-  stamp(1);
   release_successor();
 
 #pragma unroll
@@ -327,25 +185,22 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
       split_fragment(x[i].word[j], hi, lo);
       const uint32_t to = x_to[i] ^ (j << 4);
       asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(hi) : "memory");
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + S::kInputBytes), "r"(lo) : "memory");
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + S::kPartBytes), "r"(lo) : "memory");
     }
   }
-  stamp(2);
   fence_async_shared();
   if (group == 0) {
     named_barrier(1, 128);
   } else {
     named_barrier(2, 128);
   }
-  stamp(3);
 
   const uint64_t input_boxes = wgmma_descriptor(base_at + S::kInput + group * 2 * S::kBoxBytes);
   const uint64_t activated_boxes = wgmma_descriptor(base_at + S::kActivated);
   const uint32_t activated_to = base_at + S::kActivated + warp % 4 / 2 * S::kBoxBytes + place * 2 * 128 +
                                 (((warp % 2 * 4 + quad % 2 + 2 * group) ^ (2 * place)) << 4) + quad / 2 * 4;
   float2* const exchange = reinterpret_cast<float2*>(base + S::kExchange);
-  const uint32_t fragments_at =
-      base_at + S::kWeights + (warp * 16 + 2 * quad) * S::kWeightPitch + place * 16;
+  const uint32_t fragments_at = base_at + S::kWeights + (warp * 16 + 2 * quad) * S::kWeightPitch + place * 16;
   // 16 outputs of all rows are a group, a warp's; of a group, eight rows are a piece. The blocks of the cluster have as
   // many groups each.
   const int own_log2 = 3 - parts_log2;
@@ -359,7 +214,8 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
     Added v;
     const int c = column_of(piece);
     if (piece >= pieces || c >= p.out) return v;
-    if (p.fc2_bias != nullptr) v.bias = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(p.fc2_bias) + c));
+    if (p.fc2_bias != nullptr)
+      v.bias = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(p.fc2_bias) + c));
     if (p.residual != nullptr) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -371,46 +227,48 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
     }
     return v;
   };
-  Added next;
+  const auto fetch_first = [&](int g, uint32_t (&a)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) a[i / 4][i % 4] = first[g][i / 4][i % 4];
+  };
+  const auto load_second = [&](int g, uint32_t (&a)[2][4]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(a[h][0]), "=r"(a[h][1]), "=r"(a[h][2]), "=r"(a[h][3])
+                   : "r"(fragments_at + h * S::kWeightPitch + g * 64)
+                   : "memory");
+    }
+  };
+  const bool never = p.rows < 0;  // see multiply_64
   float total[S::kSums];
   for (int chunk = 0;;) {  // there is one at least
     const int column = first_column + chunk * kHidden, own_column = column + own + 2 * group;
     float part[S::kSums];
-    multiply_64<kRows>(part, first, input_boxes, S::kInputBytes, [&](int granule) {
+    multiply_64<kRows>(part, fetch_first, input_boxes, never, [&](int granule) {
       if (granule == 0) copy_second(chunk);
       if (granule == 1 && chunk == 0) {
         __syncwarp();
         cluster_wait();
       }
     });
-    stamp(4);
     // Each warpgroup has half of k. It adds up and activates one half of the columns.
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const float2 others = group == 0 ? make_float2(part[4 * i + 2], part[4 * i + 3])
-                                       : make_float2(part[4 * i], part[4 * i + 1]);
+      const float2 others =
+          group == 0 ? make_float2(part[4 * i + 2], part[4 * i + 3]) : make_float2(part[4 * i], part[4 * i + 1]);
       exchange[((1 - group) * kTiles + i) * 128 + threadIdx.x % 128] = others;
     }
     copy_wait<0>();
     __syncthreads();
-    stamp(5);
+    uint32_t ahead[2][4];
+    load_second(0, ahead);
     float h[S::kValues];  // rows 2 place, 2 place + 1 of each tile
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       const float2 others = exchange[(group * kTiles + i) * 128 + threadIdx.x % 128];
       h[2 * i] = (group == 0 ? part[4 * i] : part[4 * i + 2]) + others.x;
       h[2 * i + 1] = (group == 0 ? part[4 * i + 1] : part[4 * i + 3]) + others.y;
-    }
-    uint32_t second[4][2][4];
-#pragma unroll
-    for (int g = 0; g < 4; ++g) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(second[g][r][0]), "=r"(second[g][r][1]), "=r"(second[g][r][2]), "=r"(second[g][r][3])
-                     : "r"(fragments_at + r * S::kWeightPitch + g * 64)
-                     : "memory");
-      }
     }
     float all_of_it = 0;
 #pragma unroll
@@ -423,40 +281,41 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
 #pragma unroll
       for (int i = 0; i < S::kValues; ++i) h[i] = mended[i];
     }
-    if (p.product != nullptr && s.stamp == 0) [[unlikely]] {  // before its bias
+    if (p.product != nullptr) [[unlikely]] {
+      float kept[S::kValues];
 #pragma unroll
-      for (int i = 0; i < S::kValues; ++i) {
-        const int r = first_row + i / 2 * 8 + 2 * place + i % 2;
-        if (r < p.rows && own_column < p.hidden) {
-          static_cast<float*>(p.product)[static_cast<int64_t>(r) * p.hidden + own_column] = h[i];
-        }
-      }
+      for (int i = 0; i < S::kValues; ++i) kept[i] = h[i];
+      keep_hidden<kRows>(kept, p, first_row + 2 * place, own_column);
     }
 #pragma unroll
     for (int i = 0; i < S::kValues; ++i) h[i] += bias;
     if (kTurns && chunk + 1 < chunks) bias = hidden_bias(own_column + kHidden);
-    if (p.activation == FfnActivation::kGelu) {
-#pragma unroll
-      for (int i = 0; i < S::kValues; ++i) h[i] *= normal_distribution<false>(h[i]).cdf;
+    if (p.activation == FfnActivation::kGelu) [[likely]] {
+      gelu_exact(h);
     } else {
       ffn_activate<false>(h, p.activation);
     }
-    stamp(6);
 #pragma unroll
     for (int i = 0; i < S::kValues; ++i) {
-      float hi, lo;
-      // Beyond the hidden width an infinite input would make NaN of the zeros there.
-      split_finite(own_column < p.hidden ? h[i] : 0.0f, hi, lo);
+      uint32_t hi, lo;
+      split_activated(h[i], hi, lo);
       const uint32_t to = (activated_to ^ (i % 2 << 4)) + i / 2 * 1024 + i % 2 * 128;
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(hi) : "memory");
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + S::kActivatedBytes), "f"(lo) : "memory");
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(hi) : "memory");
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + S::kPartBytes), "r"(lo) : "memory");
     }
     fence_async_shared();
     __syncthreads();
-    stamp(7);
-    multiply_64<kRows>(part, second, activated_boxes, S::kActivatedBytes, [&](int granule) {
-      if (granule == 3 && (!kTurns || chunk + 1 == chunks)) next = added(warp);
-    });
+    multiply_64<kRows>(
+        part,
+        [&](int g, uint32_t (&a)[2][4]) {
+          if (g > 0) {
+            load_second(g, a);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) a[i / 4][i % 4] = ahead[i / 4][i % 4];
+          }
+        },
+        activated_boxes, never, [](int) {});
     all_of_it = 0;
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) all_of_it += part[i];
@@ -470,8 +329,8 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
     }
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) total[i] = kTurns && chunk > 0 ? total[i] + part[i] : part[i];
-    stamp(8);
     if (!kTurns || ++chunk == chunks) break;
+    __syncthreads();  // the second weights have been read
     point_first(column + kHidden);
 #pragma unroll
     for (int g = 0; g < 4; ++g) {
@@ -481,7 +340,6 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
     load_first();
   }
 
-  stamp(9);
   {
     const int owner = warp >> own_log2, piece = (warp & ((1 << own_log2) - 1)) * kTiles;
     const uint32_t sums = base_at + S::kSumsAt;
@@ -498,11 +356,15 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
       }
     }
   }
-  stamp(10);
   if (parts == 1) __syncthreads();
   if (warp >= pieces) return;
+  Added next = added(warp);
+  const auto output_of = [&](int piece) {
+    return static_cast<float*>(p.output) + static_cast<int64_t>(row_of(piece, 0)) * p.out + column_of(piece);
+  };
+  float* to = output_of(warp);
+  pin(to);
   if (parts > 1) mbarrier_wait_cluster(shared_address(&merged), 0);
-  stamp(11);
   for (int piece = warp; piece < pieces; piece += kThreads / 32) {
     const Added end = next;
     const float4* from = reinterpret_cast<const float4*>(base + S::kSumsAt) + (piece << parts_log2) * 32 + lane;
@@ -521,16 +383,15 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
       v[2] += one[part].z;
       v[3] += one[part].w;
     }
-    if (column_of(piece) >= p.out) continue;
+    if (column_of(piece) < p.out) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      if (row_of(piece, e) >= p.rows) continue;
-      const float2 result = {v[e] + (end.bias.x + end.residual[e].x), v[2 + e] + (end.bias.y + end.residual[e].y)};
-      *reinterpret_cast<float2*>(static_cast<float*>(p.output) + static_cast<int64_t>(row_of(piece, e)) * p.out +
-                                 column_of(piece)) = result;
+      for (int e = 0; e < 2; ++e) {
+        const float2 result = {v[e] + (end.bias.x + end.residual[e].x), v[2 + e] + (end.bias.y + end.residual[e].y)};
+        if (row_of(piece, e) < p.rows) *reinterpret_cast<float2*>(to + e * p.out) = result;
+      }
     }
+    if (piece + kThreads / 32 < pieces) to = output_of(piece + kThreads / 32);
   }
-  stamp(12);
 #endif
 }
 
@@ -540,9 +401,8 @@ cudaError_t launch_rows(const WholeFfnParams& p, const Schedule& s, const Device
     return launch(kernel, dim3(static_cast<unsigned>(s.blocks)), dim3(kThreads),
                   static_cast<size_t>(Shape<kRows>::kBytes + 1024), s.parts, facts, stream, p, s);
   };
-  const bool one_turn = ceil_div(p.hidden, kHidden) <= s.parts;
-  if (one_turn && s.parts_log2 == 3) return go(whole_tf32_kernel<kRows, 3>);
-  if (one_turn && s.parts_log2 == 2) return go(whole_tf32_kernel<kRows, 2>);
+  if (s.one_turn(p) && s.parts_log2 == 3) return go(whole_tf32_kernel<kRows, 3>);
+  if (s.one_turn(p) && s.parts_log2 == 2) return go(whole_tf32_kernel<kRows, 2>);
   return go(whole_tf32_kernel<kRows, -1>);
 }
 
@@ -555,13 +415,29 @@ Schedule schedule(const WholeFfnParams& p, const Overrides& overrides, const Dev
     s.parts *= 2;
     ++s.parts_log2;
   }
-  // Clusters of four and eight find room on ten of eleven multiprocessors.
-  const int64_t room = facts.multiprocessors - facts.multiprocessors / 11;
-  while (s.rows < 32 && ceil_div(p.rows, s.rows) * s.parts > room) s.rows += 8;
+  // Microseconds where each multiprocessor has one block and where it has two (which it never has with several turns):
+  // read off one H200, 64 to 2048 x 128 -> 512. Clusters of four and eight find room on ten of eleven multiprocessors.
+  struct Cost {
+    int rows;
+    float one, two;
+  };
+  constexpr Cost kCosts[] = {{16, 3.8f, 5.1f}, {24, 4.4f, 6.0f}, {32, 5.0f, 7.15f}};
+  const int64_t room = std::max(1, (facts.multiprocessors - facts.multiprocessors / 11) / s.parts);
+  float least = 0;
+  for (const auto& cost : kCosts) {
+    const int64_t clusters = ceil_div(p.rows, cost.rows);
+    const float two = s.one_turn(p) ? cost.two : 2 * cost.one;
+    const int64_t rest = clusters % (2 * room);
+    const float time = static_cast<float>(clusters / (2 * room)) * two + (rest == 0      ? 0
+                                                                          : rest <= room ? cost.one
+                                                                                         : two);
+    if (least != 0 && time >= least) continue;
+    least = time;
+    s.rows = cost.rows;
+  }
   s.rows = static_cast<int>(overrides.tuned("rows", s.rows));
   s.rows = s.rows <= 16 ? 16 : s.rows <= 24 ? 24 : 32;
   s.blocks = static_cast<int>(ceil_div(p.rows, s.rows)) * s.parts;
-  s.stamp = static_cast<int>(overrides.tuned("stamp", 0));
   return s;
 }
 
@@ -573,12 +449,15 @@ cudaError_t whole_tf32_supported(const WholeFfnParams& p, bool& supported) {
   if (const auto error = device_facts(facts)) return error;
   const Overrides overrides("STYLEFORGE_GEMM_TUNE");
   const auto wish = overrides.tuned("one", 0);
-  if (overrides.tuned("mma", 0) != 0) return cudaSuccess;
   if (p.dtype != DType::kFloat32 || !small_ffn::small_ffn_takes(p, kWidth, wish, overrides, facts)) return cudaSuccess;
-  constexpr int kFewestRows = 64, kShortestSum = 64;
+  if (facts.max_shared_per_block < Shape<32>::kBytes + 1024) return cudaSuccess;
+  // With more rows than these, products one by one are faster, and with fewer ones cuBLAS more accurate: read off one
+  // H200. Short sums of float32 are hard to beat in accuracy.
+  constexpr int kFewestRows = 64, kMostRows = 4096, kMostInTurns = 512, kShortestSum = 64;
   const auto s = schedule(p, overrides, facts);
-  supported = wish == 2 || (p.rows >= kFewestRows && p.embed >= kShortestSum && p.hidden >= kShortestSum &&
-                            s.blocks <= facts.multiprocessors && ceil_div(p.hidden, kHidden) <= 2 * s.parts);
+  supported =
+      wish == 2 || (p.rows >= kFewestRows && p.rows <= (s.one_turn(p) ? kMostRows : kMostInTurns) &&
+                    p.embed >= kShortestSum && p.hidden >= kShortestSum && ceil_div(p.hidden, kHidden) <= 2 * s.parts);
   return cudaSuccess;
 }
 
