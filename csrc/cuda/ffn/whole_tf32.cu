@@ -406,7 +406,8 @@ cudaError_t launch_rows(const WholeFfnParams& p, const Schedule& s, const Device
   return go(whole_tf32_kernel<kRows, -1>);
 }
 
-// STYLEFORGE_GEMM_TUNE="one=1,parts=4,rows=16" (one: 1 never, 2 always; not where "small" asks for others)
+// STYLEFORGE_GEMM_TUNE="one=1,parts=4,rows=16" (one: 1 never, 2 always; not where "small" or "wide" asks for
+// others)
 Schedule schedule(const WholeFfnParams& p, const Overrides& overrides, const DeviceFacts& facts) {
   Schedule s;
   const int64_t all = ceil_div(p.hidden, kHidden);
@@ -449,6 +450,7 @@ cudaError_t whole_tf32_supported(const WholeFfnParams& p, bool& supported) {
   if (const auto error = device_facts(facts)) return error;
   const Overrides overrides("STYLEFORGE_GEMM_TUNE");
   const auto wish = overrides.tuned("one", 0);
+  if (wish == 0 && overrides.tuned("wide", 0) != 0) return cudaSuccess;
   if (p.dtype != DType::kFloat32 || !small_ffn::small_ffn_takes(p, kWidth, wish, overrides, facts)) return cudaSuccess;
   if (facts.max_shared_per_block < Shape<32>::kBytes + 1024) return cudaSuccess;
   // With more rows than these, products one by one are faster, and with fewer ones cuBLAS more accurate: read off one
