@@ -240,12 +240,11 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
                    : "memory");
     }
   };
-  const bool never = p.rows < 0;  // see multiply_64
   float total[S::kSums];
   for (int chunk = 0;;) {  // there is one at least
     const int column = first_column + chunk * kHidden, own_column = column + own + 2 * group;
     float part[S::kSums];
-    multiply_64<kRows>(part, fetch_first, input_boxes, never, [&](int granule) {
+    multiply_64<kRows>(part, fetch_first, input_boxes, [&](int granule) {
       if (granule == 0) copy_second(chunk);
       if (granule == 1 && chunk == 0) {
         __syncwarp();
@@ -315,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, kCut < 0 ? 1 : 2)
             for (int i = 0; i < 8; ++i) a[i / 4][i % 4] = ahead[i / 4][i % 4];
           }
         },
-        activated_boxes, never, [](int) {});
+        activated_boxes, [](int) {});
     all_of_it = 0;
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) all_of_it += part[i];

@@ -57,68 +57,54 @@ __device__ __forceinline__ void multiply_8(float (&d)[12], const uint32_t (&a)[4
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
 }
-__device__ __forceinline__ void multiply_8(float (&d)[24], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %29, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n48k8.f32.tf32.tf32 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23}, "
-      "{%24, %25, %26, %27}, %28, p, 1, 1;\n"
-      "}\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
-}
 // clang-format on
 __device__ __forceinline__ void multiply_8(float (&d)[16], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   Wgmma<MmaKind::kTF32, 32>::run(d, a, b, accumulate);
 }
-__device__ __forceinline__ void multiply_8(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  Wgmma<MmaKind::kTF32, 64>::run(d, a, b, accumulate);
-}
 
 // sum = A X^T over 64 of k, 16 (a granule) at a time. `fetch` gives a granule's rows of A; x: descriptor of the first
-// of two boxes. The units cut off what an addition does not fit: so they sum the large terms of a granule, apart from
-// the small ones, and what is left is summed in float32. `never`: false, but not to be known at compile time: where
-// ptxas (13.0) knows that two products begin anew in the same registers, it can take one for the other and leave it
-// out. `beside`: what is to be done while a granule is multiplied.
+// of two boxes. The units cut off what an addition does not fit: so the large term of each step is summed in float32 by
+// itself, and the small ones, where that does not matter, in the units, while the large ones before them are added.
+// `beside`: what is to be done while a granule is multiplied. (Where two granules' sums were read from the same
+// registers before and after a wait that left the small terms running, ptxas 13.0 took the one for the other.)
 template <int kRows, typename Fetch, typename Beside>
-__device__ __forceinline__ void multiply_64(float (&sum)[kRows / 2], const Fetch& fetch, uint64_t x, bool never,
+__device__ __forceinline__ void multiply_64(float (&sum)[kRows / 2], const Fetch& fetch, uint64_t x,
                                             const Beside& beside) {
   constexpr int kCount = kRows / 2;
-  constexpr bool kTight = kRows > 24;  // in registers: a granule's are needed by the next one
-  float d[kRows], small[kCount];       // d: the large parts of a with the large parts of x, then with the small ones
-  const auto add = [&](bool first) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) sum[i] = first ? d[i] + d[kCount + i] : sum[i] + (d[i] + d[kCount + i]);
-  };
+  float small[kCount], large[2][kCount];
 #pragma unroll
   for (int g = 0; g < 4; ++g) {
     uint32_t a[2][4], hi[2][4], lo[2][4];
     fetch(g, a);
-    if (kTight && g > 0) wgmma_wait<0>();
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) split_fragment(a[r % 2][2 * s + r / 2], hi[s][r], lo[s][r]);
     }
-    if (g > 0) {
-      if (!kTight) wgmma_wait<1>();  // all but the small parts of a
-      add(g == 1);
-    }
     const uint64_t here = x + g / 2 * (Shape<kRows>::kBoxBytes >> 4) + g % 2 * 4;
     wgmma_fence();
 #pragma unroll
-    for (int s = 0; s < 2; ++s) multiply_8(d, hi[s], here + 2 * s, s > 0 || never);
-    wgmma_commit();
+    for (int s = 0; s < 2; ++s) multiply_8(small, lo[s], here + 2 * s, g > 0 || s > 0);
 #pragma unroll
-    for (int s = 0; s < 2; ++s) multiply_8(small, lo[s], here + 2 * s, g > 0 || s > 0 || never);
+    for (int s = 0; s < 2; ++s) multiply_8(small, hi[s], here + (Shape<kRows>::kPartBytes >> 4) + 2 * s, true);
+    wgmma_commit();
+    if (g > 0) {
+      wgmma_wait<1>();
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) sum[i] = g == 1 && s == 0 ? large[s][i] : sum[i] + large[s][i];
+      }
+      wgmma_fence();
+    }
+#pragma unroll
+    for (int s = 0; s < 2; ++s) multiply_8(large[s], hi[s], here + 2 * s, false);
     wgmma_commit();
     beside(g);
   }
   wgmma_wait<0>();
-  add(false);
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) sum[i] += small[i];
+  for (int i = 0; i < kCount; ++i) sum[i] = (sum[i] + large[0][i]) + (large[1][i] + small[i]);
 }
 
 // Where k of a row lies in boxes in shared memory. Of 16 k the fourth ones follow each other: a lane of A's fragments
