@@ -8,13 +8,13 @@
 //             send it theirs (st.async), and nobody waits for anything but those
 //
 // So each weight goes straight from memory to the one lane that needs it and is split once, a row's number once a
-// block. What such sizes cost is latency: of 4.4 us for 1 x 256 x 128 -> 512 (one H200; mma.sync, 32 rows a
-// block: 7.5) 1.1 are a launch behind another; of the 6,400 cycles of the rest (with clock stamps) the rows take 1,400
-// to arrive, to be split and to be there, the products 1,200 each (the units alone 600), exchange and activation 1,300,
-// sums and their way 1,200. Where clusters of eight find room fifteen times, 16 rows a block (sixteen clusters)
-// take 4.9 us. What it needs: registers and shared memory for two blocks a multiprocessor, as the next launch's blocks
-// come while this one's run. No faster: large terms of 32 of k summed in the units (4.4, and 1.3 times the error),
-// parts of rows multiplied one by one (4.6). Much slower: loads that ptxas puts off (4.9).
+// block. What such sizes cost is latency: of 4.5 us for 1 x 256 x 128 -> 512 (one H200; by mma.sync, 32 rows a
+// block: 7.5) 1.2 are a launch behind another; of the 6,400 cycles of the rest (with clock stamps) the rows take 1,400
+// to arrive, to be split and to be there, the products 1,200 each (in the units alone 600), exchange and activation
+// 1,300, sums and their way 1,200. Clusters of eight find room fifteen times: sixteen of them, 16 rows a block,
+// take 5.1 us. A multiprocessor has registers and shared memory for two blocks, as the next launch's come while this
+// one's run. Hardly faster: the large and the small parts of the rows in one wider product, large terms of 32 of k
+// summed in the units (4.4, and 1.3 times the error). Slower: loads of weights that ptxas puts off (4.9).
 #include <algorithm>
 
 #include "../common/cluster.cuh"
