@@ -195,7 +195,8 @@ def _matrix_products(paths: set[str]) -> None:
         "small=2,columns=64",
         "small=2,columns=32,cluster=4",
         "one=2",
-        "one=2,units=2,parts=2",
+        "one=2,rows=16,parts=4",
+        "one=2,rows=32,parts=2",
         "wide=2",
         pieces,
     ):

@@ -1,4 +1,4 @@
-"""Small feed-forward networks in one launch (mma.sync, sm_90): accuracy, cuts, layouts, repetition, choice.
+"""Small feed-forward networks in one launch (sm_90): accuracy, cuts, layouts, repetition, choice.
 
 What 16-bit ones have in common with larger products: test_gemm_half_cuda.py.
 """
@@ -28,6 +28,7 @@ PATHS = {
 }
 DTYPES = pytest.mark.parametrize("dtype", PATHS, ids=str)
 ONE = "one=2"  # STYLEFORGE_GEMM_TUNE: this kernel wherever it can
+ROWS = (16, 24, 32)  # of a block, float32
 
 pytestmark = SM90
 
@@ -107,7 +108,8 @@ def test_random_shapes_and_cuts(part: int, dtype: torch.dtype, force: Callable[.
     for _ in range(25):
         rows, hidden = draw.randint(1, 500), line * draw.randint(1, 600 // line)
         embed, out = (line * draw.randint(1, widest // line) for _ in range(2))
-        force(f"{ONE},parts={draw.choice((1, 2, 4, 8))},units={draw.randint(1, 2)}")
+        cut = f"units={draw.randint(1, 2)}" if dtype != torch.float32 else f"rows={draw.choice(ROWS)}"
+        force(f"{ONE},parts={draw.choice((1, 2, 4, 8))},{cut}")
         x, r = random_matrix(rows, embed, dtype=dtype), random_matrix(rows, out, dtype=dtype)
         w1, b1, w2, b2 = ffn_parameters(embed, hidden, out, dtype)
         parameters = (w1, draw.choice((None, b1)), w2, draw.choice((None, b2)))
@@ -135,6 +137,28 @@ def test_float32_products_are_as_accurate_as_sgemm(kind: str, force: Callable[..
         ours += ((product.double() - exact) / size).pow(2).mean().item()
         theirs += (((a @ b.T).double() - exact) / size).pow(2).mean().item()
     assert ours <= 1.1**2 * theirs, f"{math.sqrt(ours / 4):.3g} against SGEMM's {math.sqrt(theirs / 4):.3g}"
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_gelu_of_the_float32_kernel_over_its_range(rows: int, force: Callable[..., None]) -> None:
+    """As gelu.cuh's, but for what is smaller than normal numbers squared.
+
+    Identity matrices give on what has few digits exactly, and of an activation all but 2^-23.
+    """
+    force(f"{ONE},rows={rows}")
+    eye = torch.eye(64, device="cuda")
+    x = (torch.linspace(-11, 16, 100 * 64 * 64, device="cuda") * 2**12).round().view(-1, 64) / 2**12
+    result = OP(x, eye, None, eye, None).double()
+    assert styleforge.last_path() == PATH
+    exact = torch.nn.functional.gelu(x.double())
+    left = x < 0  # where erf's formula has lost its digits
+    exact[left] = x[left].double() * torch.special.erfc(x[left].double().abs() / math.sqrt(2)) / 2
+    error = (result - exact).abs()
+    assert (error <= 2**-24 * (x.double().abs() + 3 * exact.abs())).all()
+    units = error / torch.ldexp(
+        torch.full_like(exact, 2**-23), torch.frexp(exact.abs().clamp(min=1e-30)).exponent - 1
+    )
+    assert units[~left].max() < 4 and units[left].max() < 12 and units.square().mean().sqrt() < 1.2
 
 
 @DTYPES
@@ -171,7 +195,7 @@ def test_rows_of_any_strides(dtype: torch.dtype, force: Callable[..., None]) -> 
 
 
 @DTYPES
-@pytest.mark.parametrize("cut", ["", ",parts=4,units=2"])
+@pytest.mark.parametrize("cut", ["", ",parts=4,units=2,rows=32"])
 def test_the_same_bits_on_every_call_and_in_a_graph(
     cut: str, dtype: torch.dtype, force: Callable[..., None]
 ) -> None:

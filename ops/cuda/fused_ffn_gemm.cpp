@@ -90,8 +90,8 @@ std::optional<FfnResult> run_whole_ffn(const FfnFacts& args, const FfnPlan& plan
   const auto run_whole = [&]() -> cudaError_t (*)(const cuda::WholeFfnParams&, cudaStream_t) {
     bool supported = false;
     if (dtype == ScalarType::Float) {
-      check_cuda(kOp, cuda::whole_mma_supported(params, supported));
-      return supported ? cuda::launch_whole_mma : nullptr;
+      check_cuda(kOp, cuda::whole_tf32_supported(params, supported));
+      return supported ? cuda::launch_whole_tf32 : nullptr;
     }
     check_cuda(kOp, cuda::whole_registers_supported(params, supported));
     if (supported) return cuda::launch_whole_registers;
@@ -114,7 +114,10 @@ std::optional<FfnResult> run_whole_ffn(const FfnFacts& args, const FfnPlan& plan
 
 std::optional<FfnResult> run_small_ffn(const FfnFacts& args, const FfnPlan& plan, bool keep_hidden) {
   const DType dtype = kernel_dtype(kOp, "input", args.input);
-  if (dtype == DType::kFloat64 || (dtype == DType::kFloat32 && plan.tf32)) return {};
+  if (dtype == DType::kFloat64) return {};
+  // With more rows than these TF32's products one by one are faster; with fewer ones it is given more than it asks for.
+  constexpr int64_t kMostTF32Rows = 1024;
+  if (dtype == DType::kFloat32 && plan.tf32 && plan.rows > kMostTF32Rows) return {};
   if (!narrow(plan.rows) || !narrow(plan.embed) || !narrow(plan.hidden) || !narrow(plan.out)) return {};
   const CudaScope scope(args.input);
   return run_whole_ffn(args, plan, keep_hidden, scope);

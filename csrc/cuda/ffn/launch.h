@@ -33,8 +33,8 @@ cudaError_t whole_ffn_supported(const WholeFfnParams& params, bool& supported);
 cudaError_t launch_whole_ffn(const WholeFfnParams& params, cudaStream_t stream);
 cudaError_t whole_registers_supported(const WholeFfnParams& params, bool& supported);
 cudaError_t launch_whole_registers(const WholeFfnParams& params, cudaStream_t stream);
-cudaError_t whole_mma_supported(const WholeFfnParams& params, bool& supported);
-cudaError_t launch_whole_mma(const WholeFfnParams& params, cudaStream_t stream);
+cudaError_t whole_tf32_supported(const WholeFfnParams& params, bool& supported);
+cudaError_t launch_whole_tf32(const WholeFfnParams& params, cudaStream_t stream);
 
 // output[column] = sum over the rows, of 16-bit numbers; columns a multiple of 8.
 struct ColumnSumsParams {

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kMaxUnits* kUnitThreads, 1)
   cluster_arrive_relaxed();  // sums may come
   if (threadIdx.x % kUnitThreads == 0) mbarrier_arrive_expect(&merged[unit], S::kSumBytes);
 
-  prefetch<T>(p, s, at);
+  prefetch<T>(p, at, s.parts, s.units * kRows);
 
   T* activated = reinterpret_cast<T*>(memory + unit * S::kUnitBytes);                  // twice, by turns
   unsigned char* const sums = memory + unit * S::kUnitBytes + 2 * S::kActivatedBytes;  // [piece][part][lane]
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kMaxUnits* kUnitThreads, 1)
             own[i % 2].word[i / 2] = g * S::kGranule + k < p.embed ? own[i % 2].word[i / 2] : 0;
           }
         }
-        multiply_granule<T>(d, d, own, first[g]);
+        multiply_granule<T>(d, own, first[g]);
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) h[i] += d[i % 4 / 2][i / 4 * 2 + i % 2];
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kMaxUnits* kUnitThreads, 1)
     for (int g = 0; g < S::kSecondGranules; ++g) {
       Line lines[2];
       load_lines(lines, activated + quad * S::kPitch + g * S::kGranule + k, 8 * S::kPitch);
-      multiply_granule<T>(total, total, lines, second[g]);
+      multiply_granule<T>(total, lines, second[g]);
     }
     if (++chunk == chunks) break;
     point_second(column + kHidden);

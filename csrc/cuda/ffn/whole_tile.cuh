@@ -1,5 +1,5 @@
-// What the kernels of small networks in one launch share (whole_mma.cu, whole_registers.cu): who does what, products of
-// pieces in registers, sums on their way through a cluster.
+// Pieces of the kernels of small networks in one launch (whole_registers.cu, and what whole_tf32.cu shares with it):
+// who does what, products of pieces in registers, sums on their way through a cluster.
 #pragma once
 
 #include "../common/cluster.cuh"
@@ -22,14 +22,8 @@ struct SmallFfnSchedule {
   int parts = 1;  // of the hidden width, the blocks of a cluster: a power of two
   int parts_log2 = 0;
   int units = 1;
-  int stages = 1;  // two: more than 64 hidden columns a block
   int blocks = 0;
 };
-
-// Of rows in shared memory: 64 bytes longer than they need to be, so that neighbours lie in different halves of the
-// banks.
-template <typename T, int kNumbers>
-constexpr int kPitch = kNumbers + 64 / static_cast<int>(sizeof(T));
 
 // --- host ---
 
@@ -49,7 +43,6 @@ inline SmallFfnSchedule small_ffn_schedule(const WholeFfnParams& p, const Overri
     ++s.parts_log2;
   }
   s.units = units;
-  s.stages = ceil_div(p.hidden, kHidden) > s.parts ? 2 : 1;
   s.blocks = static_cast<int>(ceil_div(ceil_div(p.rows, kRows), units)) * s.parts;
   return s;
 }
@@ -106,9 +99,7 @@ template <typename T>
 struct Four {
   uint32_t word[sizeof(T)] = {};
   __device__ float operator[](int i) const {
-    if constexpr (sizeof(T) == 4) {
-      return __uint_as_float(word[i]);
-    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
       return __uint_as_float(i % 2 == 0 ? word[i / 2] << 16 : word[i / 2] & 0xffff0000u);
     } else {
       const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&word[i / 2]));
@@ -127,38 +118,16 @@ __device__ __forceinline__ void load_lines(Line (&lines)[2], const T* from, int 
   }
 }
 
-// d[j] += a b[j]^T over a granule of k. a: lines of rows l / 4 and l / 4 + 8 of lane l; b[j]: of row l / 4. float32: in
-// two parts. The units cut off what an addition does not fit: so the large term of each step is summed in float32 by
-// itself, and the small ones, where that does not matter, in the units.
+// d[j] += a b[j]^T over a granule of k. a: lines of rows l / 4 and l / 4 + 8 of lane l; b[j]: of row l / 4.
 template <typename T, int kWide>
-__device__ __forceinline__ void multiply_granule(float (&d)[kWide][4], float (&small)[kWide][4], const Line (&a)[2],
-                                                 const Line (&b)[kWide]) {
+__device__ __forceinline__ void multiply_granule(float (&d)[kWide][4], const Line (&a)[2], const Line (&b)[kWide]) {
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    uint32_t hi[4];
+    uint32_t rows[4];
 #pragma unroll
-    for (int r = 0; r < 4; ++r) hi[r] = a[r % 2].word[2 * s + r / 2];
-    if constexpr (sizeof(T) == 2) {
+    for (int r = 0; r < 4; ++r) rows[r] = a[r % 2].word[2 * s + r / 2];
 #pragma unroll
-      for (int j = 0; j < kWide; ++j) multiply<T>(d[j], hi, b[j].word[2 * s], b[j].word[2 * s + 1], d[j]);
-    } else {
-      uint32_t lo[4];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) split_fragment(hi[r], hi[r], lo[r]);
-#pragma unroll
-      for (int j = 0; j < kWide; ++j) {
-        constexpr float kZero[4] = {};
-        uint32_t b_hi[2], b_lo[2];
-        float large[4];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) split_fragment(b[j].word[2 * s + r], b_hi[r], b_lo[r]);
-        multiply<T>(large, hi, b_hi[0], b_hi[1], kZero);
-        multiply<T>(small[j], lo, b_hi[0], b_hi[1], small[j]);
-        multiply<T>(small[j], hi, b_lo[0], b_lo[1], small[j]);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) d[j][r] += large[r];
-      }
-    }
+    for (int j = 0; j < kWide; ++j) multiply<T>(d[j], rows, b[j].word[2 * s], b[j].word[2 * s + 1], d[j]);
   }
 }
 
@@ -194,10 +163,10 @@ struct Place {
   }
 };
 
-// What this block is going to read, on its way to the L2 cache while the kernel's predecessor runs: a hint, which sees
-// no values. The clusters share the rows of the weights.
-template <typename T>
-__device__ __forceinline__ void prefetch(const WholeFfnParams& p, const SmallFfnSchedule& s, const Place& at) {
+// What this block is going to read, `rows` of the input among it, on its way to the L2 cache while the kernel's
+// predecessor runs: a hint, which sees no values. The clusters share the rows of the weights.
+template <typename T, typename Where>
+__device__ __forceinline__ void prefetch(const WholeFfnParams& p, const Where& at, int parts, int rows) {
   const int column = at.first_chunk * kHidden, count = min(p.hidden - column, at.chunks * kHidden);
   if (at.unit == 0) {
     if (at.warp == 0) {
@@ -209,8 +178,8 @@ __device__ __forceinline__ void prefetch(const WholeFfnParams& p, const SmallFfn
         prefetch_bytes(static_cast<const T*>(p.fc2_weight) + row * p.fc2_stride + column, count * sizeof(T));
       }
     } else if (at.warp == 2) {
-      const int end = min(p.rows - at.first_row, s.units * kRows);
-      for (int row = at.rank + at.lane * s.parts; row < end; row += 32 * s.parts) {
+      const int end = min(p.rows - at.first_row, rows);
+      for (int row = at.rank + at.lane * parts; row < end; row += 32 * parts) {
         prefetch_bytes(static_cast<const T*>(p.input) + (at.first_row + row) * p.input_stride, p.embed * sizeof(T));
       }
     }
