@@ -67,6 +67,8 @@
 namespace styleforge::cuda {
 namespace {
 
+constexpr bool is_beside(int lean) { return lean >= kLeanBeside; }
+
 constexpr int kWarps = 4;    // of a warpgroup
 constexpr int kChunk = 128;  // bytes of input channels
 
@@ -91,22 +93,23 @@ struct KindOf<float> {
 
 #endif  // STYLEFORGE_HAS_WGMMA
 
-template <typename T, int kColumns, int kGroups, bool kSplit, int kShare>
+// kBeside: half of a multiprocessor's registers and shared memory, so that the next kernel's block finds room beside it.
+template <typename T, int kColumns, int kGroups, bool kSplit, int kShare, bool kBeside>
 struct ConvTraits {
   static constexpr int kConsumers = 128 * kGroups;
   // Of the producers: one warp for the weights, then those that bring the input, and those that split weights.
   static constexpr int kLoaders = kSplit ? kWarp : 3 * kWarp;
   static constexpr int kSplitters = kSplit ? 2 * kWarp : 0;
-  static constexpr int kProducers = kWarp + kLoaders + kSplitters;
+  static constexpr int kProducers = kBeside ? 0 : kWarp + kLoaders + kSplitters;
   static constexpr int kThreads = kConsumers + kProducers;
   static constexpr int kOut = kColumns / kShare;  // columns of the result that a block has in the end
   static constexpr int kRows = kWarps * kGroups;  // tile height: a warp has one row of 16 pixels
   static constexpr int kWeightBytes = kColumns * kChunk * (kSplit ? 2 : 1);
   static constexpr int kElements = kChunk / static_cast<int>(sizeof(T));
   // Half a multiprocessor each where the accumulators leave room.
-  static constexpr int kBlocks = kColumns <= 64 && !kSplit && kShare == 1 ? 2 : 1;
+  static constexpr int kBlocks = (kBeside || kColumns <= 64) && !kSplit && kShare == 1 ? 2 : 1;
   // Where the sums and the fragments are more than an even share of the registers, the producers give theirs away.
-  static constexpr bool kMoveRegisters = kGroups == 2;
+  static constexpr bool kMoveRegisters = kGroups == 2 && !kBeside;
   // Of fragments: with a third one, ldmatrix of a tap runs beside the multiplication of the one before, and not between
   // the two; large tiles take long enough to multiply, or have no registers to spare.
   static constexpr int kSets = (kColumns == 32 || kGroups == 1 || kShare > 1) && !kSplit ? 3 : 2;
@@ -129,19 +132,21 @@ struct ConvTraits {
 // kLean: of a resident grid of full tiles, plain convolution to channels_last, activations without transcendental
 // functions: one of tiles.h. 0: any.
 template <typename T, int kColumns, int kGroups, bool kSplit, int kSide, int kShare, int kLean>
-__global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kThreads,
-                                  ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kBlocks)
+__global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShare, is_beside(kLean)>::kThreads,
+                                  ConvTraits<T, kColumns, kGroups, kSplit, kShare, is_beside(kLean)>::kBlocks)
     conv_kernel(const __grid_constant__ ConvParams p, const __grid_constant__ ConvSchedule s,
                 const __grid_constant__ InstanceNormParams norm, const __grid_constant__ CUtensorMap input,
                 const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap weights_lo) {
 #ifdef STYLEFORGE_HAS_WGMMA
-  using Traits = ConvTraits<T, kColumns, kGroups, kSplit, kShare>;
+  using Traits = ConvTraits<T, kColumns, kGroups, kSplit, kShare, is_beside(kLean)>;
+  constexpr bool kBeside = is_beside(kLean);
   constexpr int kElements = Traits::kElements;
   constexpr int kLoaders = Traits::kLoaders;
   constexpr int kOut = Traits::kOut;
   constexpr bool kMmaMoments = kLean > 0 && sizeof(T) == 2;
-  constexpr bool kLeanMerged = kLean == kLeanMerge;
+  constexpr bool kLeanMerged = kLean == kLeanMerge || kLean == kLeanMerge + kLeanBeside;
   static_assert(kLean == 0 || !kSplit);
+  constexpr int kWeightThread = kBeside ? 0 : Traits::kConsumers, kInputThread = kWeightThread + kWarp;
   extern __shared__ unsigned char dynamic[];
   // Swizzled tiles start at multiples of 1024 bytes.
   unsigned char* ring = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
@@ -173,7 +178,10 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   const int multiplied_column =
       (kShare > 1 ? static_cast<int>(blockIdx.y) : static_cast<int>(blockIdx.y) * neighbours + neighbour) * kColumns;
   const int first_column = multiplied_column + rank * kOut;
-  const auto linear_block = [] { return (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x; };
+  // Along x, but those that have no tile.
+  const int blocks_x = static_cast<int>(gridDim.x) - (kLean > 0 ? s.spare : 0);
+  const auto linear_block = [&] { return (blockIdx.z * gridDim.y + blockIdx.y) * blocks_x + blockIdx.x; };
+  [[maybe_unused]] const bool is_spare = kLean > 0 && static_cast<int>(blockIdx.x) >= blocks_x;
   const int begin = block * s.tiles;
   const int end = min(begin + s.tiles, s.entries);
   const auto tile_at = [&](int tile) {
@@ -184,7 +192,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     }
   };
   // Of a sample: entries of moments where the grid is resident.
-  [[maybe_unused]] const int sample_blocks = static_cast<int>(gridDim.x) >> (neighbours - 1);  // neighbours: 1 or 2
+  [[maybe_unused]] const int sample_blocks = blocks_x >> (neighbours - 1);  // neighbours: 1 or 2
   const auto is_resident = [&] {
     if constexpr (kLean > 0) {
       return true;
@@ -204,12 +212,12 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   // One thread brings all: the others must not wait, which would take the consumers' time.
   const bool boxes_only = s.tiles == 1 && takes_boxes();
 
-  if (threadIdx.x == Traits::kConsumers) {
+  if (threadIdx.x == kWeightThread) {
     prefetch_map(&weights);
     prefetch_map(&input);
   }
   if constexpr (kLean > 0) {
-    if (s.prefetch && threadIdx.x == Traits::kConsumers + kWarp) {
+    if (s.prefetch && !is_spare && threadIdx.x == kInputThread) {
 #pragma unroll 1
       for (int chunk = 0; chunk < chunks; ++chunk) {
         if (kShare == 1 && chunk % neighbours != neighbour) continue;
@@ -224,7 +232,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       mbarrier_init(&weight_empty[i], kWarps * kGroups);
     }
     for (int i = 0; i < s.input_stages; ++i) {
-      mbarrier_init(&input_full[i], boxes_only ? 1 : kLoaders);
+      mbarrier_init(&input_full[i], kBeside || boxes_only ? 1 : kLoaders);
       mbarrier_init(&input_empty[i], kWarps * kGroups * 32);
       mbarrier_init(&box_full[i], 1);
     }
@@ -245,58 +253,102 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     const uint32_t to = input_ring + stage * s.halo_bytes;
     const int pixels = s.halo_height * s.halo_width;
     const int channel = first_channel + chunk * kElements;
-    mbarrier_arrive_expect(&input_full[stage], pixels * kChunk);
-    if (kShare > 1 || s.same_input == 1) {
-      load_box(to, &input, channel, left, top, n, &input_full[stage]);
+    uint64_t* there = &input_full[stage];
+    mbarrier_arrive_expect(there, pixels * kChunk);
+    if (kBeside || kShare > 1 || s.same_input == 1) {
+      load_box(to, &input, channel, left, top, n, there);
     } else if (chunk % neighbours == neighbour) {
-      load_box_for((1u << neighbours) - 1, to, &input, channel, left, top, n, &input_full[stage]);
+      load_box_for((1u << neighbours) - 1, to, &input, channel, left, top, n, there);
     }
   };
   if constexpr (kLean > 0) {
+    if (is_spare) {
+      if (threadIdx.x == 0) {
+        const uint32_t token = grid_phase();
+        grid_arrive_unanswered();
+        release_successor();
+        grid_wait(token);
+        const float2* last = p.moments + (n * sample_blocks + sample_blocks - 1) * p.out_channels + multiplied_column;
+        while (!is_there(look(last))) __nanosleep(200);
+      }
+      return;
+    }
     // The first ones before anything else: what the warps do until their loops is half of what a load takes.
-    if (threadIdx.x == Traits::kConsumers + kWarp && takes_boxes()) bring_box(0, 0, left_of(), top_of());
-    if (threadIdx.x == Traits::kConsumers) {
+    if (threadIdx.x == kInputThread && (kBeside || takes_boxes())) bring_box(0, 0, left_of(), top_of());
+    if (threadIdx.x == kWeightThread) {
       mbarrier_arrive_expect(&weight_full[0], Traits::kWeightBytes);
       load_weights(weight_ring, &weights, first_channel, 0, multiplied_column, &weight_full[0]);
     }
     __syncwarp();
   }
 
-  if (warp >= kWarps * kGroups) {
+  [[maybe_unused]] uint32_t token = 0;
+  [[maybe_unused]] const auto put_marks = [&] {
+    if constexpr (kLean > 0) {
+      if (lane == 0) token = grid_phase();
+    }
+    float2* own = p.moments + (static_cast<int64_t>(n) * partials(s) + block) * p.out_channels + first_column;
+    for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) retract(own + c);
+    if (s.merge_apart) {
+      const int slices = p.batch * (p.out_channels / kMergeSlice);  // one after the other in memory
+      const int blocks = blocks_x * gridDim.y * gridDim.z;
+      for (int i = linear_block(); i < slices; i += blocks) {
+        if (lane < kMergeSlice) retract(merged(p, s, 0) + i * kMergeSlice + lane);
+      }
+    }
+    __syncwarp();
+    if constexpr (kLean > 0) {
+      if (lane == 0) grid_arrive_unanswered();
+    } else {
+      if (lane == 0) token = grid_arrive();
+    }
+  };
+  [[maybe_unused]] const auto load_norm = [&] {
+    for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) {
+      const int64_t param = n * norm.param_batch_stride + first_column + c;
+      scales[c] = load_param(norm.weight, norm.param_dtype, param, 1.0f);
+      shifts[c] = load_param(norm.bias, norm.param_dtype, param, 0.0f);
+    }
+  };
+
+  // kBeside: the consumers bring in for themselves. What comes first has a place from the beginning.
+  int fill_stage = 0, fill_tap = 1, fill_channel = first_channel;
+  uint32_t fill_parity = 0;
+  [[maybe_unused]] const auto bring_weights = [&](int stage) {
+    if (fill_tap == taps) {
+      fill_tap = 0;
+      fill_channel += kElements;
+    }
+    if (threadIdx.x == kWeightThread) {
+      mbarrier_arrive_expect(&weight_full[stage], Traits::kWeightBytes);
+      load_weights(weight_ring + stage * Traits::kWeightBytes, &weights, fill_channel, fill_tap, multiplied_column,
+                   &weight_full[stage]);
+    }
+    ++fill_tap;
+  };
+  int fill_left = steps - s.weight_stages;
+  if constexpr (kBeside) {
+    const int ahead = min(steps, s.weight_stages);
+    for (int i = 1; i < ahead; ++i) bring_weights(i);
+    if (threadIdx.x == kInputThread) {
+      for (int chunk = 1; chunk < chunks; ++chunk) bring_box(chunk, chunk, left_of(), top_of());
+    }
+    __syncwarp();
+    release_successor();
+    if (warp == kWarps * kGroups - 1) {
+      put_marks();
+      load_norm();
+      __syncwarp();
+    }
+  }
+
+  if (!kBeside && warp >= kWarps * kGroups) {
     if constexpr (Traits::kMoveRegisters)
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kProducerRegisters));
     const int role = warp - kWarps * kGroups;
     // The last warp puts marks where this block's moments will be, and those that it merges.
     const bool marks = is_resident() && role == Traits::kProducers / kWarp - 1;
     const bool splits = kSplit && !s.split_before && role > 1;
-    uint32_t token = 0;
-    const auto put_marks = [&] {
-      if constexpr (kLean > 0) {
-        if (lane == 0) token = grid_phase();
-      }
-      float2* own = p.moments + (static_cast<int64_t>(n) * partials(s) + block) * p.out_channels + first_column;
-      for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) retract(own + c);
-      if (s.merge_apart) {
-        const int slices = p.batch * (p.out_channels / kMergeSlice);  // one after the other in memory
-        const int blocks = gridDim.x * gridDim.y * gridDim.z;
-        for (int i = linear_block(); i < slices; i += blocks) {
-          if (lane < kMergeSlice) retract(merged(p, s, 0) + i * kMergeSlice + lane);
-        }
-      }
-      __syncwarp();
-      if constexpr (kLean > 0) {
-        if (lane == 0) grid_arrive_unanswered();
-      } else {
-        if (lane == 0) token = grid_arrive();
-      }
-    };
-    const auto load_norm = [&] {
-      for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) {
-        const int64_t param = n * norm.param_batch_stride + first_column + c;
-        scales[c] = load_param(norm.weight, norm.param_dtype, param, 1.0f);
-        shifts[c] = load_param(norm.bias, norm.param_dtype, param, 0.0f);
-      }
-    };
     if (role == 0) {
       if (lane == 0) {
         int stage = 0;
@@ -444,7 +496,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     if constexpr (kLeanMerged) {
       if (marks && s.merge_apart) {
         __syncwarp();  // the marks are there for all lanes
-        const int blocks = gridDim.x * gridDim.y * gridDim.z;
+        const int blocks = blocks_x * gridDim.y * gridDim.z;
 #pragma unroll 1
         for (int i = linear_block(); i < p.batch * p.out_channels; i += blocks) {
           const int of = i / p.out_channels;
@@ -574,6 +626,16 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
 #pragma unroll
         for (int i = 0; i < kColumns / 2; ++i) d[i] = total[i];
       } else {
+        // The place of the weights before those that are being multiplied, once all warps are through with them.
+        [[maybe_unused]] const auto refill = [&] {
+          mbarrier_wait(weight_empty_at + 8 * fill_stage, fill_parity);
+          bring_weights(fill_stage);
+          --fill_left;
+          if (++fill_stage == s.weight_stages) {
+            fill_stage = 0;
+            fill_parity ^= 1;
+          }
+        };
         const auto multiply = [&](uint32_t (&a)[4][4], bool first) {
           const uint64_t b = weight_descriptor.template operator()<kFirstTile>();
           wgmma_fence();
@@ -594,14 +656,14 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
           // Two copies of the taps, one for each role, leave two blocks of 64 columns too few registers: the compiler
           // then waits for every single product (C7512). So a chunk begins anew, with its first fragments in the first
           // set.
-          constexpr bool kAnew = kLean > 0 && kTaps % kSets != 0 && Traits::kBlocks == 2;
+          constexpr bool kAnew = kLean > 0 && kTaps % kSets != 0 && Traits::kBlocks == 2 && !kBeside;
           const auto multiply_chunk = [&]<int kFirst>(int chunk) {
 #pragma unroll
             for (int tap = 0; tap < kTaps; ++tap) {
               multiply(fragments[(kFirst + tap) % kSets], tap == 0 && chunk == 0);
               const int next = tap + kAhead;
               if (next == kTaps) {  // the chunk's last fragments are in registers
-                release_input(input_stage);
+                if constexpr (!kBeside) release_input(input_stage);
                 next_input();
               }
               if (next < kTaps) {
@@ -610,6 +672,9 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
                 if (next == kTaps) wait_for_input();
                 load_tap(fragments[(kFirst + next) % kSets],
                          (next - kTaps) / kSide * halo_width + (next - kTaps) % kSide);
+              }
+              if constexpr (kBeside) {
+                if (fill_left > 0 && (tap > 0 || chunk > 0)) refill();
               }
             }
           };
@@ -729,7 +794,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         if (warp < Moments::kBusy) {
           float2 moments[Moments::kLists];
           Moments::find(own - warp * Traits::kStoreBytes, warp, lane, moments);
-          if (tile + 1 == end) mbarrier_wait(&marked, 0);
+          if (!kBeside && tile + 1 == end) mbarrier_wait(&marked, 0);
           if (Moments::owns(lane)) {
 #pragma unroll
             for (int list = 0; list < Moments::kLists; ++list) give(Moments::column(warp, lane, list), moments[list]);
@@ -799,6 +864,13 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       for (int tile = begin + 1; tile < end; ++tile) run_tile.template operator()<false>(tile);
     }
     if (!is_resident()) return;
+    if constexpr (kBeside) {
+      if (warp == kWarps * kGroups - 1) {
+        if (lane == 0) grid_wait(token);
+        __syncwarp();
+        mbarrier_arrive(&marked);
+      }
+    }
     if constexpr (kLean > 0) mbarrier_wait(&marked, 0);  // every thread, for what comes with it: the norm's parameters
 
     // Behind the last tile's list of moments, which other warps may still read.
@@ -824,7 +896,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     } else {
       if (s.merge_apart) {
         const int slices = p.out_channels / kMergeSlice;
-        const int blocks = gridDim.x * gridDim.y * gridDim.z;
+        const int blocks = blocks_x * gridDim.y * gridDim.z;
         // A block has one slice, or none, but for large batches.
 #pragma unroll 1
         for (int i = linear_block(); i < p.batch * slices; i += blocks) {

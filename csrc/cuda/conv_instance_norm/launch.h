@@ -76,6 +76,10 @@ struct ConvSchedule {
   // cache for the input while the kernel before is still running.
   int lean = 0;
   bool prefetch = false;
+  // resident: half a multiprocessor a block, with the next kernel's blocks beside it; blocks without tiles, along x,
+  // that keep those apart.
+  bool beside = false;
+  int spare = 0;
   // Behind the rings in shared memory: the results of all but a block's last tile, then the moments of its warps. What
   // belongs to the last tile lies over the rings.
   int stash_offset = 0, parts_offset = 0;

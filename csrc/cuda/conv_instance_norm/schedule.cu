@@ -152,6 +152,23 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     s.lean = tuned("lean", apart_or_short ? kLeanMoments : kLeanMerge) % 3;
     // TF32 takes 0.1 to 0.9 us longer with it.
     s.prefetch = s.lean > 0 && tuned("prefetch", element == 2 ? 2 : 1) == 2;
+    const bool can = element == 2 && s.columns == 128 && s.tiles == 1 && p.kernel_h == 3 && p.kernel_w == 3 &&
+                     p.stride_h == 1 && p.stride_w == 1 && p.mode == PaddingMode::kZeros;
+    const int stages = std::min(steps, tuned("weights", 4));
+    if (can && tuned("beside", 1) == 2 && stages * weight_bytes + chunks * s.halo_bytes <= kBesideRings) {
+      s.beside = true;
+      s.lean = kLeanMoments;
+      s.same_input = 1;
+      s.weight_stages = stages;
+      s.input_stages = chunks;
+      s.shared_bytes = kBesideShared;
+    }
+    const auto rows_of_blocks = static_cast<int>(groups / s.share / s.same_input);
+    const int neighbours = s.share * s.same_input;
+    const int used = s.entries / s.tiles * neighbours;
+    if (s.lean > 0 && tuned("spare", 1) == 2 && used * rows_of_blocks <= facts.multiprocessors) {
+      s.spare = facts.multiprocessors / rows_of_blocks / neighbours * neighbours - used;
+    }
   }
   supported = true;
 }
