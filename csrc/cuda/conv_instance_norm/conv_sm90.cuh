@@ -340,6 +340,23 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       load_norm();
       __syncwarp();
     }
+    if (!boxes_only) {
+      // Not from chunk to chunk, between the products, for which the compiler would not have the registers.
+      HaloEdges edges;
+      edges.set(p, s, at, top_of(), left_of());
+      const int outside = edges.outside(s);
+      unsigned char* box = ring + (input_ring - weight_ring);
+#pragma unroll 1
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        mbarrier_wait(&input_full[chunk], 0);
+#pragma unroll 1
+        for (int i = threadIdx.x / 8; i < outside; i += Traits::kThreads / 8) {
+          HaloEdges::copy(box, edges.find(p, s, i), threadIdx.x % 8);
+        }
+        box += s.halo_bytes;
+      }
+      named_barrier(kConsumerBarrier, Traits::kConsumers);
+    }
   }
 
   if (!kBeside && warp >= kWarps * kGroups) {

@@ -153,7 +153,9 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     // TF32 takes 0.1 to 0.9 us longer with it.
     s.prefetch = s.lean > 0 && tuned("prefetch", element == 2 ? 2 : 1) == 2;
     const bool can = element == 2 && s.columns == 128 && s.tiles == 1 && p.kernel_h == 3 && p.kernel_w == 3 &&
-                     p.stride_h == 1 && p.stride_w == 1 && p.mode == PaddingMode::kZeros;
+                     p.stride_h == 1 && p.stride_w == 1 && (p.mode == PaddingMode::kZeros ||
+                      (p.pad_top <= 1 && p.pad_left <= 1 && p.out_height < p.height + p.pad_top &&
+                       p.out_width < p.width + p.pad_left));
     const int stages = std::min(steps, tuned("weights", 4));
     if (can && tuned("beside", 1) == 2 && stages * weight_bytes + chunks * s.halo_bytes <= kBesideRings) {
       s.beside = true;
