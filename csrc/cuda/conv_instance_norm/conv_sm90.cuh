@@ -167,8 +167,8 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   const int taps = p.kernel_h * p.kernel_w;
   // Neighbours in a cluster: the blocks that share a tile, or that have the same input for other columns.
   const int neighbours = kShare > 1 ? kShare : s.same_input;
-  const int block = static_cast<int>(blockIdx.x) / neighbours;
-  const int neighbour = static_cast<int>(blockIdx.x) - block * neighbours;
+  const int block = static_cast<int>(blockIdx.x) >> (neighbours - 1);  // neighbours: 1 or 2
+  const int neighbour = static_cast<int>(blockIdx.x) & (neighbours - 1);
   const int rank = kShare > 1 ? neighbour : 0;
   const bool in_cluster = kShare > 1 || s.same_input > 1;
   const int chunks = (p.in_channels + kElements - 1) / kElements / kShare;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     }
   };
   // Of a sample: entries of moments where the grid is resident.
-  [[maybe_unused]] const int sample_blocks = blocks_x >> (neighbours - 1);  // neighbours: 1 or 2
+  [[maybe_unused]] const int sample_blocks = blocks_x >> (neighbours - 1);
   const auto is_resident = [&] {
     if constexpr (kLean > 0) {
       return true;
@@ -220,18 +220,23 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     if (s.prefetch && !is_spare && threadIdx.x == kInputThread) {
 #pragma unroll 1
       for (int chunk = 0; chunk < chunks; ++chunk) {
-        if (kShare == 1 && chunk % neighbours != neighbour) continue;
+        if (kShare == 1 && (chunk & (neighbours - 1)) != neighbour) continue;
         prefetch_box(&input, first_channel + chunk * kElements, left_of(), top_of(), n);
       }
     }
   }
+  // For as many stages as there could be, two threads side by side: without loops each is one instruction.
   if (threadIdx.x == 0) {
-    for (int i = 0; i < s.weight_stages; ++i) {
+#pragma unroll
+    for (int i = 0; i < kMaxWeightStages; ++i) {
       if constexpr (kSplit) mbarrier_init(&weight_raw[i], 1);
       mbarrier_init(&weight_full[i], kSplit && !s.split_before ? Traits::kSplitters : 1);
       mbarrier_init(&weight_empty[i], kWarps * kGroups);
     }
-    for (int i = 0; i < s.input_stages; ++i) {
+    mbarrier_init_fence();
+  } else if (threadIdx.x == kWarp) {
+#pragma unroll
+    for (int i = 0; i < kMaxInputStages; ++i) {
       mbarrier_init(&input_full[i], kBeside || boxes_only ? 1 : kLoaders);
       mbarrier_init(&input_empty[i], kWarps * kGroups * 32);
       mbarrier_init(&box_full[i], 1);
@@ -257,7 +262,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     mbarrier_arrive_expect(there, pixels * kChunk);
     if (kBeside || kShare > 1 || s.same_input == 1) {
       load_box(to, &input, channel, left, top, n, there);
-    } else if (chunk % neighbours == neighbour) {
+    } else if ((chunk & (neighbours - 1)) == neighbour) {
       load_box_for((1u << neighbours) - 1, to, &input, channel, left, top, n, there);
     }
   };
@@ -482,7 +487,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
             mbarrier_arrive_expect(&input_full[stage], pixels * kChunk);
             if (kShare > 1 || s.same_input == 1) {
               load_box(to, &input, first_channel + chunk * kElements, left, top, n, &input_full[stage]);
-            } else if (chunk % neighbours == neighbour) {
+            } else if ((chunk & (neighbours - 1)) == neighbour) {
               load_box_for((1u << neighbours) - 1, to, &input, chunk * kElements, left, top, n, &input_full[stage]);
             }
           } else if (!boxes_only) {
