@@ -136,7 +136,7 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   s.resident_nchw = s.resident && p.phases == 1 && (s.columns < 128 || one_pass);
   // Blocks with other columns of the same tile bring its input for each other, where all of it has a place of its own:
   // 0.3 us of 6 to 9 in 16 bits, but of four chunks 0.2 more. Clusters of two always find room, those of four do not.
-  const bool once = s.resident && s.tiles == 1 && chunks <= std::min(s.input_stages, 2) && all <= facts.multiprocessors;
+  const bool once = s.resident && s.tiles == 1 && chunks <= std::min(s.input_stages, tuned("once", 2)) && all <= facts.multiprocessors;
   if (element == 2 && once && p.out_channels % (2 * s.columns) == 0) s.same_input = std::min(2, tuned("same_input", 2));
   // What the marks take is longer than a short product (1x256x64x64, 1x1: 7.8 instead of 8.5 us).
   s.marks_first = steps <= 9;
