@@ -330,6 +330,17 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     }
   };
 
+  // Of all blocks' moments, by one warp.
+  [[maybe_unused]] const auto merge_channels = [&] {
+    __syncwarp();  // the marks are there for all lanes
+    const int blocks = blocks_x * gridDim.y * gridDim.z;
+#pragma unroll 1
+    for (int i = linear_block(); i < p.batch * p.out_channels; i += blocks) {
+      const int of = i / p.out_channels;
+      merge_channel(p, s, norm, sample_blocks, of, i - of * p.out_channels);
+    }
+  };
+
   // kBeside: the consumers bring in for themselves. What comes first has a place from the beginning.
   int fill_stage = 0, fill_tap = s.weight_stages, fill_channel = first_channel;
   uint32_t fill_parity = 0;
@@ -524,15 +535,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       mbarrier_arrive(&marked);
     }
     if constexpr (kLeanMerged) {
-      if (marks && s.merge_apart) {
-        __syncwarp();  // the marks are there for all lanes
-        const int blocks = blocks_x * gridDim.y * gridDim.z;
-#pragma unroll 1
-        for (int i = linear_block(); i < p.batch * p.out_channels; i += blocks) {
-          const int of = i / p.out_channels;
-          merge_channel(p, s, norm, sample_blocks, of, i - of * p.out_channels);
-        }
-      }
+      if (marks && s.merge_apart) merge_channels();
     }
   } else {
     if constexpr (Traits::kMoveRegisters)
@@ -900,6 +903,9 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         if (lane == 0) grid_wait(token);
         __syncwarp();
         mbarrier_arrive(&marked);
+        if constexpr (kLeanMerged) {
+          if (s.merge_apart) merge_channels();
+        }
       }
     }
     if constexpr (kLean > 0) mbarrier_wait(&marked, 0);  // every thread, for what comes with it: the norm's parameters
@@ -908,6 +914,16 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     float2* sums = reinterpret_cast<float2*>(ring + s.parts_offset) + Traits::kRows * kOut;
     const auto barrier = [] { named_barrier(kConsumerBarrier, Traits::kConsumers); };
     using Out = RowOut<T, kOut>;
+    [[maybe_unused]] const auto write_out = [&](const Out& out, int tile) {
+      const typename Out::Affine affine(statistics, shifts, out.column);
+      if constexpr (sizeof(T) == 2) {
+        if (norm.activation == Activation::kRelu && norm.residual == nullptr) {
+          out.normalize_relu(p, affine, stash(tile));
+          return;
+        }
+      }
+      out.template normalize<false>(p, norm, affine, stash(tile));
+    };
     if constexpr (kLeanMerged) {
       const bool apart = s.merge_apart;
       if (!apart) {
@@ -922,7 +938,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
 #pragma unroll 1
       for (int tile = begin; tile < end; ++tile) {
         const Out out(p, n, first_column, tile_at(tile), warp);
-        out.template normalize<false>(p, norm, typename Out::Affine(statistics, shifts, out.column), stash(tile));
+        write_out(out, tile);
       }
     } else {
       if (s.merge_apart) {
@@ -953,7 +969,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         const ConvTileAt at = tile_at(tile);
         if constexpr (kLean > 0) {
           const Out out(p, n, first_column, at, warp);
-          out.template normalize<false>(p, norm, typename Out::Affine(statistics, shifts, out.column), stash(tile));
+          write_out(out, tile);
         } else {
           if (!norm.output_channels_last) {
             const RowOutNchw<T, kOut> out(p, n, first_column, at, warp);

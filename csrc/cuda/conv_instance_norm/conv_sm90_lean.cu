@@ -34,7 +34,7 @@ cudaError_t launch_kind(const ConvParams& p, const ConvSchedule& s, const Instan
     if (s.columns == 64 && !tall) return launch_tile<T, 64, 1, false, 1, kLean>(p, s, norm, facts, stream);
     if (s.columns == 32 && !tall) return launch_tile<T, 32, 1, false, 1, kLean>(p, s, norm, facts, stream);
   }
-  if constexpr (sizeof(T) == 2 && kLean == kLeanMoments) {
+  if constexpr (sizeof(T) == 2) {
     if (s.beside) return launch_tile<T, 128, 2, false, 1, kLean + kLeanBeside>(p, s, norm, facts, stream);
   }
   if (s.share == 1 && s.columns == 128) return launch_tile<T, 128, 2, false, 1, kLean>(p, s, norm, facts, stream);

@@ -159,7 +159,7 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     const int stages = std::min(steps, tuned("weights", 4));
     if (can && tuned("beside", 1) == 2 && stages * weight_bytes + chunks * s.halo_bytes <= kBesideRings) {
       s.beside = true;
-      s.lean = kLeanMoments;
+      s.lean = tuned("lean", kLeanMoments) == kLeanMerge ? kLeanMerge : kLeanMoments;
       s.same_input = 1;
       s.weight_stages = stages;
       s.input_stages = chunks;
