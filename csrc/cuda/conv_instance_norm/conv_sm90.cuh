@@ -157,6 +157,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   __shared__ uint64_t box_full[kMaxInputStages];                  // boxes whose edges are still to be mended
   __shared__ uint64_t started;                                    // the first input is there
   __shared__ uint64_t marked;                                     // all blocks have put marks where moments will be
+  __shared__ uint64_t own_marked;                                 // and this one
   __shared__ uint64_t weight_raw[kSplit ? kMaxWeightStages : 1];  // weights that are still to be split
   __shared__ uint64_t shared_sums;                                // kShare: what the other block has added up is there
   __shared__ float2 statistics[kOut];                             // mean, rstd * the norm's weight
@@ -242,6 +243,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       mbarrier_init(&box_full[i], 1);
     }
     mbarrier_init(&marked, 32);
+    mbarrier_init(&own_marked, 32);
     mbarrier_init(&started, 1);
     if constexpr (kShare > 1) {
       mbarrier_init(&shared_sums, 1);
@@ -253,8 +255,11 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   if (in_cluster) cluster_arrive_relaxed();
   wait_for_predecessor();
   if (in_cluster) cluster_wait();  // the other blocks' barriers are there
-  [[maybe_unused]] const int first_boxes = kBeside || takes_boxes() ? min(chunks, s.input_stages) : 0;
-  [[maybe_unused]] const int first_weights = min(steps, s.weight_stages);
+  // Of input; kBeside: at the picture's border all are mended before the first product.
+  [[maybe_unused]] const int first_boxes = kBeside && !boxes_only        ? chunks
+                                           : kBeside || takes_boxes() ? min(chunks, s.first_boxes)
+                                                                      : 0;
+  [[maybe_unused]] const int first_weights = kBeside ? min(steps, s.weight_stages) : s.first_weights;
   // kLean: a box of the copy engine, by one thread.
   [[maybe_unused]] const auto bring_box = [&](int stage, int chunk, int left, int top) {
     const uint32_t to = input_ring + stage * s.halo_bytes;
@@ -317,6 +322,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     }
     __syncwarp();
     if constexpr (kLean > 0) {
+      mbarrier_arrive(&own_marked);
       if (lane == 0) grid_arrive_unanswered();
     } else {
       if (lane == 0) token = grid_arrive();
@@ -342,21 +348,21 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   };
 
   // kBeside: the consumers bring in for themselves. What comes first has a place from the beginning.
-  int fill_stage = 0, fill_tap = s.weight_stages, fill_channel = first_channel;
-  uint32_t fill_parity = 0;
-  [[maybe_unused]] const auto bring_weights = [&](int stage) {
+  int fill_stage = 0, fill_tap = s.weight_stages, fill_channel = first_channel, fill_left = steps - s.weight_stages;
+  [[maybe_unused]] const auto bring_weights = [&](bool mine) {
     if (fill_tap == taps) {
       fill_tap = 0;
       fill_channel += kElements;
     }
-    if (threadIdx.x == kWeightThread) {
-      mbarrier_arrive_expect(&weight_full[stage], Traits::kWeightBytes);
-      load_weights(weight_ring + stage * Traits::kWeightBytes, &weights, fill_channel, fill_tap, multiplied_column,
-                   &weight_full[stage]);
+    if (mine) {
+      mbarrier_arrive_expect(&weight_full[fill_stage], Traits::kWeightBytes);
+      load_weights(weight_ring + fill_stage * Traits::kWeightBytes, &weights, fill_channel, fill_tap, multiplied_column,
+                   &weight_full[fill_stage]);
     }
     ++fill_tap;
+    if (++fill_stage == s.weight_stages) fill_stage = 0;
+    --fill_left;
   };
-  int fill_left = steps - s.weight_stages;
   if constexpr (kBeside) {
     release_successor();
     if (warp == kWarps * kGroups - 1) {
@@ -364,7 +370,16 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       load_norm();
       __syncwarp();
     }
-    if (!boxes_only) {
+    if (boxes_only) {
+      // The others once the first is there, which they would be on the way of.
+      if (warp == kInputThread / kWarp && first_boxes < chunks) {
+        mbarrier_wait(&input_full[0], 0);
+        if (lane == 0) {
+          for (int chunk = first_boxes; chunk < chunks; ++chunk) bring_box(chunk, chunk, left_of(), top_of());
+        }
+        __syncwarp();
+      }
+    } else {
       // Not from chunk to chunk, between the products, for which the compiler would not have the registers.
       HaloEdges edges;
       edges.set(p, s, at, top_of(), left_of());
@@ -659,17 +674,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
 #pragma unroll
         for (int i = 0; i < kColumns / 2; ++i) d[i] = total[i];
       } else {
-        // The place of the weights of two groups ago, which all warps should be through with: to wait for those of the
-        // last group would keep the two warpgroups from taking turns (14.2 instead of 10 thousand clocks).
-        [[maybe_unused]] const auto refill = [&] {
-          mbarrier_wait(weight_empty_at + 8 * fill_stage, fill_parity);
-          bring_weights(fill_stage);
-          --fill_left;
-          if (++fill_stage == s.weight_stages) {
-            fill_stage = 0;
-            fill_parity ^= 1;
-          }
-        };
+        [[maybe_unused]] bool comes_last = false;
         const auto multiply = [&](uint32_t (&a)[4][4], bool first) {
           const uint64_t b = weight_descriptor.template operator()<kFirstTile>();
           wgmma_fence();
@@ -677,7 +682,13 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
           for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b + 2 * k, k > 0 || !first);
           wgmma_commit();
           wgmma_wait<1>();  // the group before this one is done with its fragments and its weights
-          if (!first) release_weights(last_stage);
+          if constexpr (kBeside) {
+            // Whoever is the last to let go of a place brings the next weights there; to wait for the others would keep
+            // the two warpgroups from taking turns (14 instead of 10 thousand clocks).
+            if (!first) comes_last = lane == 0 && mbarrier_arrive_is_last(&weight_empty[last_stage]);
+          } else {
+            if (!first) release_weights(last_stage);
+          }
           next_weights();
         };
         if constexpr (kSide > 0) {
@@ -708,7 +719,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
                          (next - kTaps) / kSide * halo_width + (next - kTaps) % kSide);
               }
               if constexpr (kBeside) {
-                if (fill_left > 0 && (tap > 1 || chunk > 0)) refill();
+                if (fill_left > 0 && (tap > 0 || chunk > 0)) bring_weights(comes_last);
               }
             }
           };
@@ -828,7 +839,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         if (warp < Moments::kBusy) {
           float2 moments[Moments::kLists];
           Moments::find(own - warp * Traits::kStoreBytes, warp, lane, moments);
-          if (!kBeside && tile + 1 == end) mbarrier_wait(&marked, 0);
+          if (tile + 1 == end) mbarrier_wait(&own_marked, 0);
           if (Moments::owns(lane)) {
 #pragma unroll
             for (int list = 0; list < Moments::kLists; ++list) give(Moments::column(warp, lane, list), moments[list]);
@@ -837,7 +848,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       } else if constexpr (kLean > 0) {
         float2* parts = list_moments();
         const int column = threadIdx.x;
-        if (tile + 1 == end) mbarrier_wait(&marked, 0);
+        if (tile + 1 == end) mbarrier_wait(&own_marked, 0);
         if (column < kOut) give(column, ListedMoments::merge(parts + column, at));
       } else if (p.moments != nullptr) {
         float2* parts = list_moments();

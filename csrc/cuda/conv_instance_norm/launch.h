@@ -80,6 +80,7 @@ struct ConvSchedule {
   // that keep those apart.
   bool beside = false;
   int spare = 0;
+  int first_boxes = 1, first_weights = 1;  // resident: stages that are asked for before anything else
   // Behind the rings in shared memory: the results of all but a block's last tile, then the moments of its warps. What
   // belongs to the last tile lies over the rings.
   int stash_offset = 0, parts_offset = 0;

@@ -152,6 +152,10 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     s.lean = tuned("lean", apart_or_short ? kLeanMoments : kLeanMerge) % 3;
     // TF32 takes 0.1 to 0.9 us longer with it.
     s.prefetch = s.lean > 0 && tuned("prefetch", element == 2 ? 2 : 1) == 2;
+    // All that has a place at once; large tiles wait for their first weights longer than that spares.
+    const bool large = s.columns == 128 || s.tiles > 1;
+    s.first_boxes = std::min(s.input_stages, tuned("boxes", large ? 1 : s.input_stages));
+    s.first_weights = std::min({s.weight_stages, steps, tuned("ahead", large ? 1 : s.weight_stages)});
     const bool can = element == 2 && s.columns == 128 && s.tiles == 1 && p.kernel_h == 3 && p.kernel_w == 3 &&
                      p.stride_h == 1 && p.stride_w == 1 && (p.mode == PaddingMode::kZeros ||
                       (p.pad_top <= 1 && p.pad_left <= 1 && p.out_height < p.height + p.pad_top &&
