@@ -23,9 +23,10 @@
 // a few channels a block. Nobody waits for the whole grid where it would be on the way: moments say themselves that
 // they are there (common/grid.cuh), and that there are marks in their places is settled beside the multiplications.
 //
-// Where the time goes, 16-bit 1x128x128x128 (14 us, stages stamped with the clock): 1.3 from the end of the kernel
-// before to here, 1.2 to 1.7 until the first tile is there, 5.4 of multiplications (90% of the units' rate), 1.5 for
-// the moments of a tile, 2 until those of all are merged, 1.5 to 1.9 for what follows.
+// Where the time goes, 16-bit 1x128x128x128 by lean kernels (13 us, thousands of clocks, stages stamped): 2.1 from the
+// end of the kernel before on the same multiprocessor to here, 1.3 to the first barrier (2 before it had no division
+// and no loop), 2.7 until the first tile is there (it comes from memory: what starts earlier waits longer), 9.9 of
+// multiplications, 1.3 for the moments of a tile, 4.2 until those of all are merged, 2 to 2.6 for what follows.
 //
 // Few pixels: what counts is how much a block reads before it is done (16-bit 1x64x64x64, 6.7 us in clocks: 2000 until
 // the first input is there, 2500 of nine steps, 1300 for the marks, 950 for the moments of a tile, 2700 until all are
@@ -39,7 +40,9 @@
 // kernel before and the first loads (150 to 250 instructions one after the other, 700 to 1000 clocks), moments need
 // neither shuffles nor lists (mma_moments.cuh: 440 instructions a warp and three barriers before), nobody waits for the
 // marks before there is something to publish, and a merge asks again only for what was not there: what all blocks ask
-// for again and again is 2 to 4 MB a turn, on the way of those that publish (merge_lean.cuh).
+// for again and again is 2 to 4 MB a turn, on the way of those that publish (merge_lean.cuh). A block publishes once
+// its own marks are there; that all blocks' are is for those to know who read. Blocks without a tile (s.spare) stay
+// until moments are there and keep the next kernel's blocks, where two fit a multiprocessor, from its place.
 //
 // kIeee, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo; lo * hi, hi * lo, then hi * hi. The units
 // truncate when they add, so the sum of every 32 numbers moves on to float32 registers. The weights come split, or two
@@ -67,8 +70,6 @@
 namespace styleforge::cuda {
 namespace {
 
-constexpr bool is_beside(int lean) { return lean >= kLeanBeside; }
-
 constexpr int kWarps = 4;    // of a warpgroup
 constexpr int kChunk = 128;  // bytes of input channels
 
@@ -93,23 +94,22 @@ struct KindOf<float> {
 
 #endif  // STYLEFORGE_HAS_WGMMA
 
-// kBeside: half of a multiprocessor's registers and shared memory, so that the next kernel's block finds room beside it.
-template <typename T, int kColumns, int kGroups, bool kSplit, int kShare, bool kBeside>
+template <typename T, int kColumns, int kGroups, bool kSplit, int kShare>
 struct ConvTraits {
   static constexpr int kConsumers = 128 * kGroups;
   // Of the producers: one warp for the weights, then those that bring the input, and those that split weights.
   static constexpr int kLoaders = kSplit ? kWarp : 3 * kWarp;
   static constexpr int kSplitters = kSplit ? 2 * kWarp : 0;
-  static constexpr int kProducers = kBeside ? 0 : kWarp + kLoaders + kSplitters;
+  static constexpr int kProducers = kWarp + kLoaders + kSplitters;
   static constexpr int kThreads = kConsumers + kProducers;
   static constexpr int kOut = kColumns / kShare;  // columns of the result that a block has in the end
   static constexpr int kRows = kWarps * kGroups;  // tile height: a warp has one row of 16 pixels
   static constexpr int kWeightBytes = kColumns * kChunk * (kSplit ? 2 : 1);
   static constexpr int kElements = kChunk / static_cast<int>(sizeof(T));
   // Half a multiprocessor each where the accumulators leave room.
-  static constexpr int kBlocks = (kBeside || kColumns <= 64) && !kSplit && kShare == 1 ? 2 : 1;
+  static constexpr int kBlocks = kColumns <= 64 && !kSplit && kShare == 1 ? 2 : 1;
   // Where the sums and the fragments are more than an even share of the registers, the producers give theirs away.
-  static constexpr bool kMoveRegisters = kGroups == 2 && !kBeside;
+  static constexpr bool kMoveRegisters = kGroups == 2;
   // Of fragments: with a third one, ldmatrix of a tap runs beside the multiplication of the one before, and not between
   // the two; large tiles take long enough to multiply, or have no registers to spare.
   static constexpr int kSets = (kColumns == 32 || kGroups == 1 || kShare > 1) && !kSplit ? 3 : 2;
@@ -132,21 +132,20 @@ struct ConvTraits {
 // kLean: of a resident grid of full tiles, plain convolution to channels_last, activations without transcendental
 // functions: one of tiles.h. 0: any.
 template <typename T, int kColumns, int kGroups, bool kSplit, int kSide, int kShare, int kLean>
-__global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShare, is_beside(kLean)>::kThreads,
-                                  ConvTraits<T, kColumns, kGroups, kSplit, kShare, is_beside(kLean)>::kBlocks)
+__global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kThreads,
+                                  ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kBlocks)
     conv_kernel(const __grid_constant__ ConvParams p, const __grid_constant__ ConvSchedule s,
                 const __grid_constant__ InstanceNormParams norm, const __grid_constant__ CUtensorMap input,
                 const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap weights_lo) {
 #ifdef STYLEFORGE_HAS_WGMMA
-  using Traits = ConvTraits<T, kColumns, kGroups, kSplit, kShare, is_beside(kLean)>;
-  constexpr bool kBeside = is_beside(kLean);
+  using Traits = ConvTraits<T, kColumns, kGroups, kSplit, kShare>;
   constexpr int kElements = Traits::kElements;
   constexpr int kLoaders = Traits::kLoaders;
   constexpr int kOut = Traits::kOut;
   constexpr bool kMmaMoments = kLean > 0 && sizeof(T) == 2;
-  constexpr bool kLeanMerged = kLean == kLeanMerge || kLean == kLeanMerge + kLeanBeside;
+  constexpr bool kLeanMerged = kLean == kLeanMerge;
   static_assert(kLean == 0 || !kSplit);
-  constexpr int kWeightThread = kBeside ? 0 : Traits::kConsumers, kInputThread = kWeightThread + kWarp;
+  constexpr int kWeightThread = Traits::kConsumers, kInputThread = kWeightThread + kWarp;
   extern __shared__ unsigned char dynamic[];
   // Swizzled tiles start at multiples of 1024 bytes.
   unsigned char* ring = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
@@ -238,7 +237,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   } else if (threadIdx.x == kWarp) {
 #pragma unroll
     for (int i = 0; i < kMaxInputStages; ++i) {
-      mbarrier_init(&input_full[i], kBeside || boxes_only ? 1 : kLoaders);
+      mbarrier_init(&input_full[i], boxes_only ? 1 : kLoaders);
       mbarrier_init(&input_empty[i], kWarps * kGroups * 32);
       mbarrier_init(&box_full[i], 1);
     }
@@ -252,25 +251,32 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     mbarrier_init_fence();
   }
   __syncthreads();
+  if constexpr (kLean > 0) {
+    // A grid that fills the multiprocessors lets in few of the next one's blocks before it ends: those ask for all.
+    if (static_cast<int>(blockIdx.x) < s.early && warp == Traits::kConsumers / kWarp + 2) {
+      const int64_t bytes = static_cast<int64_t>(p.batch) * p.height * p.width * p.in_channels * sizeof(T);
+      for (int64_t at = (blockIdx.x * kWarp + lane) * kChunk; at < bytes; at += s.early * kWarp * kChunk) {
+        if (mbarrier_is_through(&started, 0)) break;
+        prefetch_line(static_cast<const char*>(p.input) + at);
+      }
+      __syncwarp();
+    }
+  }
   if (in_cluster) cluster_arrive_relaxed();
   wait_for_predecessor();
   if (in_cluster) cluster_wait();  // the other blocks' barriers are there
-  // Of input; kBeside: at the picture's border all are mended before the first product.
-  [[maybe_unused]] const int first_boxes = kBeside && !boxes_only        ? chunks
-                                           : kBeside || takes_boxes() ? min(chunks, s.first_boxes)
-                                                                      : 0;
-  [[maybe_unused]] const int first_weights = kBeside ? min(steps, s.weight_stages) : s.first_weights;
+  [[maybe_unused]] const int first_boxes = takes_boxes() ? min(chunks, s.first_boxes) : 0;
+  [[maybe_unused]] const int first_weights = s.first_weights;
   // kLean: a box of the copy engine, by one thread.
   [[maybe_unused]] const auto bring_box = [&](int stage, int chunk, int left, int top) {
     const uint32_t to = input_ring + stage * s.halo_bytes;
     const int pixels = s.halo_height * s.halo_width;
     const int channel = first_channel + chunk * kElements;
-    uint64_t* there = &input_full[stage];
-    mbarrier_arrive_expect(there, pixels * kChunk);
-    if (kBeside || kShare > 1 || s.same_input == 1) {
-      load_box(to, &input, channel, left, top, n, there);
+    mbarrier_arrive_expect(&input_full[stage], pixels * kChunk);
+    if (kShare > 1 || s.same_input == 1) {
+      load_box(to, &input, channel, left, top, n, &input_full[stage]);
     } else if ((chunk & (neighbours - 1)) == neighbour) {
-      load_box_for((1u << neighbours) - 1, to, &input, channel, left, top, n, there);
+      load_box_for((1u << neighbours) - 1, to, &input, channel, left, top, n, &input_full[stage]);
     }
   };
   if constexpr (kLean > 0) {
@@ -306,105 +312,53 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     __syncwarp();
   }
 
-  [[maybe_unused]] uint32_t token = 0;
-  [[maybe_unused]] const auto put_marks = [&] {
-    if constexpr (kLean > 0) {
-      if (lane == 0) token = grid_phase();
-    }
-    float2* own = p.moments + (static_cast<int64_t>(n) * partials(s) + block) * p.out_channels + first_column;
-    for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) retract(own + c);
-    if (s.merge_apart) {
-      const int slices = p.batch * (p.out_channels / kMergeSlice);  // one after the other in memory
-      const int blocks = blocks_x * gridDim.y * gridDim.z;
-      for (int i = linear_block(); i < slices; i += blocks) {
-        if (lane < kMergeSlice) retract(merged(p, s, 0) + i * kMergeSlice + lane);
-      }
-    }
-    __syncwarp();
-    if constexpr (kLean > 0) {
-      mbarrier_arrive(&own_marked);
-      if (lane == 0) grid_arrive_unanswered();
-    } else {
-      if (lane == 0) token = grid_arrive();
-    }
-  };
-  [[maybe_unused]] const auto load_norm = [&] {
-    for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) {
-      const int64_t param = n * norm.param_batch_stride + first_column + c;
-      scales[c] = load_param(norm.weight, norm.param_dtype, param, 1.0f);
-      shifts[c] = load_param(norm.bias, norm.param_dtype, param, 0.0f);
-    }
-  };
-
-  // Of all blocks' moments, by one warp.
-  [[maybe_unused]] const auto merge_channels = [&] {
-    __syncwarp();  // the marks are there for all lanes
-    const int blocks = blocks_x * gridDim.y * gridDim.z;
-#pragma unroll 1
-    for (int i = linear_block(); i < p.batch * p.out_channels; i += blocks) {
-      const int of = i / p.out_channels;
-      merge_channel(p, s, norm, sample_blocks, of, i - of * p.out_channels);
-    }
-  };
-
-  // kBeside: the consumers bring in for themselves. What comes first has a place from the beginning.
-  int fill_stage = 0, fill_tap = s.weight_stages, fill_channel = first_channel, fill_left = steps - s.weight_stages;
-  [[maybe_unused]] const auto bring_weights = [&](bool mine) {
-    if (fill_tap == taps) {
-      fill_tap = 0;
-      fill_channel += kElements;
-    }
-    if (mine) {
-      mbarrier_arrive_expect(&weight_full[fill_stage], Traits::kWeightBytes);
-      load_weights(weight_ring + fill_stage * Traits::kWeightBytes, &weights, fill_channel, fill_tap, multiplied_column,
-                   &weight_full[fill_stage]);
-    }
-    ++fill_tap;
-    if (++fill_stage == s.weight_stages) fill_stage = 0;
-    --fill_left;
-  };
-  if constexpr (kBeside) {
-    release_successor();
-    if (warp == kWarps * kGroups - 1) {
-      put_marks();
-      load_norm();
-      __syncwarp();
-    }
-    if (boxes_only) {
-      // The others once the first is there, which they would be on the way of.
-      if (warp == kInputThread / kWarp && first_boxes < chunks) {
-        mbarrier_wait(&input_full[0], 0);
-        if (lane == 0) {
-          for (int chunk = first_boxes; chunk < chunks; ++chunk) bring_box(chunk, chunk, left_of(), top_of());
-        }
-        __syncwarp();
-      }
-    } else {
-      // Not from chunk to chunk, between the products, for which the compiler would not have the registers.
-      HaloEdges edges;
-      edges.set(p, s, at, top_of(), left_of());
-      const int outside = edges.outside(s);
-      unsigned char* box = ring + (input_ring - weight_ring);
-#pragma unroll 1
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        mbarrier_wait(&input_full[chunk], 0);
-#pragma unroll 1
-        for (int i = threadIdx.x / 8; i < outside; i += Traits::kThreads / 8) {
-          HaloEdges::copy(box, edges.find(p, s, i), threadIdx.x % 8);
-        }
-        box += s.halo_bytes;
-      }
-      named_barrier(kConsumerBarrier, Traits::kConsumers);
-    }
-  }
-
-  if (!kBeside && warp >= kWarps * kGroups) {
+  if (warp >= kWarps * kGroups) {
     if constexpr (Traits::kMoveRegisters)
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Traits::kProducerRegisters));
     const int role = warp - kWarps * kGroups;
     // The last warp puts marks where this block's moments will be, and those that it merges.
     const bool marks = is_resident() && role == Traits::kProducers / kWarp - 1;
     const bool splits = kSplit && !s.split_before && role > 1;
+    uint32_t token = 0;
+    const auto put_marks = [&] {
+      if constexpr (kLean > 0) {
+        if (lane == 0) token = grid_phase();
+      }
+      float2* own = p.moments + (static_cast<int64_t>(n) * partials(s) + block) * p.out_channels + first_column;
+      for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) retract(own + c);
+      if (s.merge_apart) {
+        const int slices = p.batch * (p.out_channels / kMergeSlice);  // one after the other in memory
+        const int blocks = blocks_x * gridDim.y * gridDim.z;
+        for (int i = linear_block(); i < slices; i += blocks) {
+          if (lane < kMergeSlice) retract(merged(p, s, 0) + i * kMergeSlice + lane);
+        }
+      }
+      __syncwarp();
+      if constexpr (kLean > 0) {
+        mbarrier_arrive(&own_marked);
+        if (lane == 0) grid_arrive_unanswered();
+      } else {
+        if (lane == 0) token = grid_arrive();
+      }
+    };
+    const auto load_norm = [&] {
+      for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) {
+        const int64_t param = n * norm.param_batch_stride + first_column + c;
+        scales[c] = load_param(norm.weight, norm.param_dtype, param, 1.0f);
+        shifts[c] = load_param(norm.bias, norm.param_dtype, param, 0.0f);
+      }
+    };
+
+    // Of all blocks' moments, by one warp.
+    [[maybe_unused]] const auto merge_channels = [&] {
+      __syncwarp();  // the marks are there for all lanes
+      const int blocks = blocks_x * gridDim.y * gridDim.z;
+#pragma unroll 1
+      for (int i = linear_block(); i < p.batch * p.out_channels; i += blocks) {
+        const int of = i / p.out_channels;
+        merge_channel(p, s, norm, sample_blocks, of, i - of * p.out_channels);
+      }
+    };
     if (role == 0) {
       if (lane == 0) {
         int stage = 0;
@@ -674,7 +628,6 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
 #pragma unroll
         for (int i = 0; i < kColumns / 2; ++i) d[i] = total[i];
       } else {
-        [[maybe_unused]] bool comes_last = false;
         const auto multiply = [&](uint32_t (&a)[4][4], bool first) {
           const uint64_t b = weight_descriptor.template operator()<kFirstTile>();
           wgmma_fence();
@@ -682,13 +635,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
           for (int k = 0; k < 4; ++k) Mma::run(d, a[k], b + 2 * k, k > 0 || !first);
           wgmma_commit();
           wgmma_wait<1>();  // the group before this one is done with its fragments and its weights
-          if constexpr (kBeside) {
-            // Whoever is the last to let go of a place brings the next weights there; to wait for the others would keep
-            // the two warpgroups from taking turns (14 instead of 10 thousand clocks).
-            if (!first) comes_last = lane == 0 && mbarrier_arrive_is_last(&weight_empty[last_stage]);
-          } else {
-            if (!first) release_weights(last_stage);
-          }
+          if (!first) release_weights(last_stage);
           next_weights();
         };
         if constexpr (kSide > 0) {
@@ -701,14 +648,14 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
           // Two copies of the taps, one for each role, leave two blocks of 64 columns too few registers: the compiler
           // then waits for every single product (C7512). So a chunk begins anew, with its first fragments in the first
           // set.
-          constexpr bool kAnew = kLean > 0 && kTaps % kSets != 0 && Traits::kBlocks == 2 && !kBeside;
+          constexpr bool kAnew = kLean > 0 && kTaps % kSets != 0 && Traits::kBlocks == 2;
           const auto multiply_chunk = [&]<int kFirst>(int chunk) {
 #pragma unroll
             for (int tap = 0; tap < kTaps; ++tap) {
               multiply(fragments[(kFirst + tap) % kSets], tap == 0 && chunk == 0);
               const int next = tap + kAhead;
               if (next == kTaps) {  // the chunk's last fragments are in registers
-                if constexpr (!kBeside) release_input(input_stage);
+                release_input(input_stage);
                 next_input();
               }
               if (next < kTaps) {
@@ -717,9 +664,6 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
                 if (next == kTaps) wait_for_input();
                 load_tap(fragments[(kFirst + next) % kSets],
                          (next - kTaps) / kSide * halo_width + (next - kTaps) % kSide);
-              }
-              if constexpr (kBeside) {
-                if (fill_left > 0 && (tap > 0 || chunk > 0)) bring_weights(comes_last);
               }
             }
           };
@@ -909,16 +853,6 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       for (int tile = begin + 1; tile < end; ++tile) run_tile.template operator()<false>(tile);
     }
     if (!is_resident()) return;
-    if constexpr (kBeside) {
-      if (warp == kWarps * kGroups - 1) {
-        if (lane == 0) grid_wait(token);
-        __syncwarp();
-        mbarrier_arrive(&marked);
-        if constexpr (kLeanMerged) {
-          if (s.merge_apart) merge_channels();
-        }
-      }
-    }
     if constexpr (kLean > 0) mbarrier_wait(&marked, 0);  // every thread, for what comes with it: the norm's parameters
 
     // Behind the last tile's list of moments, which other warps may still read.

@@ -37,7 +37,7 @@ cudaError_t input_map(const ConvParams& p, const ConvSchedule& s, CUtensorMap& m
 template <typename T, int kColumns, int kGroups, bool kSplit, int kShare = 1, int kLean = 0>
 cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const InstanceNormParams& norm,
                         const DeviceFacts& facts, cudaStream_t stream) {
-  using Traits = ConvTraits<T, kColumns, kGroups, kSplit, kShare, is_beside(kLean)>;
+  using Traits = ConvTraits<T, kColumns, kGroups, kSplit, kShare>;
   CUtensorMap input, weights, weights_lo = {};
   if (const auto error = input_map(p, s, input)) return error;
   if (const auto error = weight_map(p, p.weight, kColumns, weights)) return error;
@@ -47,23 +47,13 @@ cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const Instan
   const auto grid =
       dim3(static_cast<unsigned>(ceil_div(s.entries, s.tiles) * kShare * s.same_input + (kLean > 0 ? s.spare : 0)),
            static_cast<unsigned>(ceil_div(p.out_channels, kColumns) / s.same_input), static_cast<unsigned>(p.batch));
-  // Who stands beside has 3x3 taps and stride 1.
-  auto* kernel = conv_kernel<T, kColumns, kGroups, kSplit, is_beside(kLean) ? 3 : 0, kShare, kLean>;
-  if constexpr (!kSplit && !is_beside(kLean)) {
+  auto* kernel = conv_kernel<T, kColumns, kGroups, kSplit, 0, kShare, kLean>;
+  if constexpr (!kSplit) {
     if (p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1) {
       kernel = conv_kernel<T, kColumns, kGroups, kSplit, 3, kShare, kLean>;
     }
   }
-  size_t shared_bytes = s.shared_bytes;
-  if constexpr (is_beside(kLean)) {
-    // All of a half: what is declared statically lies before the rings' start, which is aligned.
-    static const size_t declared = [&] {
-      cudaFuncAttributes attributes = {};
-      return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess ? attributes.sharedSizeBytes : size_t{0};
-    }();
-    shared_bytes = kBesideShared - declared;
-  }
-  return launch(kernel, grid, dim3(Traits::kThreads), shared_bytes, Together{kShare * s.same_input, s.resident},
+  return launch(kernel, grid, dim3(Traits::kThreads), s.shared_bytes, Together{kShare * s.same_input, s.resident},
                 facts, stream, p, s, norm, input, weights, weights_lo);
 }
 

@@ -20,10 +20,6 @@ constexpr int kMergeSlice = 4;
 // ConvSchedule::lean: kernels of conv_sm90_lean.cu with moments by the tensor cores, and also with the merge of
 // merge_lean.cuh.
 constexpr int kLeanMoments = 1, kLeanMerge = 2;
-// Added: ConvSchedule::beside.
-constexpr int kLeanBeside = 4;
-// Shared memory of two blocks on a multiprocessor, each; its rings begin after three KB.
-constexpr int kBesideShared = 113 * 1024, kBesideRings = kBesideShared - 3 * 1024;
 
 // What the fused kernels take: those that rewrite weights number their threads in 32 bits, the idle ones of a last
 // block or plane of blocks included.
