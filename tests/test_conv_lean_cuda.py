@@ -48,7 +48,19 @@ def _given(case: Any, dtype: torch.dtype, offset: float = 0.3) -> tuple[Any, ...
     return x, w, None, *params, (stride, stride), (kernel // 2, kernel // 2)
 
 
-@pytest.mark.parametrize("tune", ["", "lean=1", "lean=2", "lean=1,prefetch=1", "lean=2,prefetch=2,merged=1"])
+@pytest.mark.parametrize(
+    "tune",
+    [
+        "",
+        "lean=1",
+        "lean=2",
+        "lean=1,prefetch=1",
+        "lean=2,prefetch=2,merged=1",
+        # blocks without a tile, blocks that ask for all input; first loads one at a time and all at once
+        "lean=1,spare=2,early=2,boxes=1,ahead=1",
+        "lean=2,spare=2,early=2,boxes=8,ahead=8,once=4",
+    ],
+)
 @pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(

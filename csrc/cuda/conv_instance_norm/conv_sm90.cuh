@@ -23,9 +23,10 @@
 // a few channels a block. Nobody waits for the whole grid where it would be on the way: moments say themselves that
 // they are there (common/grid.cuh), and that there are marks in their places is settled beside the multiplications.
 //
-// Where the time goes, 16-bit 1x128x128x128 (14 us, stages stamped with the clock): 1.3 from the end of the kernel
-// before to here, 1.2 to 1.7 until the first tile is there, 5.4 of multiplications (90% of the units' rate), 1.5 for
-// the moments of a tile, 2 until those of all are merged, 1.5 to 1.9 for what follows.
+// Where the time goes, 16-bit 1x128x128x128 by lean kernels (13 us, thousands of clocks, stages stamped): 2.1 from the
+// end of the kernel before on the same multiprocessor to here, 1.3 to the first barrier (2 before it had no division
+// and no loop), 2.7 until the first tile is there (it comes from memory: what starts earlier waits longer), 9.9 of
+// multiplications, 1.3 for the moments of a tile, 4.2 until those of all are merged, 2 to 2.6 for what follows.
 //
 // Few pixels: what counts is how much a block reads before it is done (16-bit 1x64x64x64, 6.7 us in clocks: 2000 until
 // the first input is there, 2500 of nine steps, 1300 for the marks, 950 for the moments of a tile, 2700 until all are
@@ -39,7 +40,9 @@
 // kernel before and the first loads (150 to 250 instructions one after the other, 700 to 1000 clocks), moments need
 // neither shuffles nor lists (mma_moments.cuh: 440 instructions a warp and three barriers before), nobody waits for the
 // marks before there is something to publish, and a merge asks again only for what was not there: what all blocks ask
-// for again and again is 2 to 4 MB a turn, on the way of those that publish (merge_lean.cuh).
+// for again and again is 2 to 4 MB a turn, on the way of those that publish (merge_lean.cuh). A block publishes once
+// its own marks are there; that all blocks' are is for those to know who read. Blocks without a tile (s.spare) stay
+// until moments are there and keep the next kernel's blocks, where two fit a multiprocessor, from its place.
 //
 // kIeee, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo; lo * hi, hi * lo, then hi * hi. The units
 // truncate when they add, so the sum of every 32 numbers moves on to float32 registers. The weights come split, or two
@@ -142,6 +145,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   constexpr bool kMmaMoments = kLean > 0 && sizeof(T) == 2;
   constexpr bool kLeanMerged = kLean == kLeanMerge;
   static_assert(kLean == 0 || !kSplit);
+  constexpr int kWeightThread = Traits::kConsumers, kInputThread = kWeightThread + kWarp;
   extern __shared__ unsigned char dynamic[];
   // Swizzled tiles start at multiples of 1024 bytes.
   unsigned char* ring = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
@@ -152,6 +156,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   __shared__ uint64_t box_full[kMaxInputStages];                  // boxes whose edges are still to be mended
   __shared__ uint64_t started;                                    // the first input is there
   __shared__ uint64_t marked;                                     // all blocks have put marks where moments will be
+  __shared__ uint64_t own_marked;                                 // and this one
   __shared__ uint64_t weight_raw[kSplit ? kMaxWeightStages : 1];  // weights that are still to be split
   __shared__ uint64_t shared_sums;                                // kShare: what the other block has added up is there
   __shared__ float2 statistics[kOut];                             // mean, rstd * the norm's weight
@@ -162,8 +167,8 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   const int taps = p.kernel_h * p.kernel_w;
   // Neighbours in a cluster: the blocks that share a tile, or that have the same input for other columns.
   const int neighbours = kShare > 1 ? kShare : s.same_input;
-  const int block = static_cast<int>(blockIdx.x) / neighbours;
-  const int neighbour = static_cast<int>(blockIdx.x) - block * neighbours;
+  const int block = static_cast<int>(blockIdx.x) >> (neighbours - 1);  // neighbours: 1 or 2
+  const int neighbour = static_cast<int>(blockIdx.x) & (neighbours - 1);
   const int rank = kShare > 1 ? neighbour : 0;
   const bool in_cluster = kShare > 1 || s.same_input > 1;
   const int chunks = (p.in_channels + kElements - 1) / kElements / kShare;
@@ -173,7 +178,10 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   const int multiplied_column =
       (kShare > 1 ? static_cast<int>(blockIdx.y) : static_cast<int>(blockIdx.y) * neighbours + neighbour) * kColumns;
   const int first_column = multiplied_column + rank * kOut;
-  const auto linear_block = [] { return (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x; };
+  // Along x, but those that have no tile.
+  const int blocks_x = static_cast<int>(gridDim.x) - (kLean > 0 ? s.spare : 0);
+  const auto linear_block = [&] { return (blockIdx.z * gridDim.y + blockIdx.y) * blocks_x + blockIdx.x; };
+  [[maybe_unused]] const bool is_spare = kLean > 0 && static_cast<int>(blockIdx.x) >= blocks_x;
   const int begin = block * s.tiles;
   const int end = min(begin + s.tiles, s.entries);
   const auto tile_at = [&](int tile) {
@@ -184,7 +192,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     }
   };
   // Of a sample: entries of moments where the grid is resident.
-  [[maybe_unused]] const int sample_blocks = static_cast<int>(gridDim.x) >> (neighbours - 1);  // neighbours: 1 or 2
+  [[maybe_unused]] const int sample_blocks = blocks_x >> (neighbours - 1);
   const auto is_resident = [&] {
     if constexpr (kLean > 0) {
       return true;
@@ -204,31 +212,37 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   // One thread brings all: the others must not wait, which would take the consumers' time.
   const bool boxes_only = s.tiles == 1 && takes_boxes();
 
-  if (threadIdx.x == Traits::kConsumers) {
+  if (threadIdx.x == kWeightThread) {
     prefetch_map(&weights);
     prefetch_map(&input);
   }
   if constexpr (kLean > 0) {
-    if (s.prefetch && threadIdx.x == Traits::kConsumers + kWarp) {
+    if (s.prefetch && !is_spare && threadIdx.x == kInputThread) {
 #pragma unroll 1
       for (int chunk = 0; chunk < chunks; ++chunk) {
-        if (kShare == 1 && chunk % neighbours != neighbour) continue;
+        if (kShare == 1 && (chunk & (neighbours - 1)) != neighbour) continue;
         prefetch_box(&input, first_channel + chunk * kElements, left_of(), top_of(), n);
       }
     }
   }
+  // For as many stages as there could be, two threads side by side: without loops each is one instruction.
   if (threadIdx.x == 0) {
-    for (int i = 0; i < s.weight_stages; ++i) {
+#pragma unroll
+    for (int i = 0; i < kMaxWeightStages; ++i) {
       if constexpr (kSplit) mbarrier_init(&weight_raw[i], 1);
       mbarrier_init(&weight_full[i], kSplit && !s.split_before ? Traits::kSplitters : 1);
       mbarrier_init(&weight_empty[i], kWarps * kGroups);
     }
-    for (int i = 0; i < s.input_stages; ++i) {
+    mbarrier_init_fence();
+  } else if (threadIdx.x == kWarp) {
+#pragma unroll
+    for (int i = 0; i < kMaxInputStages; ++i) {
       mbarrier_init(&input_full[i], boxes_only ? 1 : kLoaders);
       mbarrier_init(&input_empty[i], kWarps * kGroups * 32);
       mbarrier_init(&box_full[i], 1);
     }
     mbarrier_init(&marked, 32);
+    mbarrier_init(&own_marked, 32);
     mbarrier_init(&started, 1);
     if constexpr (kShare > 1) {
       mbarrier_init(&shared_sums, 1);
@@ -237,9 +251,22 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     mbarrier_init_fence();
   }
   __syncthreads();
+  if constexpr (kLean > 0) {
+    // A grid that fills the multiprocessors lets in few of the next one's blocks before it ends: those ask for all.
+    if (static_cast<int>(blockIdx.x) < s.early && warp == Traits::kConsumers / kWarp + 2) {
+      const int64_t bytes = static_cast<int64_t>(p.batch) * p.height * p.width * p.in_channels * sizeof(T);
+      for (int64_t at = (blockIdx.x * kWarp + lane) * kChunk; at < bytes; at += s.early * kWarp * kChunk) {
+        if (mbarrier_is_through(&started, 0)) break;
+        prefetch_line(static_cast<const char*>(p.input) + at);
+      }
+      __syncwarp();
+    }
+  }
   if (in_cluster) cluster_arrive_relaxed();
   wait_for_predecessor();
   if (in_cluster) cluster_wait();  // the other blocks' barriers are there
+  [[maybe_unused]] const int first_boxes = takes_boxes() ? min(chunks, s.first_boxes) : 0;
+  [[maybe_unused]] const int first_weights = s.first_weights;
   // kLean: a box of the copy engine, by one thread.
   [[maybe_unused]] const auto bring_box = [&](int stage, int chunk, int left, int top) {
     const uint32_t to = input_ring + stage * s.halo_bytes;
@@ -248,16 +275,39 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     mbarrier_arrive_expect(&input_full[stage], pixels * kChunk);
     if (kShare > 1 || s.same_input == 1) {
       load_box(to, &input, channel, left, top, n, &input_full[stage]);
-    } else if (chunk % neighbours == neighbour) {
+    } else if ((chunk & (neighbours - 1)) == neighbour) {
       load_box_for((1u << neighbours) - 1, to, &input, channel, left, top, n, &input_full[stage]);
     }
   };
   if constexpr (kLean > 0) {
-    // The first ones before anything else: what the warps do until their loops is half of what a load takes.
-    if (threadIdx.x == Traits::kConsumers + kWarp && takes_boxes()) bring_box(0, 0, left_of(), top_of());
-    if (threadIdx.x == Traits::kConsumers) {
-      mbarrier_arrive_expect(&weight_full[0], Traits::kWeightBytes);
-      load_weights(weight_ring, &weights, first_channel, 0, multiplied_column, &weight_full[0]);
+    if (is_spare) {
+      if (threadIdx.x == 0) {
+        const uint32_t token = grid_phase();
+        grid_arrive_unanswered();
+        release_successor();
+        grid_wait(token);
+        const float2* last = p.moments + (n * sample_blocks + sample_blocks - 1) * p.out_channels + multiplied_column;
+        while (!is_there(look(last))) __nanosleep(200);
+      }
+      return;
+    }
+    // What has a place before anything else: what the warps do until their loops is half of what a load takes.
+    if (threadIdx.x == kInputThread) {
+#pragma unroll 1
+      for (int chunk = 0; chunk < first_boxes; ++chunk) bring_box(chunk, chunk, left_of(), top_of());
+    }
+    if (threadIdx.x == kWeightThread) {
+      int tap = 0, channel = first_channel;
+#pragma unroll 1
+      for (int i = 0; i < first_weights; ++i) {
+        mbarrier_arrive_expect(&weight_full[i], Traits::kWeightBytes);
+        load_weights(weight_ring + i * Traits::kWeightBytes, &weights, channel, tap, multiplied_column,
+                     &weight_full[i]);
+        if (++tap == taps) {
+          tap = 0;
+          channel += kElements;
+        }
+      }
     }
     __syncwarp();
   }
@@ -278,13 +328,14 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) retract(own + c);
       if (s.merge_apart) {
         const int slices = p.batch * (p.out_channels / kMergeSlice);  // one after the other in memory
-        const int blocks = gridDim.x * gridDim.y * gridDim.z;
+        const int blocks = blocks_x * gridDim.y * gridDim.z;
         for (int i = linear_block(); i < slices; i += blocks) {
           if (lane < kMergeSlice) retract(merged(p, s, 0) + i * kMergeSlice + lane);
         }
       }
       __syncwarp();
       if constexpr (kLean > 0) {
+        mbarrier_arrive(&own_marked);
         if (lane == 0) grid_arrive_unanswered();
       } else {
         if (lane == 0) token = grid_arrive();
@@ -297,6 +348,17 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         shifts[c] = load_param(norm.bias, norm.param_dtype, param, 0.0f);
       }
     };
+
+    // Of all blocks' moments, by one warp.
+    [[maybe_unused]] const auto merge_channels = [&] {
+      __syncwarp();  // the marks are there for all lanes
+      const int blocks = blocks_x * gridDim.y * gridDim.z;
+#pragma unroll 1
+      for (int i = linear_block(); i < p.batch * p.out_channels; i += blocks) {
+        const int of = i / p.out_channels;
+        merge_channel(p, s, norm, sample_blocks, of, i - of * p.out_channels);
+      }
+    };
     if (role == 0) {
       if (lane == 0) {
         int stage = 0;
@@ -307,7 +369,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
           for (int i = 0; i < steps; ++i) {
             const bool raw = kSplit && !s.split_before;
             uint64_t* there = raw ? &weight_raw[stage] : &weight_full[stage];
-            if (kLean == 0 || i > 0 || tile > begin) {
+            if (kLean == 0 || i >= first_weights || tile > begin) {
               mbarrier_wait(&weight_empty[stage], parity);
               mbarrier_arrive_expect(there, raw ? kColumns * kChunk : Traits::kWeightBytes);
               const uint32_t to = weight_ring + stage * Traits::kWeightBytes;
@@ -376,7 +438,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         for (int chunk = 0; chunk < chunks; ++chunk) {
           const uint32_t to = input_ring + stage * s.halo_bytes;
           // Not for the first, which may have been multiplied by now: its barrier would be a phase further.
-          if (kLean == 0 || chunk > 0 || tile > begin) mbarrier_wait(&input_empty[stage], parity);
+          if (kLean == 0 || chunk >= first_boxes || tile > begin) mbarrier_wait(&input_empty[stage], parity);
           __syncwarp();
           if (!boxes && edges.within) {
             if (loader == 0) {
@@ -408,12 +470,12 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
             }
             copy_async_arrive(&input_full[stage]);
           } else if (kLean > 0 && loader == 0) {
-            if (chunk > 0 || tile > begin) bring_box(stage, chunk, left, top);
+            if (chunk >= first_boxes || tile > begin) bring_box(stage, chunk, left, top);
           } else if (loader == 0) {
             mbarrier_arrive_expect(&input_full[stage], pixels * kChunk);
             if (kShare > 1 || s.same_input == 1) {
               load_box(to, &input, first_channel + chunk * kElements, left, top, n, &input_full[stage]);
-            } else if (chunk % neighbours == neighbour) {
+            } else if ((chunk & (neighbours - 1)) == neighbour) {
               load_box_for((1u << neighbours) - 1, to, &input, chunk * kElements, left, top, n, &input_full[stage]);
             }
           } else if (!boxes_only) {
@@ -442,15 +504,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       mbarrier_arrive(&marked);
     }
     if constexpr (kLeanMerged) {
-      if (marks && s.merge_apart) {
-        __syncwarp();  // the marks are there for all lanes
-        const int blocks = gridDim.x * gridDim.y * gridDim.z;
-#pragma unroll 1
-        for (int i = linear_block(); i < p.batch * p.out_channels; i += blocks) {
-          const int of = i / p.out_channels;
-          merge_channel(p, s, norm, sample_blocks, of, i - of * p.out_channels);
-        }
-      }
+      if (marks && s.merge_apart) merge_channels();
     }
   } else {
     if constexpr (Traits::kMoveRegisters)
@@ -729,7 +783,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         if (warp < Moments::kBusy) {
           float2 moments[Moments::kLists];
           Moments::find(own - warp * Traits::kStoreBytes, warp, lane, moments);
-          if (tile + 1 == end) mbarrier_wait(&marked, 0);
+          if (tile + 1 == end) mbarrier_wait(&own_marked, 0);
           if (Moments::owns(lane)) {
 #pragma unroll
             for (int list = 0; list < Moments::kLists; ++list) give(Moments::column(warp, lane, list), moments[list]);
@@ -738,7 +792,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       } else if constexpr (kLean > 0) {
         float2* parts = list_moments();
         const int column = threadIdx.x;
-        if (tile + 1 == end) mbarrier_wait(&marked, 0);
+        if (tile + 1 == end) mbarrier_wait(&own_marked, 0);
         if (column < kOut) give(column, ListedMoments::merge(parts + column, at));
       } else if (p.moments != nullptr) {
         float2* parts = list_moments();
@@ -805,6 +859,16 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     float2* sums = reinterpret_cast<float2*>(ring + s.parts_offset) + Traits::kRows * kOut;
     const auto barrier = [] { named_barrier(kConsumerBarrier, Traits::kConsumers); };
     using Out = RowOut<T, kOut>;
+    [[maybe_unused]] const auto write_out = [&](const Out& out, int tile) {
+      const typename Out::Affine affine(statistics, shifts, out.column);
+      if constexpr (sizeof(T) == 2) {
+        if (norm.activation == Activation::kRelu && norm.residual == nullptr) {
+          out.normalize_relu(p, affine, stash(tile));
+          return;
+        }
+      }
+      out.template normalize<false>(p, norm, affine, stash(tile));
+    };
     if constexpr (kLeanMerged) {
       const bool apart = s.merge_apart;
       if (!apart) {
@@ -819,12 +883,12 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
 #pragma unroll 1
       for (int tile = begin; tile < end; ++tile) {
         const Out out(p, n, first_column, tile_at(tile), warp);
-        out.template normalize<false>(p, norm, typename Out::Affine(statistics, shifts, out.column), stash(tile));
+        write_out(out, tile);
       }
     } else {
       if (s.merge_apart) {
         const int slices = p.out_channels / kMergeSlice;
-        const int blocks = gridDim.x * gridDim.y * gridDim.z;
+        const int blocks = blocks_x * gridDim.y * gridDim.z;
         // A block has one slice, or none, but for large batches.
 #pragma unroll 1
         for (int i = linear_block(); i < p.batch * slices; i += blocks) {
@@ -850,7 +914,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         const ConvTileAt at = tile_at(tile);
         if constexpr (kLean > 0) {
           const Out out(p, n, first_column, at, warp);
-          out.template normalize<false>(p, norm, typename Out::Affine(statistics, shifts, out.column), stash(tile));
+          write_out(out, tile);
         } else {
           if (!norm.output_channels_last) {
             const RowOutNchw<T, kOut> out(p, n, first_column, at, warp);

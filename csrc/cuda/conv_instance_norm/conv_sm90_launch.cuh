@@ -45,7 +45,7 @@ cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const Instan
     if (const auto error = weight_map(p, p.weight_lo, kColumns, weights_lo)) return error;
   }
   const auto grid =
-      dim3(static_cast<unsigned>(ceil_div(s.entries, s.tiles) * kShare * s.same_input),
+      dim3(static_cast<unsigned>(ceil_div(s.entries, s.tiles) * kShare * s.same_input + (kLean > 0 ? s.spare : 0)),
            static_cast<unsigned>(ceil_div(p.out_channels, kColumns) / s.same_input), static_cast<unsigned>(p.batch));
   auto* kernel = conv_kernel<T, kColumns, kGroups, kSplit, 0, kShare, kLean>;
   if constexpr (!kSplit) {

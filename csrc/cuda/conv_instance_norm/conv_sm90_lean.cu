@@ -5,6 +5,14 @@
 // (1x128x128x128), 0.77 (1x64x256x256), 0.83 (1x128x32x32), 0.88 (1x256x64x64, 1x1), 0.73 (stride 2), 0.83
 // (8x128x64x64); TF32 0.75, 0.92, 0.89, 0.82, 0.98, 0.95, 0.93.
 //
+// Half a multiprocessor a block, so that the next kernel's blocks wait beside it (128 columns in 16 bits): the way from
+// the end of one kernel to the first tile of the next is 1.6 thousand clocks shorter, but the products take 13.8
+// thousand instead of 9.9: ptxas gives the consumers no more than the launch has (80 registers of 384 threads, 96 of
+// 288, warps being dealt to four units), so they have to bring the weights themselves, with 128 registers of 256
+// threads, and 113 KB hold four stages, whose places come free too late, whoever brings them: the other warpgroup's
+// turn is over, two groups later, or it was the last to let go. 14.4 to 15.1 us instead of 13.1. And after a kernel
+// that fills the multiprocessors, 60 of them get two blocks, others none, and so on along the chain: 21 us.
+//
 // What was tried: the way out walked once beforehand, so that its instructions are in the cache (no difference);
 // merging in two steps everywhere (0.3 to 6 us more); TF32's first box in two parts, by warpgroups (0.2 us more).
 #include "conv_sm90_launch.cuh"

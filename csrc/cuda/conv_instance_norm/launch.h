@@ -77,6 +77,9 @@ struct ConvSchedule {
   // cache for the input while the kernel before is still running.
   int lean = 0;
   bool prefetch = false;
+  int first_boxes = 1, first_weights = 1;  // lean: stages that are asked for before anything else
+  int spare = 0;                           // lean: blocks along x without a tile, one for each multiprocessor in all
+  int early = 0;                           // lean: blocks that ask the L2 cache for the input of all
   // Behind the rings in shared memory: the results of all but a block's last tile, then the moments of its warps. What
   // belongs to the last tile lies over the rings.
   int stash_offset = 0, parts_offset = 0;

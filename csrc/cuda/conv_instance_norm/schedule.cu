@@ -19,7 +19,8 @@ constexpr int kMaxTilesInTurn = 64;         // of one that is not
 constexpr int kMaxMerged = 32;              // moments that a thread loads where every block merges for itself
 
 // STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6,tiles=2,share=2,same_input=1,split=2"
-// lean=1 or 2: tiles.h, 3: never; prefetch=1: never, 2
+// lean=1 or 2: tiles.h, 3: never; prefetch, spare, early=1: never, 2; boxes=2,ahead=4: first_boxes, first_weights;
+// once=4: most chunks of same_input
 constexpr const char* kTuneVariable = "STYLEFORGE_CONV_TUNE";
 
 // Whether two blocks can share tiles of this size: conv_sm90_shared.cu.
@@ -103,7 +104,9 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     const bool several = tiles > 1;
     const int held = !several ? 0 : resident ? tiles - 1 : 1;  // what is written at once leaves its place to the next
     const int behind = several ? held * stash_bytes + 2 * parts_bytes : 0;
-    s.weight_stages = std::min({tiles * steps, kMaxWeightStages, tuned("weights", room < kShared ? 4 : split ? 8 : 6)});
+    // 1x128x128x128 in 16 bits: 13.05 instead of 13.35 us.
+    const bool few_weights = room < kShared || (element == 2 && s.columns == 128 && tiles == 1);
+    s.weight_stages = std::min({tiles * steps, kMaxWeightStages, tuned("weights", few_weights ? 4 : split ? 8 : 6)});
     s.input_stages = std::min({tiles * chunks, kMaxInputStages, tuned("inputs", kMaxInputStages)});
     const auto rings = [&] { return s.weight_stages * weight_bytes + s.input_stages * s.halo_bytes; };
     const auto bytes = [&] {
@@ -135,8 +138,11 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   // time in TF32 either way, and in fp16 1.5 us more in one pass (1x128x128x128 and 8x128x64x64).
   s.resident_nchw = s.resident && p.phases == 1 && (s.columns < 128 || one_pass);
   // Blocks with other columns of the same tile bring its input for each other, where all of it has a place of its own:
-  // 0.3 us of 6 to 9 in 16 bits, but of four chunks 0.2 more. Clusters of two always find room, those of four do not.
-  const bool once = s.resident && s.tiles == 1 && chunks <= std::min(s.input_stages, 2) && all <= facts.multiprocessors;
+  // 0.3 us of 6 to 9 in 16 bits; of four chunks 0.2 more, but for a single tap, where it is what a block reads that
+  // takes the time (1x256x64x64, 1x1: 6.2 instead of 6.6 us). Clusters of two always find room, those of four do not.
+  const bool one_tap = p.kernel_h * p.kernel_w == 1;
+  const bool once = s.resident && s.tiles == 1 && all <= facts.multiprocessors &&
+                    chunks <= std::min(s.input_stages, tuned("once", one_tap ? 4 : 2));
   if (element == 2 && once && p.out_channels % (2 * s.columns) == 0) s.same_input = std::min(2, tuned("same_input", 2));
   // What the marks take is longer than a short product (1x256x64x64, 1x1: 7.8 instead of 8.5 us).
   s.marks_first = steps <= 9;
@@ -145,13 +151,27 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   // Consumer threads: a warp for each row of a tile.
   s.merge_apart = int64_t{partials(s)} * columns_out > int64_t{tuned("merged", kMaxMerged)} * 32 * s.tile_height;
   if (s.resident && !split) {
-    // 16 bits, lean=1 and 2 in us: 13.1 and 13.1 (1x128x128x128), 16.4 and 17.3 (1x64x256x256), 6.9 and 7.3
-    // (1x256x64x64, 1x1), elsewhere the second is faster (4.6 for 5.1, 5.2 for 5.3, 6.9 for 7.4, 19.7 for 20.2); TF32
-    // as well.
-    const bool apart_or_short = s.merge_apart || (element == 2 && steps < 8);
-    s.lean = tuned("lean", apart_or_short ? kLeanMoments : kLeanMerge) % 3;
+    // 16 bits, lean=1 and 2 in us: 13.1 and 13.1 (1x128x128x128), 16.4 and 17.3 (1x64x256x256), elsewhere the second is
+    // faster (4.6 for 5.1, 5.2 for 5.3, 6.1 for 6.2, 6.9 for 7.4, 19.7 for 20.2); TF32 as well.
+    s.lean = tuned("lean", s.merge_apart ? kLeanMoments : kLeanMerge) % 3;
     // TF32 takes 0.1 to 0.9 us longer with it.
     s.prefetch = s.lean > 0 && tuned("prefetch", element == 2 ? 2 : 1) == 2;
+    // All that has a place at once (1x256x64x64, 1x1: 6.1 instead of 6.3 us; 1x128x32x32: 5.0, 5.2); of large tiles it
+    // is on the way of the first weights (8x128x64x64: 20.1 instead of 19.6).
+    const bool large = s.columns == 128 || s.tiles > 1;
+    s.first_boxes = std::min(s.input_stages, tuned("boxes", large ? 1 : s.input_stages));
+    s.first_weights = std::min({s.weight_stages, steps, tuned("ahead", large ? 1 : s.weight_stages)});
+    const auto rows_of_blocks = static_cast<int>(groups / s.share / s.same_input);
+    const int neighbours = s.share * s.same_input;
+    const int used = s.entries / s.tiles * neighbours;
+    const bool with_spare = tuned("spare", pairs && one_tap && element == 2 ? 2 : 1) == 2;
+    if (s.lean > 0 && with_spare && used * rows_of_blocks <= facts.multiprocessors) {
+      s.spare = facts.multiprocessors / rows_of_blocks / neighbours * neighbours - used;
+    }
+    const bool dense = p.pixel_stride == 0 && p.row_stride == 0;
+    if (s.prefetch && dense && !pairs && s.tiles == 1 && rows_of_blocks == 1 && tuned("early", 1) == 2) {
+      s.early = std::max(facts.multiprocessors - used, 0);
+    }
   }
   supported = true;
 }

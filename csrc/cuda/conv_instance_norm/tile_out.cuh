@@ -148,6 +148,20 @@ struct TileMoments {
   }
 };
 
+// Two numbers of 16 bits, the first in the lower half: relu and rounding are one instruction. NaN stays NaN.
+template <typename T>
+__device__ __forceinline__ uint32_t rounded_relu(float first, float second) {
+  uint32_t pair = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  }
+#endif
+  return pair;
+}
+
 // One warp's pixels of a tile on their way out: 16 bytes of neighbouring channels each.
 template <typename T, int kColumns>
 struct RowOut {
@@ -188,6 +202,28 @@ struct RowOut {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if (pixel(step) < pixels) *reinterpret_cast<V*>(static_cast<T*>(p.output) + index(step)) = held(row, step);
+    }
+  }
+
+  // The same as normalize, of a full tile of 16 bits with relu and without a residual: the rounding does the relu, and
+  // there is nothing to ask in between.
+  __device__ __forceinline__ void normalize_relu(const ConvParams& p, const Affine& affine,
+                                                 const unsigned char* row) const {
+    T* to = static_cast<T*>(p.output) + index(0);
+    const int pitch = kPixels * pixel_pitch;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const V x = held(row, step);
+      uint32_t y[kWidth / 2];
+#pragma unroll
+      for (int k = 0; k < kWidth / 2; ++k) {
+        y[k] = rounded_relu<T>(affine.apply(2 * k, to_acc(x.data[2 * k])),
+                               affine.apply(2 * k + 1, to_acc(x.data[2 * k + 1])));
+      }
+      // The compiler would store some of them word by word.
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(y[0]), "r"(y[1]), "r"(y[2]), "r"(y[3])
+                   : "memory");
+      to += pitch;
     }
   }
 
