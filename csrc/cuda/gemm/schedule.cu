@@ -53,12 +53,14 @@ void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const 
   const auto tiles_of = [&](int columns) { return ceil_div(p.m, 128) * ceil_div(p.n, columns); };
   const auto time_of = [&](int columns) { return ceil_div(tiles_of(columns), room) * columns; };
   s.columns = !p.gradient && tuned("columns", time_of(192) < time_of(256) ? 192 : 256) == 192 ? 192 : 256;
-  s.lines = s.columns == 192 ? 3 : p.gradient ? 4 : tuned("lines", half || p.activate ? 4 : 3) == 3 ? 3 : 4;
-  s.places = half ? s.columns / 64 : s.columns == 192 ? 6 : 4;
-  const int shared = facts.max_shared_per_block - 2048 - s.places * 8192;
+  s.lines = s.columns == 192 ? 3 : 4;
+  s.places = s.columns == 256 ? 4 : half ? 3 : 6;
+  const int shared = facts.max_shared_per_block - 2560 - s.places * 8192;
   s.stages =
       std::clamp(tuned("stages", kMaxGemmStages), 2, std::min(kMaxGemmStages, shared / ((128 + s.columns) * 128)));
   s.band = std::max(1, tuned("band", 16));
+  s.lead = std::clamp(tuned("lead", half ? 1 : 2), 1, s.stages);
+  s.prefetch = tuned("prefetch", 2) == 2;
   const int64_t tiles = tiles_of(s.columns);
   if (tiles > INT32_MAX / 4) return;
   // Where the last round of tiles leaves most blocks without work, more and smaller ones take less time: half of a

@@ -8,8 +8,7 @@ cudaError_t launch_tf32_gemm_sm90(const GemmParams& p, const GemmSchedule& s, cu
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   if (s.columns == 192) return launch_wide_gemm<float, 192, 3, false>(p, s, facts, stream);
-  return s.lines == 3 ? launch_wide_gemm<float, 256, 3, false>(p, s, facts, stream)
-                      : launch_wide_gemm<float, 256, 4, false>(p, s, facts, stream);
+  return launch_wide_gemm<float, 256, 4, false>(p, s, facts, stream);
 }
 
 }  // namespace styleforge::cuda

@@ -112,46 +112,50 @@ class LinesOut {
                                           int row, int column) const {
     if (p_.product != nullptr) store(p_.product, v, row, column);
     constexpr bool kSingle = sizeof(T) == 4;
-    float x[kNumbers * kLines], b[kNumbers];
-    if constexpr (kSingle) unpack_line<T>(b, bias);
-    if (p_.activate && p_.activation == FfnActivation::kGelu) {
-      if constexpr (kSingle) {
+    constexpr int kTogether = 2;  // lines: more take registers that the box needs
+    uint4 results[kLines];
 #pragma unroll
-        for (int i = 0; i < kNumbers; ++i) b[i] *= 0.5f;
-      }
-#pragma unroll
-      for (int i = 0; i < kLines; ++i) {
+    for (int first = 0; first < kLines; first += kTogether) {
+      float x[kNumbers * kTogether], b[kNumbers];
+      if constexpr (kSingle) unpack_line<T>(b, bias);
+      if (p_.activate && p_.activation == FfnActivation::kGelu) {
         if constexpr (kSingle) {
-          unpack_line<T>(x + kNumbers * i, v[i]);
 #pragma unroll
-          for (int j = 0; j < kNumbers; ++j) x[kNumbers * i + j] = fmaf(0.5f, x[kNumbers * i + j], b[j]);
-        } else {
-          unpack_line<T>(x + kNumbers * i, halved<T>(v[i]));
+          for (int i = 0; i < kNumbers; ++i) b[i] *= 0.5f;
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          if constexpr (kSingle) {
+            unpack_line<T>(x + kNumbers * i, v[first + i]);
+#pragma unroll
+            for (int j = 0; j < kNumbers; ++j) x[kNumbers * i + j] = fmaf(0.5f, x[kNumbers * i + j], b[j]);
+          } else {
+            unpack_line<T>(x + kNumbers * i, halved<T>(v[first + i]));
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kNumbers * kTogether; ++i) x[i] = gelu_of_twice<Rounded>(x[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          unpack_line<T>(x + kNumbers * i, v[first + i]);
+#pragma unroll
+          for (int j = 0; kSingle && j < kNumbers; ++j) x[kNumbers * i + j] += b[j];
+        }
+        if (p_.activate) ffn_activate<true>(x, p_.activation);
+      }
+      if (p_.residual != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          float r[kNumbers];
+          unpack_line<T>(r, residual[first + i]);
+#pragma unroll
+          for (int j = 0; j < kNumbers; ++j) x[kNumbers * i + j] += r[j];
         }
       }
 #pragma unroll
-      for (int i = 0; i < kNumbers * kLines; ++i) x[i] = gelu_of_twice<Rounded>(x[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kLines; ++i) {
-        unpack_line<T>(x + kNumbers * i, v[i]);
-#pragma unroll
-        for (int j = 0; kSingle && j < kNumbers; ++j) x[kNumbers * i + j] += b[j];
-      }
-      if (p_.activate) ffn_activate<true>(x, p_.activation);
+      for (int i = 0; i < kTogether; ++i) results[first + i] = pack_line<T>(x + kNumbers * i);
     }
-    if (p_.residual != nullptr) {
-#pragma unroll
-      for (int i = 0; i < kLines; ++i) {
-        float r[kNumbers];
-        unpack_line<T>(r, residual[i]);
-#pragma unroll
-        for (int j = 0; j < kNumbers; ++j) x[kNumbers * i + j] += r[j];
-      }
-    }
-    uint4 results[kLines];
-#pragma unroll
-    for (int i = 0; i < kLines; ++i) results[i] = pack_line<T>(x + kNumbers * i);
     store(p_.output, results, row, column);
   }
 
@@ -165,7 +169,6 @@ class LinesOut {
         if (row + row_ + 4 * i >= p_.m) v[i] = {};
       }
     }
-    uint4 results[kLines], activated[kLines];
 #pragma unroll
     for (int i = 0; i < kLines; i += 2) {
       float h[16], g[16];
@@ -176,13 +179,11 @@ class LinesOut {
       ffn_activate_backward<true>(h, g, p_.activation);
 #pragma unroll
       for (int j = 0; j < 16; ++j) sums[j % 8] += g[j];
-      results[i] = pack_line<T>(g);
-      results[i + 1] = pack_line<T>(g + 8);
-      activated[i] = pack_line<T>(h);
-      activated[i + 1] = pack_line<T>(h + 8);
+      const uint4 results[2] = {pack_line<T>(g), pack_line<T>(g + 8)};
+      const uint4 activated[2] = {pack_line<T>(h), pack_line<T>(h + 8)};
+      if (p_.product != nullptr) store(p_.product, activated, row + 4 * i, column);
+      store(p_.output, results, row + 4 * i, column);
     }
-    if (p_.product != nullptr) store(p_.product, activated, row, column);
-    store(p_.output, results, row, column);
   }
 
   // What gradient() summed up over a box, whose rows begin at `row`.
@@ -204,15 +205,17 @@ class LinesOut {
     return {__ldg(words), __ldg(words + 1), __ldg(words + 2), __ldg(words + 3)};
   }
 
-  __device__ __forceinline__ void store(void* matrix, const uint4 (&v)[kLines], int row, int column) const {
+  // Lines of the rows from `row` on.
+  template <int kCount>
+  __device__ __forceinline__ void store(void* matrix, const uint4 (&v)[kCount], int row, int column) const {
     const int64_t stride = int64_t{4} * p_.n;
     T* to = static_cast<T*>(matrix) + static_cast<int64_t>(row + row_) * p_.n + column + column_;
-    if (row + kPartRows <= p_.m && column + kBoxNumbers<T> <= p_.n) {
+    if (row + 4 * kCount <= p_.m && column + kBoxNumbers<T> <= p_.n) {
 #pragma unroll
-      for (int i = 0; i < kLines; ++i) store_line(to + i * stride, v[i]);
+      for (int i = 0; i < kCount; ++i) store_line(to + i * stride, v[i]);
     } else if (column + column_ < p_.n) {
 #pragma unroll
-      for (int i = 0; i < kLines; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         if (row + row_ + 4 * i < p_.m) store_line(to + i * stride, v[i]);
       }
     }

@@ -53,19 +53,24 @@ struct Wide {
   static constexpr int kWayOut = 256;  // its first thread
   static constexpr int kLoader = kWayOut / 32 + kLinesWarps;
   static constexpr int kThreads = kLinesWarps == 3 ? 384 : 512;
-  static constexpr int kInstructions = kLinesWarps == 3 ? 1 : 2;
+  static constexpr int kHalves = kLinesWarps == 3 ? 1 : 2;  // of a tile's columns, an instruction each
   // Registers: all together no more than the threads have at the launch, at most 65536.
-  static constexpr int kConsumerRegisters = kLinesWarps == 3 ? 184 : 176;
-  static constexpr int kLinesRegisters = kLinesWarps == 3 ? 136 : 120;
+  static constexpr int kConsumerRegisters = kLinesWarps == 3 ? 184 : 168;
+  static constexpr int kLinesRegisters = 136;
   static constexpr int kLoaderRegisters = 40;  // of a warpgroup of its own
 
   static constexpr int kStageBytes = kWideABytes + kColumns * kBoxRowBytes;
   static constexpr int kBoxes = kColumns / kBoxNumbers<T>;  // of a tile's 64 rows
   static constexpr int kNarrowBoxes = kNarrowColumns / kBoxNumbers<T>;
-  // Boxes of a narrow tile lie in other places than the same boxes of a wide one, so that nothing would order the uses
-  // of one barrier by both, and a wait that comes a phase late waits forever: they have barriers of their own, after
-  // the others.
-  static constexpr int kBarriers = 4 * kBoxes;
+  // Boxes of products that find room on their way out. Of four, each warpgroup has two and each warp of the way out one;
+  // else as many as 64 rows have, for the upper rows of a tile and then for the lower ones. A tile uses each an even
+  // number of times, so that a barrier's phase follows from the box, and a block's narrow tile, its last one, goes on in
+  // the same order. Whoever waits for a place was there in the use before, or waits for that one: no phase is missed.
+  static constexpr bool kOwnPlaces = kHalves == 2;
+  static constexpr int kPlaces = kOwnPlaces ? 4 : kBoxes;
+  static_assert(!kOwnPlaces || (kLinesWarps == 4 && kBoxes % 4 == 0));
+  static_assert(kOwnPlaces || kBoxes % kLinesWarps == 0);
+  static constexpr bool kSharedBias = kHalves == 2 && sizeof(T) == 2;  // biases of a tile in shared memory
 };
 
 #ifdef STYLEFORGE_HAS_WGMMA
@@ -91,6 +96,15 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+__device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 __device__ __forceinline__ void store_two(uint32_t address, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
 }
@@ -101,7 +115,8 @@ template <typename T, int kColumns, int kLinesWarps, bool kGradient>
 __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     wide_gemm_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ GemmSchedule s,
                      const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
-                     const __grid_constant__ CUtensorMap narrow_map) {
+                     const __grid_constant__ CUtensorMap narrow_map,
+                     const __grid_constant__ CUtensorMap residual_map) {
 #ifdef STYLEFORGE_HAS_WGMMA
   using W = Wide<T, kColumns, kLinesWarps>;
   constexpr bool kHalf = sizeof(T) == 2;
@@ -110,7 +125,10 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   extern __shared__ unsigned char dynamic[];
   const uint32_t ring = (shared_address(dynamic) + 1023) & ~1023u;  // swizzled tiles start at multiples of 1024 bytes
   const uint32_t places = ring + s.stages * kStage;
-  __shared__ uint64_t full[kMaxGemmStages], empty[kMaxGemmStages], filled[W::kBarriers], taken[W::kBarriers];
+  constexpr bool kSharedBias = W::kSharedBias && !kGradient;
+  __shared__ uint64_t full[kMaxGemmStages], empty[kMaxGemmStages], filled[W::kPlaces], taken[W::kPlaces];
+  __shared__ uint64_t bias_full, bias_empty;
+  __shared__ __align__(16) float biases[kSharedBias ? kColumns : 4];
   const uint32_t full_at = shared_address(full), empty_at = shared_address(empty);
   const uint32_t filled_at = shared_address(filled), taken_at = shared_address(taken);
 
@@ -123,12 +141,12 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   const int tiles = wide_tiles + s.narrow * kPieces;
   const int first_tile = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
   const int chunks = (p.k + kWidth - 1) / kWidth;
-  // Boxes take turns in their places: the upper half of a tile's rows first, then the lower one.
-  const auto place_of = [&](int half, int box, bool narrow) {
-    return narrow ? half * W::kNarrowBoxes + box : (half * kBoxes + box) % s.places;
+  // Of a box's use of a place.
+  const auto place_of = [](int group, int box, bool narrow) {
+    return W::kOwnPlaces ? group * 2 + box % 2 : narrow ? group * W::kNarrowBoxes + box : box;
   };
-  const auto barrier_of = [](int half, int box, bool narrow) {
-    return half * kBoxes + box + (narrow ? 2 * kBoxes : 0);
+  const auto parity_of = [](int group, int box, bool narrow) -> uint32_t {
+    return W::kOwnPlaces ? box / 2 & 1 : narrow ? 0 : group;
   };
   const auto tile_of = [&](int t) {
     const bool narrow = t >= wide_tiles;
@@ -149,11 +167,12 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       mbarrier_init(&full[i], 1);
       mbarrier_init(&empty[i], 8);  // the consumers' warps
     }
-    for (int i = 0; i < W::kBarriers; ++i) {
-      if (i >= 2 * kBoxes && i % kBoxes >= W::kNarrowBoxes) continue;
-      mbarrier_init(&filled[i], 128);
-      mbarrier_init(&taken[i], 32);
+    for (int i = 0; i < W::kPlaces; ++i) {
+      mbarrier_init(&filled[i], 4);  // a warpgroup's warps
+      mbarrier_init(&taken[i], 1);
     }
+    mbarrier_init(&bias_full, 32);
+    mbarrier_init(&bias_empty, 8);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -188,6 +207,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
           load_b(chunk, stage, tile);
         }
         load_box(ring + stage * kStage, &a_map, chunk * kWidth, tile.row, full_at + 8 * stage);
+        if (chunk == 0 && s.prefetch) prefetch_box(&residual_map, tile.column, tile.row);
         if (++stage == s.stages) {
           stage = 0;
           parity ^= 1;
@@ -198,67 +218,108 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   };
   const auto send_lines = [&](int lines_warp) {
     wait_for_predecessor();
-    constexpr int kLines = 4;
+    constexpr int kLines = kGradient ? 2 : 4;
     using Out = LinesOut<T, kLines>;
     const Out out(p, s.vectors, lane);
-    // Boxes in the order in which they are filled, by turns; what a part of one needs of global memory is loaded while
-    // the one before it is on its way.
+    // Boxes in the order in which they are filled; what a part of one needs of global memory is loaded while the one
+    // before it is on its way.
     struct Box {
-      int row, column, barrier;
-      uint32_t address;
+      int row, column, place;
       uint32_t parity;
     };
     const int turns = tiles > first_tile ? (tiles - first_tile - 1) / step + 1 : 0;
     const int wide_turns = wide_tiles > first_tile ? (wide_tiles - first_tile - 1) / step + 1 : 0;
     constexpr int kParts = Out::kParts;
+    constexpr int kEach = W::kOwnPlaces ? kBoxes / 2 : 2 * kBoxes;  // boxes of a turn
+    constexpr int kFew = W::kNarrowBoxes;
     const auto box_at = [&](int index) {
-      int turn = index / (2 * kBoxes), half = index / kBoxes % 2, box = index % kBoxes;
+      int turn = index / kEach, after = index % kEach;
       if (turn >= wide_turns) {
-        constexpr int kFew = W::kNarrowBoxes;
-        const int after = index - wide_turns * 2 * kBoxes;
-        turn = wide_turns + after / (2 * kFew);
-        half = after / kFew % 2;
-        box = after % kFew;
+        turn = wide_turns;
+        after = index - wide_turns * kEach;
       }
+      const bool narrow = turn >= wide_turns;
+      const int of_group = narrow ? kFew : kBoxes;
+      const int group = W::kOwnPlaces ? lines_warp / 2 : after / of_group;
+      const int box = W::kOwnPlaces ? after * 2 + lines_warp % 2 : after % of_group;
       const WideTile tile = tile_of(first_tile + turn * step);
-      return Box{tile.row + half * 64, tile.column + box * kWidth, barrier_of(half, box, tile.narrow),
-                 places + place_of(half, box, tile.narrow) * kBoxBytes,
-                 static_cast<uint32_t>(tile.narrow ? 0 : turn & 1)};
+      return Box{tile.row + group * 64, tile.column + box * kWidth, place_of(group, box, narrow),
+                 parity_of(group, box, narrow)};
     };
-    const int count = (wide_turns * kBoxes + (turns - wide_turns) * W::kNarrowBoxes) * 2;
-    Box next = box_at(lines_warp);
+    const int few = W::kOwnPlaces ? (kFew + 1 - lines_warp % 2) / 2 : 2 * kFew;
+    const int count = wide_turns * kEach + (turns - wide_turns) * few;
+    constexpr int kFirst = W::kOwnPlaces ? 0 : 1, kStep = W::kOwnPlaces ? 1 : kLinesWarps;
+    const int first = lines_warp * kFirst;
+    Box next = box_at(first);
     uint4 other[kLines] = {};
-    if (p.residual != nullptr && lines_warp < count) out.load(other, next.row, next.column);
+    if (p.residual != nullptr && first < count) out.load(other, next.row, next.column);
 #pragma unroll 1
-    for (int index = lines_warp; index < count; index += kLinesWarps) {
+    for (int index = first; index < count; index += kStep) {
       const Box box = next;
       float sums[8] = {};
       const uint4 bias = kHalf ? uint4{} : out.load_bias(box.column);
-      mbarrier_wait(filled_at + 8 * box.barrier, box.parity);
+      mbarrier_wait(filled_at + 8 * box.place, box.parity);
+      // All of the box at once: what waits for its place waits no longer than that.
+      uint4 v[kParts][kLines];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) out.take(v[part], places + box.place * kBoxBytes, part);
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(taken_at + 8 * box.place);
+      constexpr int kTogether = 2;
 #pragma unroll 1
-      for (int part = 0; part < kParts; ++part) {
-        uint4 v[kLines], ahead[kLines] = {};
-        out.take(v, box.address, part);
-        const bool last = part == kParts - 1;
-        if (last) {
-          mbarrier_arrive(taken_at + 8 * box.barrier);
-          next = box_at(index + kLinesWarps);
-        }
-        if (p.residual != nullptr && (!last || index + kLinesWarps < count)) {
-          out.load(ahead, last ? next.row : box.row + Out::kPartRows * (part + 1), next.column);
-        }
-        const int row = box.row + Out::kPartRows * part;
-        if constexpr (kGradient) {
-          out.gradient(v, other, sums, row, box.column);
-        } else {
-          out.forward(v, bias, other, row, box.column);
+      for (int pair = 0; pair < kParts; pair += kTogether) {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const int part = pair + i;
+          const bool last = part == kParts - 1;
+          uint4 ahead[kLines] = {};
+          if (last) next = box_at(index + kStep);
+          if (p.residual != nullptr && (!last || index + kStep < count)) {
+            out.load(ahead, last ? next.row : box.row + Out::kPartRows * (part + 1), last ? next.column : box.column);
+          }
+          const int row = box.row + Out::kPartRows * part;
+          if constexpr (kGradient) {
+            out.gradient(v[i], other, sums, row, box.column);
+          } else {
+            out.forward(v[i], bias, other, row, box.column);
+          }
+#pragma unroll
+          for (int j = 0; j < kLines; ++j) other[j] = ahead[j];
         }
 #pragma unroll
-        for (int i = 0; i < kLines; ++i) other[i] = ahead[i];
+        for (int i = 0; i + kTogether < kParts; ++i) {
+#pragma unroll
+          for (int j = 0; j < kLines; ++j) v[i][j] = v[i + kTogether][j];
+        }
       }
       if constexpr (kGradient) {
         if (p.column_sums != nullptr) out.sum_out(sums, box.row, box.column);
       }
+    }
+  };
+  // A tile's biases as float32, in the order in which a lane of the consumers adds them: of eight neighbouring columns
+  // two each, of 16 columns one after the other.
+  [[maybe_unused]] const auto send_biases = [&] {
+    wait_for_predecessor();
+    uint32_t parity = 1;
+    for (int t = first_tile; t < tiles; t += step) {
+      static_assert(!kSharedBias || kColumns == 8 * 32);
+      const int column = tile_of(t).column + lane * 8;
+      uint32_t words[4] = {};
+      if (p.bias != nullptr && column < p.n) {
+        const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.bias) + column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = __ldg(from + i);
+      }
+      mbarrier_wait(&bias_empty, parity);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kHalf) {
+          *reinterpret_cast<float2*>(biases + lane / 2 * 16 + i * 4 + lane % 2 * 2) = unpack<T>(words[i]);
+        }
+      }
+      mbarrier_arrive(&bias_full);
+      parity ^= 1;
     }
   };
 
@@ -266,124 +327,194 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   if (warp < W::kWayOut / 32) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(W::kConsumerRegisters));
     wait_for_predecessor();
-    constexpr int kMmaWidth = kColumns / W::kInstructions;
-    using Mma = WgmmaWide<kMmaKind<T>, kMmaWidth, kGradient>;
+    constexpr int kMmaWidth = kColumns / W::kHalves;
+    using First = std::integral_constant<int, 0>;
+    using Second = std::integral_constant<int, W::kHalves - 1>;
     const int group = warp / 4;
     const uint32_t group_a = group * 64 * kBoxRowBytes;
     // Where this lane writes in a box. 16-bit: its row and 16-byte half of a warp's 16 x 16 piece; the next piece is an
     // exclusive or away. float32: its two numbers in the first eight columns.
     const uint32_t piece = kHalf ? (warp % 4 * 16 + lane % 16) * kBoxRowBytes + (((lane & 7) ^ (lane / 16)) << 4)
                                  : (warp % 4 * 16 + lane / 4) * kBoxRowBytes + lane % 4 * 8;
-    float d[W::kInstructions][kMmaWidth / 2];
+    const uint32_t biases_at = shared_address(biases) + lane % 4 * 16;
     int stage = 0;
     uint32_t parity = 0;
 
-    const auto multiply = [&](bool accumulate, auto narrow) {
-      mbarrier_wait(full_at + 8 * stage, parity);
-      constexpr int kNext = kGradient ? 128 : 2;  // 32 bytes of k further on in b
-      const uint32_t at = ring + stage * kStage;
-      const uint64_t a = wgmma_descriptor(at + group_a);
-      const uint64_t b = kGradient ? wgmma_transposed_descriptor(at + kWideABytes) : wgmma_descriptor(at + kWideABytes);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if constexpr (narrow.value) {
-          auto& first = reinterpret_cast<float (&)[kNarrowColumns / 2]>(d);
-          WgmmaWide<kMmaKind<T>, kNarrowColumns, kGradient>::run(first, a + 2 * k, b + kNext * k, accumulate || k > 0);
-        } else {
-#pragma unroll
-          for (int i = 0; i < W::kInstructions; ++i) {
-            Mma::run(d[i], a + 2 * k, b + i * (kMmaWidth * kBoxRowBytes >> 4) + kNext * k, accumulate || k > 0);
-          }
-        }
-      }
-      wgmma_commit();
+    const auto advance = [&] {
       if (++stage == s.stages) {
         stage = 0;
         parity ^= 1;
       }
     };
+    // A stage into one half of the columns, or into the columns of a narrow tile.
+    const auto multiply = [&](auto& to, auto half, int from, bool accumulate) {
+      constexpr int kWidthOfOne = 2 * static_cast<int>(sizeof(to) / sizeof(float));
+      using Mma = WgmmaWide<kMmaKind<T>, kWidthOfOne, kGradient>;
+      constexpr int kNext = kGradient ? 128 : 2;  // 32 bytes of k further on in b
+      const uint32_t at = ring + from * kStage;
+      const uint64_t a = wgmma_descriptor(at + group_a);
+      const uint64_t b = kGradient ? wgmma_transposed_descriptor(at + kWideABytes) : wgmma_descriptor(at + kWideABytes);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        Mma::run(to, a + 2 * k, b + half.value * (kMmaWidth * kBoxRowBytes >> 4) + kNext * k, accumulate || k > 0);
+      }
+      wgmma_commit();
+    };
     const auto release = [&](int done) {
       if (lane == 0) mbarrier_arrive(empty_at + 8 * done);
       __syncwarp();
     };
-
-    uint32_t turn = 0;
-    for (int t = first_tile; t < tiles; t += step) {
-      const WideTile tile = tile_of(t);
-      int done = stage;
-      const auto multiply_all = [&](auto narrow) {
-        multiply(false, narrow);
-        for (int chunk = 1; chunk < chunks; ++chunk) {
-          const int next = stage;
-          multiply(true, narrow);
-          wgmma_wait<1>();
-          release(done);
-          done = next;
-        }
-      };
-      if (tile.narrow) {
-        multiply_all(std::true_type{});
-      } else {
-        multiply_all(std::false_type{});
-      }
+    // The sums of one half's boxes go to their places.
+    const auto stash = [&](const auto& from, auto half, auto narrow, const WideTile& tile) {
+      constexpr int kCount = narrow.value ? W::kNarrowBoxes : kBoxes / W::kHalves;
+      constexpr int kFirstBox = half.value * kCount;
       // A box's bias is loaded before the box in front of it goes out.
       [[maybe_unused]] uint32_t bias[2][8];
-      [[maybe_unused]] const auto load_bias = [&](int box) {
+      [[maybe_unused]] const auto load_bias = [&](int i) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int at = tile.column + lane % 4 * 2 + box * kWidth + 8 * i;
+        for (int j = 0; j < 8; ++j) {
+          const int at = tile.column + lane % 4 * 2 + (kFirstBox + i) * kWidth + 8 * j;
           const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.bias) + at);
-          bias[box % 2][i] = p.bias != nullptr && at < p.n ? __ldg(from) : 0;
+          bias[i % 2][j] = p.bias != nullptr && at < p.n ? __ldg(from) : 0;
         }
       };
-      if constexpr (kHalf) load_bias(0);
-      wgmma_wait<0>();
-      release(done);
+      constexpr bool kLoads = kHalf && !kGradient && !kSharedBias;
+      if constexpr (kLoads) load_bias(0);
 #pragma unroll
-      for (int i = 0; i < W::kInstructions; ++i) hold(d[i]);
-#pragma unroll
-      for (int box = 0; box < kBoxes; ++box) {
-        if (box >= W::kNarrowBoxes && tile.narrow) continue;
-        const float* sums = d[box * kWidth / kMmaWidth] + box * kWidth % kMmaWidth / 2;
-        const int place = place_of(group, box, tile.narrow);
-        // For the last box there, of a wide tile: a block has one narrow tile at most.
-        const auto wait_for_place = [&] {
-          const int own = group * kBoxes + box;
-          const bool earlier = tile.narrow || own < s.places;  // in the turn before this one
-          const int last = tile.narrow ? 2 * kBoxes - s.places + place : own - s.places + (earlier ? 2 * kBoxes : 0);
-          mbarrier_wait(taken_at + 8 * last, earlier ? turn ^ 1 : turn);
-        };
+      for (int i = 0; i < kCount; ++i) {
+        const int box = kFirstBox + i, place = place_of(group, box, narrow.value);
+        const float* sums = from + i * kWidth / 2;
         const uint32_t to = places + place * kBoxBytes + piece;
         if constexpr (kHalf) {
-          if (box + 1 < kBoxes) load_bias(box + 1);
-          uint32_t pairs[16];
+          if (kLoads && i + 1 < kCount) load_bias(i + 1);
+          // Piece by piece of 16 columns: the sums of the other half stay where they are meanwhile.
+          float4 b{};
+          if constexpr (kSharedBias) b = load_shared_float4(biases_at + box * 4 * 64);
+          mbarrier_wait(taken_at + 8 * place, parity_of(group, box, narrow.value) ^ 1);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const float2 b = unpack<T>(bias[box % 2][i]);
-            const float* x = sums + 4 * i;
-            pairs[2 * i] = pack<T>(x[0] + b.x, x[1] + b.y);
-            pairs[2 * i + 1] = pack<T>(x[2] + b.x, x[3] + b.y);
-          }
-          wait_for_place();
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const uint32_t four[4] = {pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]};
-            store_matrix(to ^ (i << 5), four);
+          for (int j = 0; j < 4; ++j) {
+            if constexpr (kLoads) {
+              const float2 first = unpack<T>(bias[i % 2][2 * j]), second = unpack<T>(bias[i % 2][2 * j + 1]);
+              b = {first.x, first.y, second.x, second.y};
+            }
+            const float* x = sums + 8 * j;
+            const uint32_t four[4] = {pack<T>(x[0] + b.x, x[1] + b.y), pack<T>(x[2] + b.x, x[3] + b.y),
+                                      pack<T>(x[4] + b.z, x[5] + b.w), pack<T>(x[6] + b.z, x[7] + b.w)};
+            if (kSharedBias && j < 3) b = load_shared_float4(biases_at + (box * 4 + j + 1) * 64);
+            store_matrix(to ^ (j << 5), four);
           }
         } else {
-          wait_for_place();
+          mbarrier_wait(taken_at + 8 * place, parity_of(group, box, narrow.value) ^ 1);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const uint32_t at = to + ((i ^ (lane / 4 & 3)) << 5);
-            store_two(at, sums[4 * i], sums[4 * i + 1]);
-            store_two(at + 8 * kBoxRowBytes, sums[4 * i + 2], sums[4 * i + 3]);
+          for (int j = 0; j < 4; ++j) {
+            const uint32_t at = to + ((j ^ (lane / 4 & 3)) << 5);
+            store_two(at, sums[4 * j], sums[4 * j + 1]);
+            store_two(at + 8 * kBoxRowBytes, sums[4 * j + 2], sums[4 * j + 3]);
           }
         }
-        mbarrier_arrive(filled_at + 8 * barrier_of(group, box, tile.narrow));
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(filled_at + 8 * place);
       }
-      turn ^= 1;
+    };
+    [[maybe_unused]] uint32_t bias_parity = 0;
+    const auto wait_for_biases = [&] {
+      if constexpr (kSharedBias) mbarrier_wait(shared_address(&bias_full), bias_parity);
+      bias_parity ^= 1;
+    };
+    const auto release_biases = [&] {
+      if constexpr (kSharedBias) {
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&bias_empty);
+      }
+    };
+    // All of a tile before anything of it goes out.
+    const auto whole_tile = [&](auto narrow, const WideTile& tile) {
+      static_assert(narrow.value || W::kHalves == 1);
+      float d[(narrow.value ? kNarrowColumns : kColumns) / 2];
+      int done = stage;
+      mbarrier_wait(full_at + 8 * stage, parity);
+      multiply(d, First{}, stage, false);
+      advance();
+      for (int chunk = 1; chunk < chunks; ++chunk) {
+        mbarrier_wait(full_at + 8 * stage, parity);
+        multiply(d, First{}, stage, true);
+        wgmma_wait<1>();
+        release(done);
+        done = stage;
+        advance();
+      }
+      wgmma_wait<0>();
+      release(done);
+      hold(d);
+      wait_for_biases();
+      stash(d, First{}, narrow, tile);
+      release_biases();
+    };
+    constexpr auto kWhole = std::false_type{};
+
+    int t = first_tile;
+    if constexpr (W::kHalves == 1) {
+      for (; t < wide_tiles; t += step) whole_tile(kWhole, tile_of(t));
+    } else {
+      if (t < wide_tiles) {
+        WideTile tile = tile_of(t);
+        int held = 0;
+        float d[2][kMmaWidth / 2];
+        const int lead = min(s.lead, chunks);
+        int behind = stage;
+        const auto go_ahead = [&] {
+          behind = stage;
+#pragma unroll 1
+          for (int i = 0; i < lead; ++i) {
+            mbarrier_wait(full_at + 8 * stage, parity);
+            multiply(d[0], First{}, stage, i > 0);
+            advance();
+          }
+        };
+        go_ahead();
+        while (true) {
+          multiply(d[1], Second{}, behind, false);
+          held = behind;
+#pragma unroll 1
+          for (int i = 1; i < lead; ++i) {
+            if (++behind == s.stages) behind = 0;
+            multiply(d[1], Second{}, behind, true);
+            wgmma_wait<1>();
+            release(held);
+            held = behind;
+          }
+          for (int chunk = lead; chunk < chunks; ++chunk) {
+            mbarrier_wait(full_at + 8 * stage, parity);
+            multiply(d[0], First{}, stage, true);
+            multiply(d[1], Second{}, stage, true);
+            wgmma_wait<2>();
+            release(held);
+            held = stage;
+            advance();
+          }
+          wgmma_wait<1>();
+          hold(d[0]);
+          wait_for_biases();
+          stash(d[0], First{}, kWhole, tile);
+          t += step;
+          if (t >= wide_tiles) break;
+          wgmma_wait<0>();
+          hold(d[1]);
+          release(held);
+          go_ahead();
+          stash(d[1], Second{}, kWhole, tile);
+          release_biases();
+          tile = tile_of(t);
+        }
+        wgmma_wait<0>();
+        release(held);
+        hold(d[1]);
+        stash(d[1], Second{}, kWhole, tile);
+        release_biases();
+      }
     }
+    if (t < tiles) whole_tile(std::true_type{}, tile_of(t));
   } else if (warp < W::kWayOut / 32 + 4) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(W::kLinesRegisters));
     if (warp < W::kLoader) {
@@ -397,6 +528,8 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     if (warp == W::kLoader) {
       if (lane == 0) load_stages();
       __syncwarp();
+    } else if (kSharedBias && warp == W::kLoader + 1) {
+      send_biases();
     }
   }
 #endif
@@ -406,7 +539,7 @@ template <typename T, int kColumns, int kLinesWarps, bool kGradient>
 cudaError_t launch_wide_gemm(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts,
                              cudaStream_t stream) {
   using W = Wide<T, kColumns, kLinesWarps>;
-  CUtensorMap a, b, narrow;
+  CUtensorMap a, b, narrow, residual = {};
   if (const auto error = box_map(p.dtype, p.a, p.m, p.k, p.a_stride, kWideRows, a)) return error;
   const auto b_error = kGradient ? box_map(p.dtype, p.b, p.k, p.n, p.b_stride[1], kNarrowColumns, b)
                                  : box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kColumns / 2, b);
@@ -415,9 +548,18 @@ cudaError_t launch_wide_gemm(const GemmParams& p, const GemmSchedule& s, const D
   if (s.narrow > 0 && !kGradient) {
     if (const auto error = box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kNarrowColumns, narrow)) return error;
   }
-  const size_t shared = 1024 + static_cast<size_t>(s.stages) * W::kStageBytes + s.places * size_t{kBoxBytes};
+  GemmSchedule cut = s;
+  cut.prefetch = p.residual != nullptr && s.vectors && s.prefetch && p.residual_stride >= p.n;
+  if (cut.prefetch) {
+    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(p.n), static_cast<cuuint64_t>(p.m)};
+    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(p.residual_stride) * sizeof(T)};
+    const cuuint32_t box[2] = {kColumns, kWideRows};
+    const auto error = tensor_map(p.dtype, p.residual, sizes, strides, box, residual, CU_TENSOR_MAP_SWIZZLE_NONE);
+    if (error != cudaSuccess) return error;
+  }
+  const size_t shared = 1024 + static_cast<size_t>(s.stages) * W::kStageBytes + W::kPlaces * size_t{kBoxBytes};
   return launch(wide_gemm_kernel<T, kColumns, kLinesWarps, kGradient>, dim3(static_cast<unsigned>(s.blocks)),
-                dim3(W::kThreads), shared, 1, facts, stream, p, s, a, b, narrow);
+                dim3(W::kThreads), shared, 1, facts, stream, p, cut, a, b, narrow, residual);
 }
 
 }  // namespace styleforge::cuda
