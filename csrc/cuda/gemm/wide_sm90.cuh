@@ -516,7 +516,11 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     }
     if (t < tiles) whole_tile(std::true_type{}, tile_of(t));
   } else if (warp < W::kWayOut / 32 + 4) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(W::kLinesRegisters));
+    if constexpr (W::kLinesRegisters > 65536 / W::kThreads) {
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(W::kLinesRegisters));
+    } else {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(W::kLinesRegisters));
+    }
     if (warp < W::kLoader) {
       send_lines(warp - W::kWayOut / 32);
     } else {
