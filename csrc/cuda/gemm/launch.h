@@ -60,7 +60,6 @@ struct GemmSchedule {
   int narrow = 0;        // wide: how many of the last tiles are cut into tiles of 64 columns, of which a block gets one
   int lines = 4;         // wide: a block's warps on the way out
   int places = 4;        // wide: boxes of products that find room on their way out
-  int lead = 1;          // wide: stages that a tile's first columns are multiplied by before its others
   bool prefetch = true;  // wide: a residual goes to the L2 cache while the products before it are summed up
   bool prepare_b() const { return !small && !wide; }
 };

@@ -62,6 +62,12 @@ __device__ __forceinline__ uint32_t float_box_place(int row, int sixteen) {
   return row * kBoxRowBytes + (((sixteen >> 1) ^ (row & 3)) << 5) + ((sixteen & 1) << 4);
 }
 
+// What happens to a box. Code for all that may happen is long, and what is jumped over in it costs more than what is
+// done: instructions come late then. So what is most frequent, in boxes without an edge, has code of its own.
+enum class WayOut { kAny, kGelu, kPlain };
+template <WayOut kWay>
+using WayOutIs = std::integral_constant<WayOut, kWay>;
+
 // A lane's part of a box, kLines x 4 rows at a time: 16 bytes of neighbouring columns of the rows lane / 8 + 4 i.
 template <typename T, int kLines>
 class LinesOut {
@@ -86,20 +92,17 @@ class LinesOut {
     }
   }
 
-  // Residual, or what was activated, of the rows from `row` on.
+  // Of a residual, or of what was activated: of the rows from `row` on, the part's i-th.
+  __device__ __forceinline__ uint4 load_line(int i, int row, int column) const {
+    const int64_t at = row + row_ + 4 * i;
+    if (at >= p_.m || column + column_ >= p_.n) return {};
+    const T* from = static_cast<const T*>(p_.residual) + at * p_.residual_stride + column + column_;
+    return vectors_ ? __ldg(reinterpret_cast<const uint4*>(from)) : load_words(from);
+  }
+
   __device__ __forceinline__ void load(uint4 (&v)[kLines], int row, int column) const {
-    const int64_t stride = p_.residual_stride;
-    const T* from = static_cast<const T*>(p_.residual) + (row + row_) * stride + column + column_;
 #pragma unroll
-    for (int i = 0; i < kLines; ++i) {
-      v[i] = {};
-      if (row + row_ + 4 * i >= p_.m || column + column_ >= p_.n) continue;
-      if (vectors_) {
-        v[i] = __ldg(reinterpret_cast<const uint4*>(from + 4 * i * stride));
-      } else {
-        v[i] = load_words(from + 4 * i * stride);
-      }
-    }
+    for (int i = 0; i < kLines; ++i) v[i] = load_line(i, row, column);
   }
 
   // Of this lane's columns, where the products come without.
@@ -108,9 +111,12 @@ class LinesOut {
     return load_words(static_cast<const T*>(p_.bias) + column + column_);
   }
 
+  // kGelu and kPlain (no activation): without a residual, and all of the box is there.
+  template <WayOut kWay>
   __device__ __forceinline__ void forward(const uint4 (&v)[kLines], const uint4& bias, const uint4 (&residual)[kLines],
                                           int row, int column) const {
-    if (p_.product != nullptr) store(p_.product, v, row, column);
+    constexpr bool kAny = kWay == WayOut::kAny;
+    if (p_.product != nullptr) store<!kAny>(p_.product, v, row, column);
     constexpr bool kSingle = sizeof(T) == 4;
     constexpr int kTogether = 2;  // lines: more take registers that the box needs
     uint4 results[kLines];
@@ -118,7 +124,7 @@ class LinesOut {
     for (int first = 0; first < kLines; first += kTogether) {
       float x[kNumbers * kTogether], b[kNumbers];
       if constexpr (kSingle) unpack_line<T>(b, bias);
-      if (p_.activate && p_.activation == FfnActivation::kGelu) {
+      if (kWay == WayOut::kGelu || (kAny && p_.activate && p_.activation == FfnActivation::kGelu)) {
         if constexpr (kSingle) {
 #pragma unroll
           for (int i = 0; i < kNumbers; ++i) b[i] *= 0.5f;
@@ -142,9 +148,9 @@ class LinesOut {
 #pragma unroll
           for (int j = 0; kSingle && j < kNumbers; ++j) x[kNumbers * i + j] += b[j];
         }
-        if (p_.activate) ffn_activate<true>(x, p_.activation);
+        if (kAny && p_.activate) ffn_activate<true>(x, p_.activation);
       }
-      if (p_.residual != nullptr) {
+      if (kAny && p_.residual != nullptr) {
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
           float r[kNumbers];
@@ -156,33 +162,33 @@ class LinesOut {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) results[first + i] = pack_line<T>(x + kNumbers * i);
     }
-    store(p_.output, results, row, column);
+    store<!kAny>(p_.output, results, row, column);
   }
 
   // v is the gradient of the activation's result, `hidden` what was activated. Out come the gradient of that and the
   // activation's result again (to `product`); `sums` takes the gradient in. Of 16-bit numbers.
-  __device__ __forceinline__ void gradient(uint4 (&v)[kLines], const uint4 (&hidden)[kLines], float (&sums)[8], int row,
-                                           int column) const {
-    if (row + kPartRows > p_.m) {  // rows beyond the last one: an infinite weight made NaN of their zeros
+  template <WayOut kWay, typename Next>
+  __device__ __forceinline__ void gradient(uint4 (&v)[kLines], uint4 (&hidden)[kLines], float (&sums)[8], int row,
+                                           int column, const Next& next) const {
+    constexpr bool kAny = kWay == WayOut::kAny;
+    if (kAny && row + kPartRows > p_.m) {  // rows beyond the last one: an infinite weight made NaN of their zeros
 #pragma unroll
       for (int i = 0; i < kLines; ++i) {
         if (row + row_ + 4 * i >= p_.m) v[i] = {};
       }
     }
 #pragma unroll
-    for (int i = 0; i < kLines; i += 2) {
-      float h[16], g[16];
+    for (int i = 0; i < kLines; ++i) {
+      float h[8], g[8];
       unpack_line<T>(h, hidden[i]);
-      unpack_line<T>(h + 8, hidden[i + 1]);
+      hidden[i] = next(i);
       unpack_line<T>(g, v[i]);
-      unpack_line<T>(g + 8, v[i + 1]);
-      ffn_activate_backward<true>(h, g, p_.activation);
+      ffn_activate_backward<true>(h, g, kAny ? p_.activation : FfnActivation::kGelu);
 #pragma unroll
-      for (int j = 0; j < 16; ++j) sums[j % 8] += g[j];
-      const uint4 results[2] = {pack_line<T>(g), pack_line<T>(g + 8)};
-      const uint4 activated[2] = {pack_line<T>(h), pack_line<T>(h + 8)};
-      if (p_.product != nullptr) store(p_.product, activated, row + 4 * i, column);
-      store(p_.output, results, row + 4 * i, column);
+      for (int j = 0; j < 8; ++j) sums[j] += g[j];
+      const uint4 results[1] = {pack_line<T>(g)}, activated[1] = {pack_line<T>(h)};
+      if (p_.product != nullptr) store<!kAny>(p_.product, activated, row + 4 * i, column);
+      store<!kAny>(p_.output, results, row + 4 * i, column);
     }
   }
 
@@ -206,11 +212,11 @@ class LinesOut {
   }
 
   // Lines of the rows from `row` on.
-  template <int kCount>
+  template <bool kWhole, int kCount>
   __device__ __forceinline__ void store(void* matrix, const uint4 (&v)[kCount], int row, int column) const {
     const int64_t stride = int64_t{4} * p_.n;
     T* to = static_cast<T*>(matrix) + static_cast<int64_t>(row + row_) * p_.n + column + column_;
-    if (row + 4 * kCount <= p_.m && column + kBoxNumbers<T> <= p_.n) {
+    if (kWhole || (row + 4 * kCount <= p_.m && column + kBoxNumbers<T> <= p_.n)) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) store_line(to + i * stride, v[i]);
     } else if (column + column_ < p_.n) {

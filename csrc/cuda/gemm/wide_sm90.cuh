@@ -55,8 +55,8 @@ struct Wide {
   static constexpr int kThreads = kLinesWarps == 3 ? 384 : 512;
   static constexpr int kHalves = kLinesWarps == 3 ? 1 : 2;  // of a tile's columns, an instruction each
   // Registers: all together no more than the threads have at the launch, at most 65536.
-  static constexpr int kConsumerRegisters = kLinesWarps == 3 ? 184 : 168;
-  static constexpr int kLinesRegisters = 136;
+  static constexpr int kConsumerRegisters = kLinesWarps == 3 ? 184 : 160;
+  static constexpr int kLinesRegisters = kLinesWarps == 3 ? 136 : 152;
   static constexpr int kLoaderRegisters = 40;  // of a warpgroup of its own
 
   static constexpr int kStageBytes = kWideABytes + kColumns * kBoxRowBytes;
@@ -250,6 +250,10 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     const int count = wide_turns * kEach + (turns - wide_turns) * few;
     constexpr int kFirst = W::kOwnPlaces ? 0 : 1, kStep = W::kOwnPlaces ? 1 : kLinesWarps;
     const int first = lines_warp * kFirst;
+    const bool gelu = p.activation == FfnActivation::kGelu && (kGradient || (p.activate && p.residual == nullptr));
+    const WayOut usual = gelu                                                       ? WayOut::kGelu
+                         : kGradient || p.activate || p.residual != nullptr ? WayOut::kAny
+                                                                                    : WayOut::kPlain;
     Box next = box_at(first);
     uint4 other[kLines] = {};
     if (p.residual != nullptr && first < count) out.load(other, next.row, next.column);
@@ -265,32 +269,39 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       for (int part = 0; part < kParts; ++part) out.take(v[part], places + box.place * kBoxBytes, part);
       __syncwarp();
       if (lane == 0) mbarrier_arrive(taken_at + 8 * box.place);
-      constexpr int kTogether = 2;
+      // A loop over the parts, although their registers have to change places: its code comes from the nearest cache.
+      const auto send = [&](auto way) {
+        constexpr bool kAny = way.value == WayOut::kAny;
 #pragma unroll 1
-      for (int pair = 0; pair < kParts; pair += kTogether) {
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          const int part = pair + i;
+        for (int part = 0; part < kParts; ++part) {
           const bool last = part == kParts - 1;
-          uint4 ahead[kLines] = {};
-          if (last) next = box_at(index + kStep);
-          if (p.residual != nullptr && (!last || index + kStep < count)) {
-            out.load(ahead, last ? next.row : box.row + Out::kPartRows * (part + 1), last ? next.column : box.column);
-          }
           const int row = box.row + Out::kPartRows * part;
+          if (last) next = box_at(min(index + kStep, count - 1));
+          const int next_row = last ? next.row : row + Out::kPartRows, next_column = last ? next.column : box.column;
           if constexpr (kGradient) {
-            out.gradient(v[i], other, sums, row, box.column);
+            const auto load_next = [&](int i) { return out.load_line(i, next_row, next_column); };
+            out.template gradient<way.value>(v[0], other, sums, row, box.column, load_next);
           } else {
-            out.forward(v[i], bias, other, row, box.column);
+            uint4 ahead[kLines] = {};
+            if (kAny && p.residual != nullptr) out.load(ahead, next_row, next_column);
+            out.template forward<way.value>(v[0], bias, other, row, box.column);
+#pragma unroll
+            for (int j = 0; kAny && j < kLines; ++j) other[j] = ahead[j];
           }
 #pragma unroll
-          for (int j = 0; j < kLines; ++j) other[j] = ahead[j];
-        }
+          for (int i = 0; i + 1 < kParts; ++i) {
 #pragma unroll
-        for (int i = 0; i + kTogether < kParts; ++i) {
-#pragma unroll
-          for (int j = 0; j < kLines; ++j) v[i][j] = v[i + kTogether][j];
+            for (int j = 0; j < kLines; ++j) v[i][j] = v[i + 1][j];
+          }
         }
+      };
+      const bool whole = box.row + 64 <= p.m && box.column + kWidth <= p.n;
+      if (whole && usual == WayOut::kGelu) {
+        send(WayOutIs<WayOut::kGelu>{});
+      } else if (!kGradient && whole && usual == WayOut::kPlain) {
+        send(WayOutIs<WayOut::kPlain>{});
+      } else {
+        send(WayOutIs<WayOut::kAny>{});
       }
       if constexpr (kGradient) {
         if (p.column_sums != nullptr) out.sum_out(sums, box.row, box.column);
@@ -389,19 +400,19 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
         if constexpr (kHalf) {
           if (kLoads && i + 1 < kCount) load_bias(i + 1);
           // Piece by piece of 16 columns: the sums of the other half stay where they are meanwhile.
-          float4 b{};
-          if constexpr (kSharedBias) b = load_shared_float4(biases_at + box * 4 * 64);
+          float4 b[4] = {};
+#pragma unroll
+          for (int j = 0; kSharedBias && j < 4; ++j) b[j] = load_shared_float4(biases_at + (box * 4 + j) * 64);
           mbarrier_wait(taken_at + 8 * place, parity_of(group, box, narrow.value) ^ 1);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             if constexpr (kLoads) {
               const float2 first = unpack<T>(bias[i % 2][2 * j]), second = unpack<T>(bias[i % 2][2 * j + 1]);
-              b = {first.x, first.y, second.x, second.y};
+              b[j] = {first.x, first.y, second.x, second.y};
             }
             const float* x = sums + 8 * j;
-            const uint32_t four[4] = {pack<T>(x[0] + b.x, x[1] + b.y), pack<T>(x[2] + b.x, x[3] + b.y),
-                                      pack<T>(x[4] + b.z, x[5] + b.w), pack<T>(x[6] + b.z, x[7] + b.w)};
-            if (kSharedBias && j < 3) b = load_shared_float4(biases_at + (box * 4 + j + 1) * 64);
+            const uint32_t four[4] = {pack<T>(x[0] + b[j].x, x[1] + b[j].y), pack<T>(x[2] + b[j].x, x[3] + b[j].y),
+                                      pack<T>(x[4] + b[j].z, x[5] + b[j].w), pack<T>(x[6] + b[j].z, x[7] + b[j].w)};
             store_matrix(to ^ (j << 5), four);
           }
         } else {
@@ -459,32 +470,14 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     } else {
       if (t < wide_tiles) {
         WideTile tile = tile_of(t);
-        int held = 0;
+        int held = stage;
         float d[2][kMmaWidth / 2];
-        const int lead = min(s.lead, chunks);
-        int behind = stage;
-        const auto go_ahead = [&] {
-          behind = stage;
-#pragma unroll 1
-          for (int i = 0; i < lead; ++i) {
-            mbarrier_wait(full_at + 8 * stage, parity);
-            multiply(d[0], First{}, stage, i > 0);
-            advance();
-          }
-        };
-        go_ahead();
+        mbarrier_wait(full_at + 8 * stage, parity);
+        multiply(d[0], First{}, stage, false);
+        advance();
         while (true) {
-          multiply(d[1], Second{}, behind, false);
-          held = behind;
-#pragma unroll 1
-          for (int i = 1; i < lead; ++i) {
-            if (++behind == s.stages) behind = 0;
-            multiply(d[1], Second{}, behind, true);
-            wgmma_wait<1>();
-            release(held);
-            held = behind;
-          }
-          for (int chunk = lead; chunk < chunks; ++chunk) {
+          multiply(d[1], Second{}, held, false);
+          for (int chunk = 1; chunk < chunks; ++chunk) {
             mbarrier_wait(full_at + 8 * stage, parity);
             multiply(d[0], First{}, stage, true);
             multiply(d[1], Second{}, stage, true);
@@ -493,16 +486,19 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
             held = stage;
             advance();
           }
+          wait_for_biases();
           wgmma_wait<1>();
           hold(d[0]);
-          wait_for_biases();
           stash(d[0], First{}, kWhole, tile);
           t += step;
           if (t >= wide_tiles) break;
           wgmma_wait<0>();
           hold(d[1]);
           release(held);
-          go_ahead();
+          held = stage;
+          mbarrier_wait(full_at + 8 * stage, parity);
+          multiply(d[0], First{}, stage, false);
+          advance();
           stash(d[1], Second{}, kWhole, tile);
           release_biases();
           tile = tile_of(t);
