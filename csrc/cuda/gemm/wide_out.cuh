@@ -167,9 +167,9 @@ class LinesOut {
 
   // v is the gradient of the activation's result, `hidden` what was activated. Out come the gradient of that and the
   // activation's result again (to `product`); `sums` takes the gradient in. Of 16-bit numbers.
-  template <WayOut kWay, typename Next>
-  __device__ __forceinline__ void gradient(uint4 (&v)[kLines], uint4 (&hidden)[kLines], float (&sums)[8], int row,
-                                           int column, const Next& next) const {
+  template <WayOut kWay>
+  __device__ __forceinline__ void gradient(uint4 (&v)[kLines], const uint4 (&hidden)[kLines], float (&sums)[8], int row,
+                                           int column) const {
     constexpr bool kAny = kWay == WayOut::kAny;
     if (kAny && row + kPartRows > p_.m) {  // rows beyond the last one: an infinite weight made NaN of their zeros
 #pragma unroll
@@ -178,15 +178,17 @@ class LinesOut {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kLines; ++i) {
-      float h[8], g[8];
+    for (int i = 0; i < kLines; i += 2) {
+      float h[16], g[16];
       unpack_line<T>(h, hidden[i]);
-      hidden[i] = next(i);
+      unpack_line<T>(h + 8, hidden[i + 1]);
       unpack_line<T>(g, v[i]);
+      unpack_line<T>(g + 8, v[i + 1]);
       ffn_activate_backward<true>(h, g, kAny ? p_.activation : FfnActivation::kGelu);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) sums[j] += g[j];
-      const uint4 results[1] = {pack_line<T>(g)}, activated[1] = {pack_line<T>(h)};
+      for (int j = 0; j < 16; ++j) sums[j % 8] += g[j];
+      const uint4 results[2] = {pack_line<T>(g), pack_line<T>(g + 8)};
+      const uint4 activated[2] = {pack_line<T>(h), pack_line<T>(h + 8)};
       if (p_.product != nullptr) store<!kAny>(p_.product, activated, row + 4 * i, column);
       store<!kAny>(p_.output, results, row + 4 * i, column);
     }

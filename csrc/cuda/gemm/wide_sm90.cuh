@@ -38,78 +38,9 @@
 #include "kernels.h"
 #include "wgmma_wide.cuh"
 #include "wide_out.cuh"
+#include "wide_tiles.cuh"
 
 namespace styleforge::cuda {
-
-constexpr int kWideRows = 128;
-constexpr int kNarrowColumns = 64;  // of the last tiles, where they are cut up
-constexpr int kWideABytes = kWideRows * kBoxRowBytes;
-
-// How a block is made up, by the warps of the way out. 3: a fourth one loads, and a tile's columns are one instruction,
-// which is not to be had with more than 384 threads. 4: another warpgroup loads, and 256 columns are two instructions,
-// which read a twice.
-template <typename T, int kColumns, int kLinesWarps>
-struct Wide {
-  static constexpr int kWayOut = 256;  // its first thread
-  static constexpr int kLoader = kWayOut / 32 + kLinesWarps;
-  static constexpr int kThreads = kLinesWarps == 3 ? 384 : 512;
-  static constexpr int kHalves = kLinesWarps == 3 ? 1 : 2;  // of a tile's columns, an instruction each
-  // Registers: all together no more than the threads have at the launch, at most 65536.
-  static constexpr int kConsumerRegisters = kLinesWarps == 3 ? 184 : 160;
-  static constexpr int kLinesRegisters = kLinesWarps == 3 ? 136 : 152;
-  static constexpr int kLoaderRegisters = 40;  // of a warpgroup of its own
-
-  static constexpr int kStageBytes = kWideABytes + kColumns * kBoxRowBytes;
-  static constexpr int kBoxes = kColumns / kBoxNumbers<T>;  // of a tile's 64 rows
-  static constexpr int kNarrowBoxes = kNarrowColumns / kBoxNumbers<T>;
-  // Boxes of products that find room on their way out. Of four, each warpgroup has two and each warp of the way out one;
-  // else as many as 64 rows have, for the upper rows of a tile and then for the lower ones. A tile uses each an even
-  // number of times, so that a barrier's phase follows from the box, and a block's narrow tile, its last one, goes on in
-  // the same order. Whoever waits for a place was there in the use before, or waits for that one: no phase is missed.
-  static constexpr bool kOwnPlaces = kHalves == 2;
-  static constexpr int kPlaces = kOwnPlaces ? 4 : kBoxes;
-  static_assert(!kOwnPlaces || (kLinesWarps == 4 && kBoxes % 4 == 0));
-  static_assert(kOwnPlaces || kBoxes % kLinesWarps == 0);
-  static constexpr bool kSharedBias = kHalves == 2 && sizeof(T) == 2;  // biases of a tile in shared memory
-};
-
-#ifdef STYLEFORGE_HAS_WGMMA
-
-struct WideTile {
-  int row, column;
-  bool narrow = false;
-};
-
-// Tiles of 128 rows in bands of rows; within a band, down the rows first.
-__device__ __forceinline__ WideTile wide_tile_at(int index, int tiles_m, int tiles_n, int band, int width) {
-  const int first = index / (band * tiles_n) * band;
-  const int rows = min(band, tiles_m - first);
-  const int r = index - first * tiles_n;
-  const int column = r / rows;
-  return {(first + r - column * rows) * kWideRows, column * width};
-}
-
-// The sums are where the compiler thinks they are only once wgmma has been waited for.
-template <int kCount>
-__device__ __forceinline__ void hold(float (&d)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-__device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ void store_two(uint32_t address, float first, float second) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
-}
-
-#endif  // STYLEFORGE_HAS_WGMMA
 
 template <typename T, int kColumns, int kLinesWarps, bool kGradient>
 __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
@@ -126,7 +57,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   const uint32_t ring = (shared_address(dynamic) + 1023) & ~1023u;  // swizzled tiles start at multiples of 1024 bytes
   const uint32_t places = ring + s.stages * kStage;
   constexpr bool kSharedBias = W::kSharedBias && !kGradient;
-  __shared__ uint64_t full[kMaxGemmStages], empty[kMaxGemmStages], filled[W::kPlaces], taken[W::kPlaces];
+  __shared__ uint64_t full[kMaxGemmStages], empty[kMaxGemmStages], filled[W::kBarriers], taken[W::kBarriers];
   __shared__ uint64_t bias_full, bias_empty;
   __shared__ __align__(16) float biases[kSharedBias ? kColumns : 4];
   const uint32_t full_at = shared_address(full), empty_at = shared_address(empty);
@@ -141,12 +72,16 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   const int tiles = wide_tiles + s.narrow * kPieces;
   const int first_tile = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
   const int chunks = (p.k + kWidth - 1) / kWidth;
-  // Of a box's use of a place.
   const auto place_of = [](int group, int box, bool narrow) {
-    return W::kOwnPlaces ? group * 2 + box % 2 : narrow ? group * W::kNarrowBoxes + box : box;
+    return W::kOwnPlaces ? group * W::kOwn + box % W::kOwn : narrow ? group * W::kNarrowBoxes + box : box;
   };
-  const auto parity_of = [](int group, int box, bool narrow) -> uint32_t {
-    return W::kOwnPlaces ? box / 2 & 1 : narrow ? 0 : group;
+  const auto barrier_of = [&](int group, int box, bool narrow) {
+    if (W::kOwnPlaces) return place_of(group, box, narrow);
+    return narrow ? 2 * kBoxes + group * W::kNarrowBoxes + box : group * kBoxes + box;
+  };
+  // Of the phase in which a box goes through its barriers, in one of the turns of the block's tiles.
+  const auto parity_of = [](int box, bool narrow, int turn) -> uint32_t {
+    return W::kOwnPlaces ? box / W::kOwn & 1 : narrow ? 0 : turn & 1;
   };
   const auto tile_of = [&](int t) {
     const bool narrow = t >= wide_tiles;
@@ -167,7 +102,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       mbarrier_init(&full[i], 1);
       mbarrier_init(&empty[i], 8);  // the consumers' warps
     }
-    for (int i = 0; i < W::kPlaces; ++i) {
+    for (int i = 0; i < W::kBarriers; ++i) {
       mbarrier_init(&filled[i], 4);  // a warpgroup's warps
       mbarrier_init(&taken[i], 1);
     }
@@ -218,13 +153,13 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   };
   const auto send_lines = [&](int lines_warp) {
     wait_for_predecessor();
-    constexpr int kLines = kGradient ? 2 : 4;
+    constexpr int kLines = 4;
     using Out = LinesOut<T, kLines>;
     const Out out(p, s.vectors, lane);
     // Boxes in the order in which they are filled; what a part of one needs of global memory is loaded while the one
     // before it is on its way.
     struct Box {
-      int row, column, place;
+      int row, column, place, barrier;
       uint32_t parity;
     };
     const int turns = tiles > first_tile ? (tiles - first_tile - 1) / step + 1 : 0;
@@ -244,7 +179,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       const int box = W::kOwnPlaces ? after * 2 + lines_warp % 2 : after % of_group;
       const WideTile tile = tile_of(first_tile + turn * step);
       return Box{tile.row + group * 64, tile.column + box * kWidth, place_of(group, box, narrow),
-                 parity_of(group, box, narrow)};
+                 barrier_of(group, box, narrow), parity_of(box, narrow, turn)};
     };
     const int few = W::kOwnPlaces ? (kFew + 1 - lines_warp % 2) / 2 : 2 * kFew;
     const int count = wide_turns * kEach + (turns - wide_turns) * few;
@@ -262,13 +197,20 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       const Box box = next;
       float sums[8] = {};
       const uint4 bias = kHalf ? uint4{} : out.load_bias(box.column);
-      mbarrier_wait(filled_at + 8 * box.place, box.parity);
-      // All of the box at once: what waits for its place waits no longer than that.
-      uint4 v[kParts][kLines];
+      mbarrier_wait(filled_at + 8 * box.barrier, box.parity);
+      // All of the box at once: what waits for its place waits no longer than that. A gradient's other operand needs the
+      // registers.
+      constexpr bool kAtOnce = !kGradient;
+      const auto free_place = [&] {
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(taken_at + 8 * box.barrier);
+      };
+      uint4 v[kAtOnce ? kParts : 1][kLines];
+      if constexpr (kAtOnce) {
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) out.take(v[part], places + box.place * kBoxBytes, part);
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(taken_at + 8 * box.place);
+        for (int part = 0; part < kParts; ++part) out.take(v[part], places + box.place * kBoxBytes, part);
+        free_place();
+      }
       // A loop over the parts, although their registers have to change places: its code comes from the nearest cache.
       const auto send = [&](auto way) {
         constexpr bool kAny = way.value == WayOut::kAny;
@@ -276,20 +218,24 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
         for (int part = 0; part < kParts; ++part) {
           const bool last = part == kParts - 1;
           const int row = box.row + Out::kPartRows * part;
+          if constexpr (!kAtOnce) {
+            out.take(v[0], places + box.place * kBoxBytes, part);
+            if (last) free_place();
+          }
           if (last) next = box_at(min(index + kStep, count - 1));
           const int next_row = last ? next.row : row + Out::kPartRows, next_column = last ? next.column : box.column;
+          uint4 ahead[kLines] = {};
           if constexpr (kGradient) {
-            const auto load_next = [&](int i) { return out.load_line(i, next_row, next_column); };
-            out.template gradient<way.value>(v[0], other, sums, row, box.column, load_next);
+            out.load(ahead, next_row, next_column);
+            out.template gradient<way.value>(v[0], other, sums, row, box.column);
           } else {
-            uint4 ahead[kLines] = {};
             if (kAny && p.residual != nullptr) out.load(ahead, next_row, next_column);
             out.template forward<way.value>(v[0], bias, other, row, box.column);
-#pragma unroll
-            for (int j = 0; kAny && j < kLines; ++j) other[j] = ahead[j];
           }
 #pragma unroll
-          for (int i = 0; i + 1 < kParts; ++i) {
+          for (int j = 0; (kAny || kGradient) && j < kLines; ++j) other[j] = ahead[j];
+#pragma unroll
+          for (int i = 0; kAtOnce && i + 1 < kParts; ++i) {
 #pragma unroll
             for (int j = 0; j < kLines; ++j) v[i][j] = v[i + 1][j];
           }
@@ -376,6 +322,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       if (lane == 0) mbarrier_arrive(empty_at + 8 * done);
       __syncwarp();
     };
+    uint32_t turn = 0;  // of the block's tiles, modulo 2
     // The sums of one half's boxes go to their places.
     const auto stash = [&](const auto& from, auto half, auto narrow, const WideTile& tile) {
       constexpr int kCount = narrow.value ? W::kNarrowBoxes : kBoxes / W::kHalves;
@@ -395,6 +342,14 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const int box = kFirstBox + i, place = place_of(group, box, narrow.value);
+        const auto wait_for_place = [&] {
+          if constexpr (W::kOwnPlaces) {
+            mbarrier_wait(taken_at + 8 * place, parity_of(box, narrow.value, 0) ^ 1);
+          } else {  // the other warpgroup's box that was there; before a narrow tile the lower rows' one
+            const bool upper = narrow.value || group == 0;
+            mbarrier_wait(taken_at + 8 * barrier_of(upper ? 1 : 0, place, false), upper ? turn ^ 1 : turn);
+          }
+        };
         const float* sums = from + i * kWidth / 2;
         const uint32_t to = places + place * kBoxBytes + piece;
         if constexpr (kHalf) {
@@ -403,7 +358,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
           float4 b[4] = {};
 #pragma unroll
           for (int j = 0; kSharedBias && j < 4; ++j) b[j] = load_shared_float4(biases_at + (box * 4 + j) * 64);
-          mbarrier_wait(taken_at + 8 * place, parity_of(group, box, narrow.value) ^ 1);
+          wait_for_place();
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             if constexpr (kLoads) {
@@ -416,7 +371,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
             store_matrix(to ^ (j << 5), four);
           }
         } else {
-          mbarrier_wait(taken_at + 8 * place, parity_of(group, box, narrow.value) ^ 1);
+          wait_for_place();
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const uint32_t at = to + ((j ^ (lane / 4 & 3)) << 5);
@@ -425,19 +380,18 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
           }
         }
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(filled_at + 8 * place);
+        if (lane == 0) mbarrier_arrive(filled_at + 8 * barrier_of(group, box, narrow.value));
       }
     };
-    [[maybe_unused]] uint32_t bias_parity = 0;
     const auto wait_for_biases = [&] {
-      if constexpr (kSharedBias) mbarrier_wait(shared_address(&bias_full), bias_parity);
-      bias_parity ^= 1;
+      if constexpr (kSharedBias) mbarrier_wait(shared_address(&bias_full), turn);
     };
-    const auto release_biases = [&] {
+    const auto end_turn = [&] {
       if constexpr (kSharedBias) {
         __syncwarp();
         if (lane == 0) mbarrier_arrive(&bias_empty);
       }
+      turn ^= 1;
     };
     // All of a tile before anything of it goes out.
     const auto whole_tile = [&](auto narrow, const WideTile& tile) {
@@ -460,7 +414,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       hold(d);
       wait_for_biases();
       stash(d, First{}, narrow, tile);
-      release_biases();
+      end_turn();
     };
     constexpr auto kWhole = std::false_type{};
 
@@ -500,14 +454,14 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
           multiply(d[0], First{}, stage, false);
           advance();
           stash(d[1], Second{}, kWhole, tile);
-          release_biases();
+          end_turn();
           tile = tile_of(t);
         }
         wgmma_wait<0>();
         release(held);
         hold(d[1]);
         stash(d[1], Second{}, kWhole, tile);
-        release_biases();
+        end_turn();
       }
     }
     if (t < tiles) whole_tile(std::true_type{}, tile_of(t));
