@@ -3,29 +3,39 @@
 //
 //   block:      128 x 256 (192) of the output at a time, going from tile to tile (persistent)
 //   loader:     one thread; rows of a and b, 128 bytes of k a stage, by TMA into a ring (float32 rounds on the way)
-//   consumers:  two warpgroups, 64 rows of a tile each; both operands from shared memory, one group of wgmma in flight.
-//               What they have in the end goes to shared memory, 16-bit with the bias and rounded, and on to the next
-//               tile
-//   way out:    warps of their own; a box of 64 rows x 128 bytes each from there, through the activation, to memory
-//               (wide_out.cuh)
+//   consumers:  two warpgroups, 64 rows of a tile each; both operands from shared memory. What they have in the end
+//   goes
+//               to places in shared memory, 16-bit with the bias and rounded: of 256 columns one half while the other
+//               is still multiplied, then the other while the next tile's first half begins
+//   way out:    warps of their own; a box of 64 rows x 128 bytes each from there into registers, which frees its place,
+//               then through the activation to memory (wide_out.cuh)
+//   biases:     of 16-bit numbers, by a warp that has nothing else to do
 //
-// An activation of 16-bit numbers costs about as many instructions as the tensor cores need cycles for k = 512, so it
-// runs beside them. Sums can change hands rounded: PyTorch rounds there as well. TF32 takes a float32 number's upper 19
-// bits as they are; that the copy engine rounds to nearest first is what makes these products as accurate as cuBLAS's.
+// Sums can change hands rounded: PyTorch rounds there as well. TF32 takes a float32 number's upper 19 bits as they are;
+// that the copy engine rounds to nearest first is what makes these products as accurate as cuBLAS's.
 //
-// Measured on an H200 in microseconds, both products with erf-GELU against eager PyTorch in turns, as the chip's power
-// is what is short: 8192 x 512 -> 2048, 768 -> 3072, 1024 -> 4096 and 2048 x 4096 -> 11008
-//   TF32      117 (133), 237 (258), 444 (448), 1044 (1095)
-//   bfloat16  69 (80), 131 (147), 209 (227), 485 (505)
-//   float16   67 (80), 130 (148), 212 (231), 509 (533)
-// cuBLAS's products alone are faster than these by 10 to 15% up to k = 1024: probably a warpgroup waits until the other
-// one's sums have left their place, which they share.
+// What limits it, in clocks of an H200 (bfloat16, 8192 x 512 -> 2048): a stage takes 1054 alone (1024 were the tensor
+// cores' limit) and 1400 beside a way out that computes; a warp there issues one instruction in 3.4 clocks meanwhile,
+// in 2 when the tensor cores have nothing to do. So every instruction on the way out counts, and where it lies: with
+// code for all activations in a row, most of it jumped over, a box with GELU took 9400 and the product 43.1 us; with
+// code of its own in a short loop 7000 and 37.0 (29.9 without GELU, 34.3 with four terms less of its polynomial). A
+// half's way to its places takes 700, of which its warpgroups' other halves hide 512. TF32 has twice the bytes on the
+// way out: 5500 of a tile's 24700 clocks (k = 512) pass while its second half waits for places.
+//
+// ptxas gives up (C7514) where the registers of two halves are never all waited for in a loop: the second half is, when
+// the first one is on its way. A stage's number that comes from before a wait costs four R2UR for every wgmma: the ring
+// goes on first.
+//
+// Measured in microseconds, both products with erf-GELU against eager PyTorch in turns, as the chip's power is what is
+// short: 8192 x 512 -> 2048, 768 -> 3072, 1024 -> 4096 and 2048 x 4096 -> 11008
+//   TF32      113 (140), 257 (289), 438 (465), 1075 (1146)
+//   bfloat16  60 (80), 122 (146), 215 (253), 553 (596)
+//   float16   62 (81), 125 (150), 212 (251), 575 (624)
 //
 // What was tried: two warpgroups that take turns with tiles of 128 x 128; loading by one of the way out's warps in
-// between; clusters of two that load b for each other; places for both halves of a tile and one stage less (TF32: 131
-// for 120); seven or eight warps of half the registers on the way out (16-bit, in turns: 75, 148, 248, 592 for 72, 143,
-// 241, 588); three, and one instruction for 256 columns (16-bit: slower by a sixth up to k = 1024); activations in a
-// loop of short code, bands of 8 and 32 rows of tiles (no difference).
+// between; clusters of two that load b for each other; seven or eight warps of half the registers on the way out; a
+// first half that is two or three stages ahead of the second one (TF32: 68.4 for 69.1); bands of 8 and 32 rows of tiles
+// (no difference).
 //
 // kGradient: b lies with n side by side in memory, and the way out is that of the activation's gradient.
 #pragma once
@@ -46,8 +56,7 @@ template <typename T, int kColumns, int kLinesWarps, bool kGradient>
 __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     wide_gemm_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ GemmSchedule s,
                      const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
-                     const __grid_constant__ CUtensorMap narrow_map,
-                     const __grid_constant__ CUtensorMap residual_map) {
+                     const __grid_constant__ CUtensorMap narrow_map, const __grid_constant__ CUtensorMap residual_map) {
 #ifdef STYLEFORGE_HAS_WGMMA
   using W = Wide<T, kColumns, kLinesWarps>;
   constexpr bool kHalf = sizeof(T) == 2;
@@ -186,9 +195,9 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     constexpr int kFirst = W::kOwnPlaces ? 0 : 1, kStep = W::kOwnPlaces ? 1 : kLinesWarps;
     const int first = lines_warp * kFirst;
     const bool gelu = p.activation == FfnActivation::kGelu && (kGradient || (p.activate && p.residual == nullptr));
-    const WayOut usual = gelu                                                       ? WayOut::kGelu
+    const WayOut usual = gelu                                               ? WayOut::kGelu
                          : kGradient || p.activate || p.residual != nullptr ? WayOut::kAny
-                                                                                    : WayOut::kPlain;
+                                                                            : WayOut::kPlain;
     Box next = box_at(first);
     uint4 other[kLines] = {};
     if (p.residual != nullptr && first < count) out.load(other, next.row, next.column);
@@ -198,8 +207,8 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       float sums[8] = {};
       const uint4 bias = kHalf ? uint4{} : out.load_bias(box.column);
       mbarrier_wait(filled_at + 8 * box.barrier, box.parity);
-      // All of the box at once: what waits for its place waits no longer than that. A gradient's other operand needs the
-      // registers.
+      // All of the box at once: what waits for its place waits no longer than that. A gradient's other operand needs
+      // the registers.
       constexpr bool kAtOnce = !kGradient;
       const auto free_place = [&] {
         __syncwarp();

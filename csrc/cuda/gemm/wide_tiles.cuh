@@ -28,10 +28,10 @@ struct Wide {
   static constexpr int kNarrowBoxes = kNarrowColumns / kBoxNumbers<T>;
   // Boxes of products that find room on their way out. With four warps there each warpgroup has places, and two of the
   // warps, of its own: one fills a place and one empties it, in turns, an even number of times a tile, so that a
-  // barrier's phase follows from the box (of a block's narrow tile, its last one, as well). Else there are as many places
-  // as 64 rows have boxes, for the upper rows of a tile and then for the lower ones. Then every box has barriers of its
-  // own, those of a narrow tile too, which lie in other places: where two warpgroups use one barrier by turns, one of
-  // them may come two phases late or early, and takes that for the right one.
+  // barrier's phase follows from the box (of a block's narrow tile, its last one, as well). Else there are as many
+  // places as 64 rows have boxes, for the upper rows of a tile and then for the lower ones. Then every box has barriers
+  // of its own, those of a narrow tile too, which lie in other places: where two warpgroups use one barrier by turns,
+  // one of them may come two phases late or early, and takes that for the right one.
   static constexpr bool kOwnPlaces = kHalves == 2;
   static constexpr int kOwn = 2;
   static constexpr int kPlaces = kOwnPlaces ? 2 * kOwn : kBoxes;
