@@ -36,12 +36,6 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
-// Into the L2 cache alone.
-__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row)
-               : "memory");
-}
-
 __device__ __forceinline__ uint4 load_shared16(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

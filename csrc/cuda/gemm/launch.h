@@ -58,7 +58,6 @@ struct GemmSchedule {
   bool vectors = false;  // rows of the results are whole vectors of 16 bytes
   bool wide = false;     // 16-bit, and TF32 that fills the device: tiles of 192 or 256 columns
   int narrow = 0;        // wide: how many of the last tiles are cut into tiles of 64 columns, of which a block gets one
-  bool prefetch = true;  // wide: a residual goes to the L2 cache while the products before it are summed up
   bool prepare_b() const { return !small && !wide; }
 };
 

@@ -58,7 +58,6 @@ void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const 
   s.stages =
       std::clamp(tuned("stages", kMaxGemmStages), 2, std::min(kMaxGemmStages, shared / ((128 + s.columns) * 128)));
   s.band = std::max(1, tuned("band", 16));
-  s.prefetch = tuned("prefetch", 2) == 2;
   const int64_t tiles = tiles_of(s.columns);
   if (tiles > INT32_MAX / 4) return;
   // Where the last round of tiles leaves most blocks without work, more and smaller ones take less time: half of a

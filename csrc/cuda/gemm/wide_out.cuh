@@ -1,6 +1,6 @@
-// The way out of wide_sm90.cuh: a warp takes a box of 64 rows of products from shared memory, 16-bit ones rounded and
-// with their bias, sends it through activation and residual (or through the activation's gradient) and writes whole
-// lines.
+// The way out of wide_sm90.cuh and wide_gradient_sm90.cuh: a warp takes a box of 64 rows of products from shared
+// memory, 16-bit ones rounded and with their bias, sends it through activation and residual (or through the
+// activation's gradient) and writes whole lines.
 #pragma once
 
 #include "../ffn/gelu.cuh"
@@ -167,11 +167,9 @@ class LinesOut {
 
   // v is the gradient of the activation's result, `hidden` what was activated. Out come the gradient of that and the
   // activation's result again (to `product`); `sums` takes the gradient in. Of 16-bit numbers.
-  template <WayOut kWay>
   __device__ __forceinline__ void gradient(uint4 (&v)[kLines], const uint4 (&hidden)[kLines], float (&sums)[8], int row,
                                            int column) const {
-    constexpr bool kAny = kWay == WayOut::kAny;
-    if (kAny && row + kPartRows > p_.m) {  // rows beyond the last one: an infinite weight made NaN of their zeros
+    if (row + kPartRows > p_.m) {  // rows beyond the last one: an infinite weight made NaN of their zeros
 #pragma unroll
       for (int i = 0; i < kLines; ++i) {
         if (row + row_ + 4 * i >= p_.m) v[i] = {};
@@ -184,13 +182,13 @@ class LinesOut {
       unpack_line<T>(h + 8, hidden[i + 1]);
       unpack_line<T>(g, v[i]);
       unpack_line<T>(g + 8, v[i + 1]);
-      ffn_activate_backward<true>(h, g, kAny ? p_.activation : FfnActivation::kGelu);
+      ffn_activate_backward<true>(h, g, p_.activation);
 #pragma unroll
       for (int j = 0; j < 16; ++j) sums[j % 8] += g[j];
       const uint4 results[2] = {pack_line<T>(g), pack_line<T>(g + 8)};
       const uint4 activated[2] = {pack_line<T>(h), pack_line<T>(h + 8)};
-      if (p_.product != nullptr) store<!kAny>(p_.product, activated, row + 4 * i, column);
-      store<!kAny>(p_.output, results, row + 4 * i, column);
+      if (p_.product != nullptr) store<false>(p_.product, activated, row + 4 * i, column);
+      store<false>(p_.output, results, row + 4 * i, column);
     }
   }
 

@@ -36,8 +36,6 @@
 // between; clusters of two that load b for each other; seven or eight warps of half the registers on the way out; a
 // first half that is two or three stages ahead of the second one (TF32: 68.4 for 69.1); bands of 8 and 32 rows of tiles
 // (no difference).
-//
-// kGradient: b lies with n side by side in memory, and the way out is that of the activation's gradient.
 #pragma once
 
 #include <algorithm>
@@ -52,20 +50,19 @@
 
 namespace styleforge::cuda {
 
-template <typename T, int kColumns, int kLinesWarps, bool kGradient>
+template <typename T, int kColumns, int kLinesWarps>
 __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     wide_gemm_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ GemmSchedule s,
                      const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
-                     const __grid_constant__ CUtensorMap narrow_map, const __grid_constant__ CUtensorMap residual_map) {
+                     const __grid_constant__ CUtensorMap narrow_map) {
 #ifdef STYLEFORGE_HAS_WGMMA
   using W = Wide<T, kColumns, kLinesWarps>;
   constexpr bool kHalf = sizeof(T) == 2;
   constexpr int kStage = W::kStageBytes, kBoxes = W::kBoxes, kWidth = kBoxNumbers<T>;
-  static_assert(kHalf || !kGradient);
   extern __shared__ unsigned char dynamic[];
   const uint32_t ring = (shared_address(dynamic) + 1023) & ~1023u;  // swizzled tiles start at multiples of 1024 bytes
   const uint32_t places = ring + s.stages * kStage;
-  constexpr bool kSharedBias = W::kSharedBias && !kGradient;
+  constexpr bool kSharedBias = W::kSharedBias;
   __shared__ uint64_t full[kMaxGemmStages], empty[kMaxGemmStages], filled[W::kBarriers], taken[W::kBarriers];
   __shared__ uint64_t bias_full, bias_empty;
   __shared__ __align__(16) float biases[kSharedBias ? kColumns : 4];
@@ -122,19 +119,17 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   __syncthreads();
 
   const auto load_stages = [&] {
-    constexpr int kParts = kGradient ? kColumns / kWidth : 2;
+    constexpr int kParts = 2;
     constexpr int kPartBytes = kColumns * kBoxRowBytes / kParts;
     const auto load_b = [&](int chunk, int stage, const WideTile& tile) {
       const uint32_t to = ring + stage * kStage + kWideABytes, barrier = full_at + 8 * stage;
       const int k = chunk * kWidth;
       mbarrier_arrive_expect(&full[stage], tile.narrow ? kWideABytes + kBoxBytes : kStage);
-      if (!kGradient && tile.narrow) load_box(to, &narrow_map, k, tile.column, barrier);
+      if (tile.narrow) load_box(to, &narrow_map, k, tile.column, barrier);
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
-        if (tile.narrow && (!kGradient || i > 0)) continue;
-        const int x = kGradient ? tile.column + i * kWidth : k;
-        const int y = kGradient ? k : tile.column + i * (kColumns / kParts);
-        load_box(to + i * kPartBytes, &b_map, x, y, barrier);
+        if (tile.narrow) continue;
+        load_box(to + i * kPartBytes, &b_map, k, tile.column + i * (kColumns / kParts), barrier);
       }
     };
     // What does not depend on the kernel before this one, while that one drains.
@@ -151,7 +146,6 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
           load_b(chunk, stage, tile);
         }
         load_box(ring + stage * kStage, &a_map, chunk * kWidth, tile.row, full_at + 8 * stage);
-        if (chunk == 0 && s.prefetch) prefetch_box(&residual_map, tile.column, tile.row);
         if (++stage == s.stages) {
           stage = 0;
           parity ^= 1;
@@ -194,32 +188,25 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     const int count = wide_turns * kEach + (turns - wide_turns) * few;
     constexpr int kFirst = W::kOwnPlaces ? 0 : 1, kStep = W::kOwnPlaces ? 1 : kLinesWarps;
     const int first = lines_warp * kFirst;
-    const bool gelu = p.activation == FfnActivation::kGelu && (kGradient || (p.activate && p.residual == nullptr));
-    const WayOut usual = gelu                                               ? WayOut::kGelu
-                         : kGradient || p.activate || p.residual != nullptr ? WayOut::kAny
-                                                                            : WayOut::kPlain;
+    const bool gelu = p.activate && p.activation == FfnActivation::kGelu;
+    const WayOut usual = p.residual != nullptr ? WayOut::kAny
+                         : gelu                ? WayOut::kGelu
+                         : p.activate          ? WayOut::kAny
+                                               : WayOut::kPlain;
     Box next = box_at(first);
     uint4 other[kLines] = {};
     if (p.residual != nullptr && first < count) out.load(other, next.row, next.column);
 #pragma unroll 1
     for (int index = first; index < count; index += kStep) {
       const Box box = next;
-      float sums[8] = {};
       const uint4 bias = kHalf ? uint4{} : out.load_bias(box.column);
       mbarrier_wait(filled_at + 8 * box.barrier, box.parity);
-      // All of the box at once: what waits for its place waits no longer than that. A gradient's other operand needs
-      // the registers.
-      constexpr bool kAtOnce = !kGradient;
-      const auto free_place = [&] {
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(taken_at + 8 * box.barrier);
-      };
-      uint4 v[kAtOnce ? kParts : 1][kLines];
-      if constexpr (kAtOnce) {
+      // All of the box at once: what waits for its place waits no longer than that.
+      uint4 v[kParts][kLines];
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) out.take(v[part], places + box.place * kBoxBytes, part);
-        free_place();
-      }
+      for (int part = 0; part < kParts; ++part) out.take(v[part], places + box.place * kBoxBytes, part);
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(taken_at + 8 * box.barrier);
       // A loop over the parts, although their registers have to change places: its code comes from the nearest cache.
       const auto send = [&](auto way) {
         constexpr bool kAny = way.value == WayOut::kAny;
@@ -227,24 +214,15 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
         for (int part = 0; part < kParts; ++part) {
           const bool last = part == kParts - 1;
           const int row = box.row + Out::kPartRows * part;
-          if constexpr (!kAtOnce) {
-            out.take(v[0], places + box.place * kBoxBytes, part);
-            if (last) free_place();
-          }
           if (last) next = box_at(min(index + kStep, count - 1));
           const int next_row = last ? next.row : row + Out::kPartRows, next_column = last ? next.column : box.column;
           uint4 ahead[kLines] = {};
-          if constexpr (kGradient) {
-            out.load(ahead, next_row, next_column);
-            out.template gradient<way.value>(v[0], other, sums, row, box.column);
-          } else {
-            if (kAny && p.residual != nullptr) out.load(ahead, next_row, next_column);
-            out.template forward<way.value>(v[0], bias, other, row, box.column);
-          }
+          if (kAny && p.residual != nullptr) out.load(ahead, next_row, next_column);
+          out.template forward<way.value>(v[0], bias, other, row, box.column);
 #pragma unroll
-          for (int j = 0; (kAny || kGradient) && j < kLines; ++j) other[j] = ahead[j];
+          for (int j = 0; kAny && j < kLines; ++j) other[j] = ahead[j];
 #pragma unroll
-          for (int i = 0; kAtOnce && i + 1 < kParts; ++i) {
+          for (int i = 0; i + 1 < kParts; ++i) {
 #pragma unroll
             for (int j = 0; j < kLines; ++j) v[i][j] = v[i + 1][j];
           }
@@ -253,13 +231,10 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       const bool whole = box.row + 64 <= p.m && box.column + kWidth <= p.n;
       if (whole && usual == WayOut::kGelu) {
         send(WayOutIs<WayOut::kGelu>{});
-      } else if (!kGradient && whole && usual == WayOut::kPlain) {
+      } else if (whole && usual == WayOut::kPlain) {
         send(WayOutIs<WayOut::kPlain>{});
       } else {
         send(WayOutIs<WayOut::kAny>{});
-      }
-      if constexpr (kGradient) {
-        if (p.column_sums != nullptr) out.sum_out(sums, box.row, box.column);
       }
     }
   };
@@ -315,11 +290,11 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     // A stage into one half of the columns, or into the columns of a narrow tile.
     const auto multiply = [&](auto& to, auto half, int from, bool accumulate) {
       constexpr int kWidthOfOne = 2 * static_cast<int>(sizeof(to) / sizeof(float));
-      using Mma = WgmmaWide<kMmaKind<T>, kWidthOfOne, kGradient>;
-      constexpr int kNext = kGradient ? 128 : 2;  // 32 bytes of k further on in b
+      using Mma = WgmmaWide<kMmaKind<T>, kWidthOfOne, false>;
+      constexpr int kNext = 2;  // 32 bytes of k further on in b
       const uint32_t at = ring + from * kStage;
       const uint64_t a = wgmma_descriptor(at + group_a);
-      const uint64_t b = kGradient ? wgmma_transposed_descriptor(at + kWideABytes) : wgmma_descriptor(at + kWideABytes);
+      const uint64_t b = wgmma_descriptor(at + kWideABytes);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -346,7 +321,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
           bias[i % 2][j] = p.bias != nullptr && at < p.n ? __ldg(from) : 0;
         }
       };
-      constexpr bool kLoads = kHalf && !kGradient && !kSharedBias;
+      constexpr bool kLoads = kHalf && !kSharedBias;
       if constexpr (kLoads) load_bias(0);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -498,31 +473,20 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
 #endif
 }
 
-template <typename T, int kColumns, int kLinesWarps, bool kGradient>
+template <typename T, int kColumns, int kLinesWarps>
 cudaError_t launch_wide_gemm(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts,
                              cudaStream_t stream) {
   using W = Wide<T, kColumns, kLinesWarps>;
-  CUtensorMap a, b, narrow, residual = {};
+  CUtensorMap a, b, narrow;
   if (const auto error = box_map(p.dtype, p.a, p.m, p.k, p.a_stride, kWideRows, a)) return error;
-  const auto b_error = kGradient ? box_map(p.dtype, p.b, p.k, p.n, p.b_stride[1], kNarrowColumns, b)
-                                 : box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kColumns / 2, b);
-  if (b_error != cudaSuccess) return b_error;
+  if (const auto error = box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kColumns / 2, b)) return error;
   narrow = b;
-  if (s.narrow > 0 && !kGradient) {
+  if (s.narrow > 0) {
     if (const auto error = box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kNarrowColumns, narrow)) return error;
   }
-  GemmSchedule cut = s;
-  cut.prefetch = p.residual != nullptr && s.vectors && s.prefetch && p.residual_stride >= p.n;
-  if (cut.prefetch) {
-    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(p.n), static_cast<cuuint64_t>(p.m)};
-    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(p.residual_stride) * sizeof(T)};
-    const cuuint32_t box[2] = {kColumns, kWideRows};
-    const auto error = tensor_map(p.dtype, p.residual, sizes, strides, box, residual, CU_TENSOR_MAP_SWIZZLE_NONE);
-    if (error != cudaSuccess) return error;
-  }
   const size_t shared = 1024 + static_cast<size_t>(s.stages) * W::kStageBytes + W::kPlaces * size_t{kBoxBytes};
-  return launch(wide_gemm_kernel<T, kColumns, kLinesWarps, kGradient>, dim3(static_cast<unsigned>(s.blocks)),
-                dim3(W::kThreads), shared, 1, facts, stream, p, cut, a, b, narrow, residual);
+  return launch(wide_gemm_kernel<T, kColumns, kLinesWarps>, dim3(static_cast<unsigned>(s.blocks)), dim3(W::kThreads),
+                shared, 1, facts, stream, p, s, a, b, narrow);
 }
 
 }  // namespace styleforge::cuda

@@ -1,4 +1,4 @@
-// How a block of wide_sm90.cuh is made up, and which tiles it takes.
+// How a block of wide_sm90.cuh is made up, and which tiles it takes (that of wide_gradient_sm90.cuh as well).
 #pragma once
 
 #include "boxes.cuh"
