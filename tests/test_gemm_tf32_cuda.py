@@ -127,8 +127,8 @@ def test_products_that_fill_the_device(force: Callable[[str, str], None]) -> Non
 def test_the_last_tiles_cut_up(columns: int, narrow: int, force: Callable[[str, str], None]) -> None:
     """They take another way through shared memory than whole ones: in blocks that had some of these, or none.
 
-    A block gets one piece at most, however many are asked for. With 1 none: blocks have several whole tiles, of sums
-    so short that one warpgroup may be tiles ahead of the other.
+    A block gets one piece at most, however many are asked for. With 1 none: blocks have several whole tiles,
+    of sums so short that one warpgroup may be tiles ahead of the other.
     """
     force("sm90", f"{WIDE},columns={columns},narrow={narrow}")
     shapes = ((4096, 64, 5 * columns, columns), (4096, 64, 10 * columns, columns), (8192, 512, 2048, 512))
