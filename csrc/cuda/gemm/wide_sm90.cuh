@@ -4,9 +4,8 @@
 //   block:      128 x 256 (192) of the output at a time, going from tile to tile (persistent)
 //   loader:     one thread; rows of a and b, 128 bytes of k a stage, by TMA into a ring (float32 rounds on the way)
 //   consumers:  two warpgroups, 64 rows of a tile each; both operands from shared memory. What they have in the end
-//   goes
-//               to places in shared memory, 16-bit with the bias and rounded: of 256 columns one half while the other
-//               is still multiplied, then the other while the next tile's first half begins
+//               goes to places in shared memory, 16-bit with the bias and rounded: of 256 columns one half while the
+//               other is still multiplied, then the other while the next tile's first half begins
 //   way out:    warps of their own; a box of 64 rows x 128 bytes each from there into registers, which frees its place,
 //               then through the activation to memory (wide_out.cuh)
 //   biases:     of 16-bit numbers, by a warp that has nothing else to do
