@@ -99,16 +99,18 @@ def test_products_that_fill_the_device(dtype: torch.dtype, force: Callable[[str,
         _check(LARGE, x, *ffn_parameters(embed, hidden, out, dtype), "gelu", r)
 
 
-@pytest.mark.parametrize("narrow", [0, 200])
+@pytest.mark.parametrize("narrow", [0, 1, 200])
 @pytest.mark.parametrize("columns", [192, 256])
 def test_the_last_tiles_cut_up(columns: int, narrow: int, force: Callable[[str, str], None]) -> None:
     """They take another way through shared memory than whole ones: in blocks that had some of these, or none.
 
-    A block gets one piece at most, however many are asked for.
+    A block gets one piece at most, however many are asked for. With 1 none: blocks have several whole tiles,
+    of sums so short that one warpgroup may be tiles ahead of the other.
     """
     force("sm90", f"{KERNELS['large']},columns={columns},narrow={narrow}")
     dtype = torch.bfloat16
-    for rows, embed, hidden, out in ((4096, 64, 5 * columns, columns), (8192, 512, 2048, 512)):
+    shapes = ((4096, 64, 5 * columns, columns), (4096, 64, 10 * columns, columns), (8192, 512, 2048, 512))
+    for rows, embed, hidden, out in shapes:
         x, r = random_matrix(rows, embed, dtype=dtype), random_matrix(rows, out, dtype=dtype)
         args: tuple[Any, ...] = (x, *ffn_parameters(embed, hidden, out, dtype), "gelu", r)
         _check(LARGE, *args)
@@ -257,7 +259,9 @@ def _gradients(
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("activation", FFN_ACTIVATIONS)
-@pytest.mark.parametrize("size", [(1, 64, 128, 64), (197, 104, 328, 72), (1500, 136, 520, 136)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 64, 128, 64), (197, 104, 328, 72), (1500, 136, 520, 136), (4200, 72, 1288, 64)], ids=str
+)
 def test_gradients(
     size: tuple[int, ...], activation: str, dtype: torch.dtype, force: Callable[[str, str], None]
 ) -> None:

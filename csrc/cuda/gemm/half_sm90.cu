@@ -1,4 +1,5 @@
-// wide_sm90.cuh for 16-bit numbers.
+// wide_sm90.cuh and wide_gradient_sm90.cuh for 16-bit numbers.
+#include "wide_gradient_sm90.cuh"
 #include "wide_sm90.cuh"
 
 namespace styleforge::cuda {
@@ -6,9 +7,9 @@ namespace {
 
 template <typename T>
 cudaError_t launch_dtype(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts, cudaStream_t stream) {
-  if (p.gradient) return launch_wide_gemm<T, 256, 4, true>(p, s, facts, stream);
-  if (s.columns == 192) return launch_wide_gemm<T, 192, 3, false>(p, s, facts, stream);
-  return launch_wide_gemm<T, 256, 4, false>(p, s, facts, stream);
+  if (p.gradient) return launch_wide_gradient<T>(p, s, facts, stream);
+  if (s.columns == 192) return launch_wide_gemm<T, 192, 3>(p, s, facts, stream);
+  return launch_wide_gemm<T, 256, 4>(p, s, facts, stream);
 }
 
 }  // namespace

@@ -58,8 +58,6 @@ struct GemmSchedule {
   bool vectors = false;  // rows of the results are whole vectors of 16 bytes
   bool wide = false;     // 16-bit, and TF32 that fills the device: tiles of 192 or 256 columns
   int narrow = 0;        // wide: how many of the last tiles are cut into tiles of 64 columns, of which a block gets one
-  int lines = 4;         // wide: a block's warps on the way out
-  int places = 4;        // wide: boxes of products that find room on their way out; divides the boxes of a tile
   bool prepare_b() const { return !small && !wide; }
 };
 

@@ -30,7 +30,7 @@ bool wide_pays(const GemmParams& p, double taken, double needed) {
 }
 
 // Products of wide_sm90.cuh: 16-bit, and float32 rounded to TF32.
-// STYLEFORGE_GEMM_TUNE="columns=192,lines=3,stages=3,band=8,narrow=4,wide=2" (narrow: 1 none, else one more than how
+// STYLEFORGE_GEMM_TUNE="columns=192,stages=3,band=8,narrow=4,wide=2" (narrow: 1 none, else one more than how
 // many tiles, as far as no block gets two of their pieces; of TF32: wide 1 never, 2 always; mix 2 leaves products
 // without activation to cuBLAS, at most 1% faster)
 void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const DeviceFacts& facts,
@@ -53,9 +53,8 @@ void schedule_wide(const GemmParams& p, GemmSchedule& s, bool& supported, const 
   const auto tiles_of = [&](int columns) { return ceil_div(p.m, 128) * ceil_div(p.n, columns); };
   const auto time_of = [&](int columns) { return ceil_div(tiles_of(columns), room) * columns; };
   s.columns = !p.gradient && tuned("columns", time_of(192) < time_of(256) ? 192 : 256) == 192 ? 192 : 256;
-  s.lines = s.columns == 192 ? 3 : p.gradient ? 4 : tuned("lines", half || p.activate ? 4 : 3) == 3 ? 3 : 4;
-  s.places = half ? s.columns / 64 : s.columns == 192 ? 6 : 4;
-  const int shared = facts.max_shared_per_block - 2048 - s.places * 8192;
+  const int places = s.columns == 256 ? 4 : half ? 3 : 6;  // as wide_tiles.cuh has them; more would cost a stage
+  const int shared = facts.max_shared_per_block - 2560 - places * 8192;
   s.stages =
       std::clamp(tuned("stages", kMaxGemmStages), 2, std::min(kMaxGemmStages, shared / ((128 + s.columns) * 128)));
   s.band = std::max(1, tuned("band", 16));

@@ -1,6 +1,6 @@
-// The way out of wide_sm90.cuh: a warp takes a box of 64 rows of products from shared memory, 16-bit ones rounded and
-// with their bias, sends it through activation and residual (or through the activation's gradient) and writes whole
-// lines.
+// The way out of wide_sm90.cuh and wide_gradient_sm90.cuh: a warp takes a box of 64 rows of products from shared
+// memory, 16-bit ones rounded and with their bias, sends it through activation and residual (or through the
+// activation's gradient) and writes whole lines.
 #pragma once
 
 #include "../ffn/gelu.cuh"
@@ -62,6 +62,12 @@ __device__ __forceinline__ uint32_t float_box_place(int row, int sixteen) {
   return row * kBoxRowBytes + (((sixteen >> 1) ^ (row & 3)) << 5) + ((sixteen & 1) << 4);
 }
 
+// What happens to a box. Code for all that may happen is long, and what is jumped over in it costs more than what is
+// done: instructions come late then. So what is most frequent, in boxes without an edge, has code of its own.
+enum class WayOut { kAny, kGelu, kPlain };
+template <WayOut kWay>
+using WayOutIs = std::integral_constant<WayOut, kWay>;
+
 // A lane's part of a box, kLines x 4 rows at a time: 16 bytes of neighbouring columns of the rows lane / 8 + 4 i.
 template <typename T, int kLines>
 class LinesOut {
@@ -86,20 +92,17 @@ class LinesOut {
     }
   }
 
-  // Residual, or what was activated, of the rows from `row` on.
+  // Of a residual, or of what was activated: of the rows from `row` on, the part's i-th.
+  __device__ __forceinline__ uint4 load_line(int i, int row, int column) const {
+    const int64_t at = row + row_ + 4 * i;
+    if (at >= p_.m || column + column_ >= p_.n) return {};
+    const T* from = static_cast<const T*>(p_.residual) + at * p_.residual_stride + column + column_;
+    return vectors_ ? __ldg(reinterpret_cast<const uint4*>(from)) : load_words(from);
+  }
+
   __device__ __forceinline__ void load(uint4 (&v)[kLines], int row, int column) const {
-    const int64_t stride = p_.residual_stride;
-    const T* from = static_cast<const T*>(p_.residual) + (row + row_) * stride + column + column_;
 #pragma unroll
-    for (int i = 0; i < kLines; ++i) {
-      v[i] = {};
-      if (row + row_ + 4 * i >= p_.m || column + column_ >= p_.n) continue;
-      if (vectors_) {
-        v[i] = __ldg(reinterpret_cast<const uint4*>(from + 4 * i * stride));
-      } else {
-        v[i] = load_words(from + 4 * i * stride);
-      }
-    }
+    for (int i = 0; i < kLines; ++i) v[i] = load_line(i, row, column);
   }
 
   // Of this lane's columns, where the products come without.
@@ -108,51 +111,58 @@ class LinesOut {
     return load_words(static_cast<const T*>(p_.bias) + column + column_);
   }
 
+  // kGelu and kPlain (no activation): without a residual, and all of the box is there.
+  template <WayOut kWay>
   __device__ __forceinline__ void forward(const uint4 (&v)[kLines], const uint4& bias, const uint4 (&residual)[kLines],
                                           int row, int column) const {
-    if (p_.product != nullptr) store(p_.product, v, row, column);
+    constexpr bool kAny = kWay == WayOut::kAny;
+    if (p_.product != nullptr) store<!kAny>(p_.product, v, row, column);
     constexpr bool kSingle = sizeof(T) == 4;
-    float x[kNumbers * kLines], b[kNumbers];
-    if constexpr (kSingle) unpack_line<T>(b, bias);
-    if (p_.activate && p_.activation == FfnActivation::kGelu) {
-      if constexpr (kSingle) {
+    constexpr int kTogether = 2;  // lines: more take registers that the box needs
+    uint4 results[kLines];
 #pragma unroll
-        for (int i = 0; i < kNumbers; ++i) b[i] *= 0.5f;
-      }
-#pragma unroll
-      for (int i = 0; i < kLines; ++i) {
+    for (int first = 0; first < kLines; first += kTogether) {
+      float x[kNumbers * kTogether], b[kNumbers];
+      if constexpr (kSingle) unpack_line<T>(b, bias);
+      if (kWay == WayOut::kGelu || (kAny && p_.activate && p_.activation == FfnActivation::kGelu)) {
         if constexpr (kSingle) {
-          unpack_line<T>(x + kNumbers * i, v[i]);
 #pragma unroll
-          for (int j = 0; j < kNumbers; ++j) x[kNumbers * i + j] = fmaf(0.5f, x[kNumbers * i + j], b[j]);
-        } else {
-          unpack_line<T>(x + kNumbers * i, halved<T>(v[i]));
+          for (int i = 0; i < kNumbers; ++i) b[i] *= 0.5f;
+        }
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          if constexpr (kSingle) {
+            unpack_line<T>(x + kNumbers * i, v[first + i]);
+#pragma unroll
+            for (int j = 0; j < kNumbers; ++j) x[kNumbers * i + j] = fmaf(0.5f, x[kNumbers * i + j], b[j]);
+          } else {
+            unpack_line<T>(x + kNumbers * i, halved<T>(v[first + i]));
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kNumbers * kTogether; ++i) x[i] = gelu_of_twice<Rounded>(x[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          unpack_line<T>(x + kNumbers * i, v[first + i]);
+#pragma unroll
+          for (int j = 0; kSingle && j < kNumbers; ++j) x[kNumbers * i + j] += b[j];
+        }
+        if (kAny && p_.activate) ffn_activate<true>(x, p_.activation);
+      }
+      if (kAny && p_.residual != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          float r[kNumbers];
+          unpack_line<T>(r, residual[first + i]);
+#pragma unroll
+          for (int j = 0; j < kNumbers; ++j) x[kNumbers * i + j] += r[j];
         }
       }
 #pragma unroll
-      for (int i = 0; i < kNumbers * kLines; ++i) x[i] = gelu_of_twice<Rounded>(x[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kLines; ++i) {
-        unpack_line<T>(x + kNumbers * i, v[i]);
-#pragma unroll
-        for (int j = 0; kSingle && j < kNumbers; ++j) x[kNumbers * i + j] += b[j];
-      }
-      if (p_.activate) ffn_activate<true>(x, p_.activation);
+      for (int i = 0; i < kTogether; ++i) results[first + i] = pack_line<T>(x + kNumbers * i);
     }
-    if (p_.residual != nullptr) {
-#pragma unroll
-      for (int i = 0; i < kLines; ++i) {
-        float r[kNumbers];
-        unpack_line<T>(r, residual[i]);
-#pragma unroll
-        for (int j = 0; j < kNumbers; ++j) x[kNumbers * i + j] += r[j];
-      }
-    }
-    uint4 results[kLines];
-#pragma unroll
-    for (int i = 0; i < kLines; ++i) results[i] = pack_line<T>(x + kNumbers * i);
-    store(p_.output, results, row, column);
+    store<!kAny>(p_.output, results, row, column);
   }
 
   // v is the gradient of the activation's result, `hidden` what was activated. Out come the gradient of that and the
@@ -165,7 +175,6 @@ class LinesOut {
         if (row + row_ + 4 * i >= p_.m) v[i] = {};
       }
     }
-    uint4 results[kLines], activated[kLines];
 #pragma unroll
     for (int i = 0; i < kLines; i += 2) {
       float h[16], g[16];
@@ -176,13 +185,11 @@ class LinesOut {
       ffn_activate_backward<true>(h, g, p_.activation);
 #pragma unroll
       for (int j = 0; j < 16; ++j) sums[j % 8] += g[j];
-      results[i] = pack_line<T>(g);
-      results[i + 1] = pack_line<T>(g + 8);
-      activated[i] = pack_line<T>(h);
-      activated[i + 1] = pack_line<T>(h + 8);
+      const uint4 results[2] = {pack_line<T>(g), pack_line<T>(g + 8)};
+      const uint4 activated[2] = {pack_line<T>(h), pack_line<T>(h + 8)};
+      if (p_.product != nullptr) store<false>(p_.product, activated, row + 4 * i, column);
+      store<false>(p_.output, results, row + 4 * i, column);
     }
-    if (p_.product != nullptr) store(p_.product, activated, row, column);
-    store(p_.output, results, row, column);
   }
 
   // What gradient() summed up over a box, whose rows begin at `row`.
@@ -204,15 +211,17 @@ class LinesOut {
     return {__ldg(words), __ldg(words + 1), __ldg(words + 2), __ldg(words + 3)};
   }
 
-  __device__ __forceinline__ void store(void* matrix, const uint4 (&v)[kLines], int row, int column) const {
+  // Lines of the rows from `row` on.
+  template <bool kWhole, int kCount>
+  __device__ __forceinline__ void store(void* matrix, const uint4 (&v)[kCount], int row, int column) const {
     const int64_t stride = int64_t{4} * p_.n;
     T* to = static_cast<T*>(matrix) + static_cast<int64_t>(row + row_) * p_.n + column + column_;
-    if (row + kPartRows <= p_.m && column + kBoxNumbers<T> <= p_.n) {
+    if (kWhole || (row + 4 * kCount <= p_.m && column + kBoxNumbers<T> <= p_.n)) {
 #pragma unroll
-      for (int i = 0; i < kLines; ++i) store_line(to + i * stride, v[i]);
+      for (int i = 0; i < kCount; ++i) store_line(to + i * stride, v[i]);
     } else if (column + column_ < p_.n) {
 #pragma unroll
-      for (int i = 0; i < kLines; ++i) {
+      for (int i = 0; i < kCount; ++i) {
         if (row + row_ + 4 * i < p_.m) store_line(to + i * stride, v[i]);
       }
     }

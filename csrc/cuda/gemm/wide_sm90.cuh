@@ -3,31 +3,38 @@
 //
 //   block:      128 x 256 (192) of the output at a time, going from tile to tile (persistent)
 //   loader:     one thread; rows of a and b, 128 bytes of k a stage, by TMA into a ring (float32 rounds on the way)
-//   consumers:  two warpgroups, 64 rows of a tile each; both operands from shared memory, one group of wgmma in flight.
-//               What they have in the end goes to shared memory, 16-bit with the bias and rounded, and on to the next
-//               tile
-//   way out:    warps of their own; a box of 64 rows x 128 bytes each from there, through the activation, to memory
-//               (wide_out.cuh)
+//   consumers:  two warpgroups, 64 rows of a tile each; both operands from shared memory. What they have in the end
+//               goes to places in shared memory, 16-bit with the bias and rounded: of 256 columns one half while the
+//               other is still multiplied, then the other while the next tile's first half begins
+//   way out:    warps of their own; a box of 64 rows x 128 bytes each from there into registers, which frees its place,
+//               then through the activation to memory (wide_out.cuh)
+//   biases:     of 16-bit numbers, by a warp that has nothing else to do
 //
-// An activation of 16-bit numbers costs about as many instructions as the tensor cores need cycles for k = 512, so it
-// runs beside them. Sums can change hands rounded: PyTorch rounds there as well. TF32 takes a float32 number's upper 19
-// bits as they are; that the copy engine rounds to nearest first is what makes these products as accurate as cuBLAS's.
+// Sums can change hands rounded: PyTorch rounds there as well. TF32 takes a float32 number's upper 19 bits as they are;
+// that the copy engine rounds to nearest first is what makes these products as accurate as cuBLAS's.
 //
-// Measured on an H200 in microseconds, both products with erf-GELU against eager PyTorch in turns, as the chip's power
-// is what is short: 8192 x 512 -> 2048, 768 -> 3072, 1024 -> 4096 and 2048 x 4096 -> 11008
-//   TF32      117 (133), 237 (258), 444 (448), 1044 (1095)
-//   bfloat16  69 (80), 131 (147), 209 (227), 485 (505)
-//   float16   67 (80), 130 (148), 212 (231), 509 (533)
-// cuBLAS's products alone are faster than these by 10 to 15% up to k = 1024: probably a warpgroup waits until the other
-// one's sums have left their place, which they share.
+// What limits it, in clocks of an H200 (bfloat16, 8192 x 512 -> 2048): a stage takes 1054 alone (1024 were the tensor
+// cores' limit) and 1400 beside a way out that computes; a warp there issues one instruction in 3.4 clocks meanwhile,
+// in 2 when the tensor cores have nothing to do. So every instruction on the way out counts, and where it lies: with
+// code for all activations in a row, most of it jumped over, a box with GELU took 9400 and the product 43.1 us; with
+// code of its own in a short loop 7000 and 37.0 (29.9 without GELU, 34.3 with four terms less of its polynomial). A
+// half's way to its places takes 700, of which its warpgroups' other halves hide 512. TF32 has twice the bytes on the
+// way out: 5500 of a tile's 24700 clocks (k = 512) pass while its second half waits for places.
+//
+// ptxas gives up (C7514) where the registers of two halves are never all waited for in a loop: the second half is, when
+// the first one is on its way. A stage's number that comes from before a wait costs four R2UR for every wgmma: the ring
+// goes on first.
+//
+// Measured in microseconds, both products with erf-GELU against eager PyTorch in turns, as the chip's power is what is
+// short: 8192 x 512 -> 2048, 768 -> 3072, 1024 -> 4096 and 2048 x 4096 -> 11008
+//   TF32      113 (140), 257 (289), 438 (465), 1075 (1146)
+//   bfloat16  60 (80), 122 (146), 215 (253), 553 (596)
+//   float16   62 (81), 125 (150), 212 (251), 575 (624)
 //
 // What was tried: two warpgroups that take turns with tiles of 128 x 128; loading by one of the way out's warps in
-// between; clusters of two that load b for each other; places for both halves of a tile and one stage less (TF32: 131
-// for 120); seven or eight warps of half the registers on the way out (16-bit, in turns: 75, 148, 248, 592 for 72, 143,
-// 241, 588); three, and one instruction for 256 columns (16-bit: slower by a sixth up to k = 1024); activations in a
-// loop of short code, bands of 8 and 32 rows of tiles (no difference).
-//
-// kGradient: b lies with n side by side in memory, and the way out is that of the activation's gradient.
+// between; clusters of two that load b for each other; seven or eight warps of half the registers on the way out; a
+// first half that is two or three stages ahead of the second one (TF32: 68.4 for 69.1); bands of 8 and 32 rows of tiles
+// (no difference).
 #pragma once
 
 #include <algorithm>
@@ -38,66 +45,11 @@
 #include "kernels.h"
 #include "wgmma_wide.cuh"
 #include "wide_out.cuh"
+#include "wide_tiles.cuh"
 
 namespace styleforge::cuda {
 
-constexpr int kWideRows = 128;
-constexpr int kNarrowColumns = 64;  // of the last tiles, where they are cut up
-constexpr int kWideABytes = kWideRows * kBoxRowBytes;
-
-// How a block is made up, by the warps of the way out. 3: a fourth one loads, and a tile's columns are one instruction,
-// which is not to be had with more than 384 threads. 4: another warpgroup loads, and 256 columns are two instructions,
-// which read a twice.
 template <typename T, int kColumns, int kLinesWarps>
-struct Wide {
-  static constexpr int kWayOut = 256;  // its first thread
-  static constexpr int kLoader = kWayOut / 32 + kLinesWarps;
-  static constexpr int kThreads = kLinesWarps == 3 ? 384 : 512;
-  static constexpr int kInstructions = kLinesWarps == 3 ? 1 : 2;
-  // Registers: all together no more than the threads have at the launch, at most 65536.
-  static constexpr int kConsumerRegisters = kLinesWarps == 3 ? 184 : 176;
-  static constexpr int kLinesRegisters = kLinesWarps == 3 ? 136 : 120;
-  static constexpr int kLoaderRegisters = 40;  // of a warpgroup of its own
-
-  static constexpr int kStageBytes = kWideABytes + kColumns * kBoxRowBytes;
-  static constexpr int kBoxes = kColumns / kBoxNumbers<T>;  // of a tile's 64 rows
-  static constexpr int kNarrowBoxes = kNarrowColumns / kBoxNumbers<T>;
-  // Boxes of a narrow tile lie in other places than the same boxes of a wide one, so that nothing would order the uses
-  // of one barrier by both, and a wait that comes a phase late waits forever: they have barriers of their own, after
-  // the others.
-  static constexpr int kBarriers = 4 * kBoxes;
-};
-
-#ifdef STYLEFORGE_HAS_WGMMA
-
-struct WideTile {
-  int row, column;
-  bool narrow = false;
-};
-
-// Tiles of 128 rows in bands of rows; within a band, down the rows first.
-__device__ __forceinline__ WideTile wide_tile_at(int index, int tiles_m, int tiles_n, int band, int width) {
-  const int first = index / (band * tiles_n) * band;
-  const int rows = min(band, tiles_m - first);
-  const int r = index - first * tiles_n;
-  const int column = r / rows;
-  return {(first + r - column * rows) * kWideRows, column * width};
-}
-
-// The sums are where the compiler thinks they are only once wgmma has been waited for.
-template <int kCount>
-__device__ __forceinline__ void hold(float (&d)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-__device__ __forceinline__ void store_two(uint32_t address, float first, float second) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
-}
-
-#endif  // STYLEFORGE_HAS_WGMMA
-
-template <typename T, int kColumns, int kLinesWarps, bool kGradient>
 __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     wide_gemm_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ GemmSchedule s,
                      const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
@@ -106,11 +58,13 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   using W = Wide<T, kColumns, kLinesWarps>;
   constexpr bool kHalf = sizeof(T) == 2;
   constexpr int kStage = W::kStageBytes, kBoxes = W::kBoxes, kWidth = kBoxNumbers<T>;
-  static_assert(kHalf || !kGradient);
   extern __shared__ unsigned char dynamic[];
   const uint32_t ring = (shared_address(dynamic) + 1023) & ~1023u;  // swizzled tiles start at multiples of 1024 bytes
   const uint32_t places = ring + s.stages * kStage;
+  constexpr bool kSharedBias = W::kSharedBias;
   __shared__ uint64_t full[kMaxGemmStages], empty[kMaxGemmStages], filled[W::kBarriers], taken[W::kBarriers];
+  __shared__ uint64_t bias_full, bias_empty;
+  __shared__ __align__(16) float biases[kSharedBias ? kColumns : 4];
   const uint32_t full_at = shared_address(full), empty_at = shared_address(empty);
   const uint32_t filled_at = shared_address(filled), taken_at = shared_address(taken);
 
@@ -123,12 +77,16 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   const int tiles = wide_tiles + s.narrow * kPieces;
   const int first_tile = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
   const int chunks = (p.k + kWidth - 1) / kWidth;
-  // Boxes take turns in their places: the upper half of a tile's rows first, then the lower one.
-  const auto place_of = [&](int half, int box, bool narrow) {
-    return narrow ? half * W::kNarrowBoxes + box : (half * kBoxes + box) % s.places;
+  const auto place_of = [](int group, int box, bool narrow) {
+    return W::kOwnPlaces ? group * W::kOwn + box % W::kOwn : narrow ? group * W::kNarrowBoxes + box : box;
   };
-  const auto barrier_of = [](int half, int box, bool narrow) {
-    return half * kBoxes + box + (narrow ? 2 * kBoxes : 0);
+  const auto barrier_of = [&](int group, int box, bool narrow) {
+    if (W::kOwnPlaces) return place_of(group, box, narrow);
+    return narrow ? 2 * kBoxes + group * W::kNarrowBoxes + box : group * kBoxes + box;
+  };
+  // Of the phase in which a box goes through its barriers, in one of the turns of the block's tiles.
+  const auto parity_of = [](int box, bool narrow, int turn) -> uint32_t {
+    return W::kOwnPlaces ? box / W::kOwn & 1 : narrow ? 0 : turn & 1;
   };
   const auto tile_of = [&](int t) {
     const bool narrow = t >= wide_tiles;
@@ -150,28 +108,27 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       mbarrier_init(&empty[i], 8);  // the consumers' warps
     }
     for (int i = 0; i < W::kBarriers; ++i) {
-      if (i >= 2 * kBoxes && i % kBoxes >= W::kNarrowBoxes) continue;
-      mbarrier_init(&filled[i], 128);
-      mbarrier_init(&taken[i], 32);
+      mbarrier_init(&filled[i], 4);  // a warpgroup's warps
+      mbarrier_init(&taken[i], 1);
     }
+    mbarrier_init(&bias_full, 32);
+    mbarrier_init(&bias_empty, 8);
     mbarrier_init_fence();
   }
   __syncthreads();
 
   const auto load_stages = [&] {
-    constexpr int kParts = kGradient ? kColumns / kWidth : 2;
+    constexpr int kParts = 2;
     constexpr int kPartBytes = kColumns * kBoxRowBytes / kParts;
     const auto load_b = [&](int chunk, int stage, const WideTile& tile) {
       const uint32_t to = ring + stage * kStage + kWideABytes, barrier = full_at + 8 * stage;
       const int k = chunk * kWidth;
       mbarrier_arrive_expect(&full[stage], tile.narrow ? kWideABytes + kBoxBytes : kStage);
-      if (!kGradient && tile.narrow) load_box(to, &narrow_map, k, tile.column, barrier);
+      if (tile.narrow) load_box(to, &narrow_map, k, tile.column, barrier);
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
-        if (tile.narrow && (!kGradient || i > 0)) continue;
-        const int x = kGradient ? tile.column + i * kWidth : k;
-        const int y = kGradient ? k : tile.column + i * (kColumns / kParts);
-        load_box(to + i * kPartBytes, &b_map, x, y, barrier);
+        if (tile.narrow) continue;
+        load_box(to + i * kPartBytes, &b_map, k, tile.column + i * (kColumns / kParts), barrier);
       }
     };
     // What does not depend on the kernel before this one, while that one drains.
@@ -201,64 +158,108 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     constexpr int kLines = 4;
     using Out = LinesOut<T, kLines>;
     const Out out(p, s.vectors, lane);
-    // Boxes in the order in which they are filled, by turns; what a part of one needs of global memory is loaded while
-    // the one before it is on its way.
+    // Boxes in the order in which they are filled; what a part of one needs of global memory is loaded while the one
+    // before it is on its way.
     struct Box {
-      int row, column, barrier;
-      uint32_t address;
+      int row, column, place, barrier;
       uint32_t parity;
     };
     const int turns = tiles > first_tile ? (tiles - first_tile - 1) / step + 1 : 0;
     const int wide_turns = wide_tiles > first_tile ? (wide_tiles - first_tile - 1) / step + 1 : 0;
     constexpr int kParts = Out::kParts;
+    constexpr int kEach = W::kOwnPlaces ? kBoxes / 2 : 2 * kBoxes;  // boxes of a turn
+    constexpr int kFew = W::kNarrowBoxes;
     const auto box_at = [&](int index) {
-      int turn = index / (2 * kBoxes), half = index / kBoxes % 2, box = index % kBoxes;
+      int turn = index / kEach, after = index % kEach;
       if (turn >= wide_turns) {
-        constexpr int kFew = W::kNarrowBoxes;
-        const int after = index - wide_turns * 2 * kBoxes;
-        turn = wide_turns + after / (2 * kFew);
-        half = after / kFew % 2;
-        box = after % kFew;
+        turn = wide_turns;
+        after = index - wide_turns * kEach;
       }
+      const bool narrow = turn >= wide_turns;
+      const int of_group = narrow ? kFew : kBoxes;
+      const int group = W::kOwnPlaces ? lines_warp / 2 : after / of_group;
+      const int box = W::kOwnPlaces ? after * 2 + lines_warp % 2 : after % of_group;
       const WideTile tile = tile_of(first_tile + turn * step);
-      return Box{tile.row + half * 64, tile.column + box * kWidth, barrier_of(half, box, tile.narrow),
-                 places + place_of(half, box, tile.narrow) * kBoxBytes,
-                 static_cast<uint32_t>(tile.narrow ? 0 : turn & 1)};
+      return Box{tile.row + group * 64, tile.column + box * kWidth, place_of(group, box, narrow),
+                 barrier_of(group, box, narrow), parity_of(box, narrow, turn)};
     };
-    const int count = (wide_turns * kBoxes + (turns - wide_turns) * W::kNarrowBoxes) * 2;
-    Box next = box_at(lines_warp);
+    const int few = W::kOwnPlaces ? (kFew + 1 - lines_warp % 2) / 2 : 2 * kFew;
+    const int count = wide_turns * kEach + (turns - wide_turns) * few;
+    constexpr int kFirst = W::kOwnPlaces ? 0 : 1, kStep = W::kOwnPlaces ? 1 : kLinesWarps;
+    const int first = lines_warp * kFirst;
+    const bool gelu = p.activate && p.activation == FfnActivation::kGelu;
+    const WayOut usual = p.residual != nullptr ? WayOut::kAny
+                         : gelu                ? WayOut::kGelu
+                         : p.activate          ? WayOut::kAny
+                                               : WayOut::kPlain;
+    Box next = box_at(first);
     uint4 other[kLines] = {};
-    if (p.residual != nullptr && lines_warp < count) out.load(other, next.row, next.column);
+    if (p.residual != nullptr && first < count) out.load(other, next.row, next.column);
 #pragma unroll 1
-    for (int index = lines_warp; index < count; index += kLinesWarps) {
+    for (int index = first; index < count; index += kStep) {
       const Box box = next;
-      float sums[8] = {};
       const uint4 bias = kHalf ? uint4{} : out.load_bias(box.column);
       mbarrier_wait(filled_at + 8 * box.barrier, box.parity);
-#pragma unroll 1
-      for (int part = 0; part < kParts; ++part) {
-        uint4 v[kLines], ahead[kLines] = {};
-        out.take(v, box.address, part);
-        const bool last = part == kParts - 1;
-        if (last) {
-          mbarrier_arrive(taken_at + 8 * box.barrier);
-          next = box_at(index + kLinesWarps);
-        }
-        if (p.residual != nullptr && (!last || index + kLinesWarps < count)) {
-          out.load(ahead, last ? next.row : box.row + Out::kPartRows * (part + 1), next.column);
-        }
-        const int row = box.row + Out::kPartRows * part;
-        if constexpr (kGradient) {
-          out.gradient(v, other, sums, row, box.column);
-        } else {
-          out.forward(v, bias, other, row, box.column);
-        }
+      // All of the box at once: what waits for its place waits no longer than that.
+      uint4 v[kParts][kLines];
 #pragma unroll
-        for (int i = 0; i < kLines; ++i) other[i] = ahead[i];
+      for (int part = 0; part < kParts; ++part) out.take(v[part], places + box.place * kBoxBytes, part);
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(taken_at + 8 * box.barrier);
+      // A loop over the parts, although their registers have to change places: its code comes from the nearest cache.
+      const auto send = [&](auto way) {
+        constexpr bool kAny = way.value == WayOut::kAny;
+#pragma unroll 1
+        for (int part = 0; part < kParts; ++part) {
+          const bool last = part == kParts - 1;
+          const int row = box.row + Out::kPartRows * part;
+          if (last) next = box_at(min(index + kStep, count - 1));
+          const int next_row = last ? next.row : row + Out::kPartRows, next_column = last ? next.column : box.column;
+          uint4 ahead[kLines] = {};
+          if (kAny && p.residual != nullptr) out.load(ahead, next_row, next_column);
+          out.template forward<way.value>(v[0], bias, other, row, box.column);
+#pragma unroll
+          for (int j = 0; kAny && j < kLines; ++j) other[j] = ahead[j];
+#pragma unroll
+          for (int i = 0; i + 1 < kParts; ++i) {
+#pragma unroll
+            for (int j = 0; j < kLines; ++j) v[i][j] = v[i + 1][j];
+          }
+        }
+      };
+      const bool whole = box.row + 64 <= p.m && box.column + kWidth <= p.n;
+      if (whole && usual == WayOut::kGelu) {
+        send(WayOutIs<WayOut::kGelu>{});
+      } else if (whole && usual == WayOut::kPlain) {
+        send(WayOutIs<WayOut::kPlain>{});
+      } else {
+        send(WayOutIs<WayOut::kAny>{});
       }
-      if constexpr (kGradient) {
-        if (p.column_sums != nullptr) out.sum_out(sums, box.row, box.column);
+    }
+  };
+  // A tile's biases as float32, in the order in which a lane of the consumers adds them: of eight neighbouring columns
+  // two each, of 16 columns one after the other.
+  [[maybe_unused]] const auto send_biases = [&] {
+    wait_for_predecessor();
+    uint32_t parity = 1;
+    for (int t = first_tile; t < tiles; t += step) {
+      static_assert(!kSharedBias || kColumns == 8 * 32);
+      const int column = tile_of(t).column + lane * 8;
+      uint32_t words[4] = {};
+      if (p.bias != nullptr && column < p.n) {
+        const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.bias) + column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = __ldg(from + i);
       }
+      mbarrier_wait(&bias_empty, parity);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kHalf) {
+          *reinterpret_cast<float2*>(biases + lane / 2 * 16 + i * 4 + lane % 2 * 2) = unpack<T>(words[i]);
+        }
+      }
+      mbarrier_arrive(&bias_full);
+      parity ^= 1;
     }
   };
 
@@ -266,126 +267,193 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   if (warp < W::kWayOut / 32) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(W::kConsumerRegisters));
     wait_for_predecessor();
-    constexpr int kMmaWidth = kColumns / W::kInstructions;
-    using Mma = WgmmaWide<kMmaKind<T>, kMmaWidth, kGradient>;
+    constexpr int kMmaWidth = kColumns / W::kHalves;
+    using First = std::integral_constant<int, 0>;
+    using Second = std::integral_constant<int, W::kHalves - 1>;
     const int group = warp / 4;
     const uint32_t group_a = group * 64 * kBoxRowBytes;
     // Where this lane writes in a box. 16-bit: its row and 16-byte half of a warp's 16 x 16 piece; the next piece is an
     // exclusive or away. float32: its two numbers in the first eight columns.
     const uint32_t piece = kHalf ? (warp % 4 * 16 + lane % 16) * kBoxRowBytes + (((lane & 7) ^ (lane / 16)) << 4)
                                  : (warp % 4 * 16 + lane / 4) * kBoxRowBytes + lane % 4 * 8;
-    float d[W::kInstructions][kMmaWidth / 2];
+    const uint32_t biases_at = shared_address(biases) + lane % 4 * 16;
     int stage = 0;
     uint32_t parity = 0;
 
-    const auto multiply = [&](bool accumulate, auto narrow) {
-      mbarrier_wait(full_at + 8 * stage, parity);
-      constexpr int kNext = kGradient ? 128 : 2;  // 32 bytes of k further on in b
-      const uint32_t at = ring + stage * kStage;
-      const uint64_t a = wgmma_descriptor(at + group_a);
-      const uint64_t b = kGradient ? wgmma_transposed_descriptor(at + kWideABytes) : wgmma_descriptor(at + kWideABytes);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if constexpr (narrow.value) {
-          auto& first = reinterpret_cast<float (&)[kNarrowColumns / 2]>(d);
-          WgmmaWide<kMmaKind<T>, kNarrowColumns, kGradient>::run(first, a + 2 * k, b + kNext * k, accumulate || k > 0);
-        } else {
-#pragma unroll
-          for (int i = 0; i < W::kInstructions; ++i) {
-            Mma::run(d[i], a + 2 * k, b + i * (kMmaWidth * kBoxRowBytes >> 4) + kNext * k, accumulate || k > 0);
-          }
-        }
-      }
-      wgmma_commit();
+    const auto advance = [&] {
       if (++stage == s.stages) {
         stage = 0;
         parity ^= 1;
       }
     };
+    // A stage into one half of the columns, or into the columns of a narrow tile.
+    const auto multiply = [&](auto& to, auto half, int from, bool accumulate) {
+      constexpr int kWidthOfOne = 2 * static_cast<int>(sizeof(to) / sizeof(float));
+      using Mma = WgmmaWide<kMmaKind<T>, kWidthOfOne, false>;
+      constexpr int kNext = 2;  // 32 bytes of k further on in b
+      const uint32_t at = ring + from * kStage;
+      const uint64_t a = wgmma_descriptor(at + group_a);
+      const uint64_t b = wgmma_descriptor(at + kWideABytes);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        Mma::run(to, a + 2 * k, b + half.value * (kMmaWidth * kBoxRowBytes >> 4) + kNext * k, accumulate || k > 0);
+      }
+      wgmma_commit();
+    };
     const auto release = [&](int done) {
       if (lane == 0) mbarrier_arrive(empty_at + 8 * done);
       __syncwarp();
     };
-
-    uint32_t turn = 0;
-    for (int t = first_tile; t < tiles; t += step) {
-      const WideTile tile = tile_of(t);
-      int done = stage;
-      const auto multiply_all = [&](auto narrow) {
-        multiply(false, narrow);
-        for (int chunk = 1; chunk < chunks; ++chunk) {
-          const int next = stage;
-          multiply(true, narrow);
-          wgmma_wait<1>();
-          release(done);
-          done = next;
-        }
-      };
-      if (tile.narrow) {
-        multiply_all(std::true_type{});
-      } else {
-        multiply_all(std::false_type{});
-      }
+    uint32_t turn = 0;  // of the block's tiles, modulo 2
+    // The sums of one half's boxes go to their places.
+    const auto stash = [&](const auto& from, auto half, auto narrow, const WideTile& tile) {
+      constexpr int kCount = narrow.value ? W::kNarrowBoxes : kBoxes / W::kHalves;
+      constexpr int kFirstBox = half.value * kCount;
       // A box's bias is loaded before the box in front of it goes out.
       [[maybe_unused]] uint32_t bias[2][8];
-      [[maybe_unused]] const auto load_bias = [&](int box) {
+      [[maybe_unused]] const auto load_bias = [&](int i) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int at = tile.column + lane % 4 * 2 + box * kWidth + 8 * i;
+        for (int j = 0; j < 8; ++j) {
+          const int at = tile.column + lane % 4 * 2 + (kFirstBox + i) * kWidth + 8 * j;
           const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.bias) + at);
-          bias[box % 2][i] = p.bias != nullptr && at < p.n ? __ldg(from) : 0;
+          bias[i % 2][j] = p.bias != nullptr && at < p.n ? __ldg(from) : 0;
         }
       };
-      if constexpr (kHalf) load_bias(0);
-      wgmma_wait<0>();
-      release(done);
+      constexpr bool kLoads = kHalf && !kSharedBias;
+      if constexpr (kLoads) load_bias(0);
 #pragma unroll
-      for (int i = 0; i < W::kInstructions; ++i) hold(d[i]);
-#pragma unroll
-      for (int box = 0; box < kBoxes; ++box) {
-        if (box >= W::kNarrowBoxes && tile.narrow) continue;
-        const float* sums = d[box * kWidth / kMmaWidth] + box * kWidth % kMmaWidth / 2;
-        const int place = place_of(group, box, tile.narrow);
-        // For the last box there, of a wide tile: a block has one narrow tile at most.
+      for (int i = 0; i < kCount; ++i) {
+        const int box = kFirstBox + i, place = place_of(group, box, narrow.value);
         const auto wait_for_place = [&] {
-          const int own = group * kBoxes + box;
-          const bool earlier = tile.narrow || own < s.places;  // in the turn before this one
-          const int last = tile.narrow ? 2 * kBoxes - s.places + place : own - s.places + (earlier ? 2 * kBoxes : 0);
-          mbarrier_wait(taken_at + 8 * last, earlier ? turn ^ 1 : turn);
+          if constexpr (W::kOwnPlaces) {
+            mbarrier_wait(taken_at + 8 * place, parity_of(box, narrow.value, 0) ^ 1);
+          } else {  // the other warpgroup's box that was there; before a narrow tile the lower rows' one
+            const bool upper = narrow.value || group == 0;
+            mbarrier_wait(taken_at + 8 * barrier_of(upper ? 1 : 0, place, false), upper ? turn ^ 1 : turn);
+          }
         };
+        const float* sums = from + i * kWidth / 2;
         const uint32_t to = places + place * kBoxBytes + piece;
         if constexpr (kHalf) {
-          if (box + 1 < kBoxes) load_bias(box + 1);
-          uint32_t pairs[16];
+          if (kLoads && i + 1 < kCount) load_bias(i + 1);
+          // Piece by piece of 16 columns: the sums of the other half stay where they are meanwhile.
+          float4 b[4] = {};
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const float2 b = unpack<T>(bias[box % 2][i]);
-            const float* x = sums + 4 * i;
-            pairs[2 * i] = pack<T>(x[0] + b.x, x[1] + b.y);
-            pairs[2 * i + 1] = pack<T>(x[2] + b.x, x[3] + b.y);
-          }
+          for (int j = 0; kSharedBias && j < 4; ++j) b[j] = load_shared_float4(biases_at + (box * 4 + j) * 64);
           wait_for_place();
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const uint32_t four[4] = {pairs[4 * i], pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]};
-            store_matrix(to ^ (i << 5), four);
+          for (int j = 0; j < 4; ++j) {
+            if constexpr (kLoads) {
+              const float2 first = unpack<T>(bias[i % 2][2 * j]), second = unpack<T>(bias[i % 2][2 * j + 1]);
+              b[j] = {first.x, first.y, second.x, second.y};
+            }
+            const float* x = sums + 8 * j;
+            const uint32_t four[4] = {pack<T>(x[0] + b[j].x, x[1] + b[j].y), pack<T>(x[2] + b[j].x, x[3] + b[j].y),
+                                      pack<T>(x[4] + b[j].z, x[5] + b[j].w), pack<T>(x[6] + b[j].z, x[7] + b[j].w)};
+            store_matrix(to ^ (j << 5), four);
           }
         } else {
           wait_for_place();
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const uint32_t at = to + ((i ^ (lane / 4 & 3)) << 5);
-            store_two(at, sums[4 * i], sums[4 * i + 1]);
-            store_two(at + 8 * kBoxRowBytes, sums[4 * i + 2], sums[4 * i + 3]);
+          for (int j = 0; j < 4; ++j) {
+            const uint32_t at = to + ((j ^ (lane / 4 & 3)) << 5);
+            store_two(at, sums[4 * j], sums[4 * j + 1]);
+            store_two(at + 8 * kBoxRowBytes, sums[4 * j + 2], sums[4 * j + 3]);
           }
         }
-        mbarrier_arrive(filled_at + 8 * barrier_of(group, box, tile.narrow));
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(filled_at + 8 * barrier_of(group, box, narrow.value));
+      }
+    };
+    const auto wait_for_biases = [&] {
+      if constexpr (kSharedBias) mbarrier_wait(shared_address(&bias_full), turn);
+    };
+    const auto end_turn = [&] {
+      if constexpr (kSharedBias) {
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&bias_empty);
       }
       turn ^= 1;
+    };
+    // All of a tile before anything of it goes out.
+    const auto whole_tile = [&](auto narrow, const WideTile& tile) {
+      static_assert(narrow.value || W::kHalves == 1);
+      float d[(narrow.value ? kNarrowColumns : kColumns) / 2];
+      int done = stage;
+      mbarrier_wait(full_at + 8 * stage, parity);
+      multiply(d, First{}, stage, false);
+      advance();
+      for (int chunk = 1; chunk < chunks; ++chunk) {
+        mbarrier_wait(full_at + 8 * stage, parity);
+        multiply(d, First{}, stage, true);
+        wgmma_wait<1>();
+        release(done);
+        done = stage;
+        advance();
+      }
+      wgmma_wait<0>();
+      release(done);
+      hold(d);
+      wait_for_biases();
+      stash(d, First{}, narrow, tile);
+      end_turn();
+    };
+    constexpr auto kWhole = std::false_type{};
+
+    int t = first_tile;
+    if constexpr (W::kHalves == 1) {
+      for (; t < wide_tiles; t += step) whole_tile(kWhole, tile_of(t));
+    } else {
+      if (t < wide_tiles) {
+        WideTile tile = tile_of(t);
+        int held = stage;
+        float d[2][kMmaWidth / 2];
+        mbarrier_wait(full_at + 8 * stage, parity);
+        multiply(d[0], First{}, stage, false);
+        advance();
+        while (true) {
+          multiply(d[1], Second{}, held, false);
+          for (int chunk = 1; chunk < chunks; ++chunk) {
+            mbarrier_wait(full_at + 8 * stage, parity);
+            multiply(d[0], First{}, stage, true);
+            multiply(d[1], Second{}, stage, true);
+            wgmma_wait<2>();
+            release(held);
+            held = stage;
+            advance();
+          }
+          wait_for_biases();
+          wgmma_wait<1>();
+          hold(d[0]);
+          stash(d[0], First{}, kWhole, tile);
+          t += step;
+          if (t >= wide_tiles) break;
+          wgmma_wait<0>();
+          hold(d[1]);
+          release(held);
+          held = stage;
+          mbarrier_wait(full_at + 8 * stage, parity);
+          multiply(d[0], First{}, stage, false);
+          advance();
+          stash(d[1], Second{}, kWhole, tile);
+          end_turn();
+          tile = tile_of(t);
+        }
+        wgmma_wait<0>();
+        release(held);
+        hold(d[1]);
+        stash(d[1], Second{}, kWhole, tile);
+        end_turn();
+      }
     }
+    if (t < tiles) whole_tile(std::true_type{}, tile_of(t));
   } else if (warp < W::kWayOut / 32 + 4) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(W::kLinesRegisters));
+    if constexpr (W::kLinesRegisters > 65536 / W::kThreads) {
+      asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(W::kLinesRegisters));
+    } else {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(W::kLinesRegisters));
+    }
     if (warp < W::kLoader) {
       send_lines(warp - W::kWayOut / 32);
     } else {
@@ -397,27 +465,27 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     if (warp == W::kLoader) {
       if (lane == 0) load_stages();
       __syncwarp();
+    } else if (kSharedBias && warp == W::kLoader + 1) {
+      send_biases();
     }
   }
 #endif
 }
 
-template <typename T, int kColumns, int kLinesWarps, bool kGradient>
+template <typename T, int kColumns, int kLinesWarps>
 cudaError_t launch_wide_gemm(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts,
                              cudaStream_t stream) {
   using W = Wide<T, kColumns, kLinesWarps>;
   CUtensorMap a, b, narrow;
   if (const auto error = box_map(p.dtype, p.a, p.m, p.k, p.a_stride, kWideRows, a)) return error;
-  const auto b_error = kGradient ? box_map(p.dtype, p.b, p.k, p.n, p.b_stride[1], kNarrowColumns, b)
-                                 : box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kColumns / 2, b);
-  if (b_error != cudaSuccess) return b_error;
+  if (const auto error = box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kColumns / 2, b)) return error;
   narrow = b;
-  if (s.narrow > 0 && !kGradient) {
+  if (s.narrow > 0) {
     if (const auto error = box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kNarrowColumns, narrow)) return error;
   }
-  const size_t shared = 1024 + static_cast<size_t>(s.stages) * W::kStageBytes + s.places * size_t{kBoxBytes};
-  return launch(wide_gemm_kernel<T, kColumns, kLinesWarps, kGradient>, dim3(static_cast<unsigned>(s.blocks)),
-                dim3(W::kThreads), shared, 1, facts, stream, p, s, a, b, narrow);
+  const size_t shared = 1024 + static_cast<size_t>(s.stages) * W::kStageBytes + W::kPlaces * size_t{kBoxBytes};
+  return launch(wide_gemm_kernel<T, kColumns, kLinesWarps>, dim3(static_cast<unsigned>(s.blocks)), dim3(W::kThreads),
+                shared, 1, facts, stream, p, s, a, b, narrow);
 }
 
 }  // namespace styleforge::cuda

@@ -1,0 +1,82 @@
+// How a block of wide_sm90.cuh is made up, and which tiles it takes (that of wide_gradient_sm90.cuh as well).
+#pragma once
+
+#include "boxes.cuh"
+
+namespace styleforge::cuda {
+
+constexpr int kWideRows = 128;
+constexpr int kNarrowColumns = 64;  // of the last tiles, where they are cut up
+constexpr int kWideABytes = kWideRows * kBoxRowBytes;
+
+// How a block is made up, by the warps of the way out. 3: a fourth one loads, and a tile's columns are one instruction,
+// which is not to be had with more than 384 threads. 4: another warpgroup loads, and 256 columns are two instructions,
+// which read a twice.
+template <typename T, int kColumns, int kLinesWarps>
+struct Wide {
+  static constexpr int kWayOut = 256;  // its first thread
+  static constexpr int kLoader = kWayOut / 32 + kLinesWarps;
+  static constexpr int kThreads = kLinesWarps == 3 ? 384 : 512;
+  static constexpr int kHalves = kLinesWarps == 3 ? 1 : 2;  // of a tile's columns, an instruction each
+  // Registers: all together no more than the threads have at the launch, at most 65536.
+  static constexpr int kConsumerRegisters = kLinesWarps == 3 ? 184 : 160;
+  static constexpr int kLinesRegisters = kLinesWarps == 3 ? 136 : 152;
+  static constexpr int kLoaderRegisters = 40;  // of a warpgroup of its own
+
+  static constexpr int kStageBytes = kWideABytes + kColumns * kBoxRowBytes;
+  static constexpr int kBoxes = kColumns / kBoxNumbers<T>;  // of a tile's 64 rows
+  static constexpr int kNarrowBoxes = kNarrowColumns / kBoxNumbers<T>;
+  // Boxes of products that find room on their way out. With four warps there each warpgroup has places, and two of the
+  // warps, of its own: one fills a place and one empties it, in turns, an even number of times a tile, so that a
+  // barrier's phase follows from the box (of a block's narrow tile, its last one, as well). Else there are as many
+  // places as 64 rows have boxes, for the upper rows of a tile and then for the lower ones. Then every box has barriers
+  // of its own, those of a narrow tile too, which lie in other places: where two warpgroups use one barrier by turns,
+  // one of them may come two phases late or early, and takes that for the right one.
+  static constexpr bool kOwnPlaces = kHalves == 2;
+  static constexpr int kOwn = 2;
+  static constexpr int kPlaces = kOwnPlaces ? 2 * kOwn : kBoxes;
+  static constexpr int kBarriers = kOwnPlaces ? kPlaces : 2 * (kBoxes + kNarrowBoxes);
+  static_assert(!kOwnPlaces || (kLinesWarps == 4 && kBoxes % (2 * kOwn) == 0));
+  static_assert(kOwnPlaces || (kBoxes % kLinesWarps == 0 && kBoxes >= 2 * kNarrowBoxes));
+  static constexpr bool kSharedBias = kHalves == 2 && sizeof(T) == 2;  // biases of a tile in shared memory
+};
+
+#ifdef STYLEFORGE_HAS_WGMMA
+
+struct WideTile {
+  int row, column;
+  bool narrow = false;
+};
+
+// Tiles of 128 rows in bands of rows; within a band, down the rows first.
+__device__ __forceinline__ WideTile wide_tile_at(int index, int tiles_m, int tiles_n, int band, int width) {
+  const int first = index / (band * tiles_n) * band;
+  const int rows = min(band, tiles_m - first);
+  const int r = index - first * tiles_n;
+  const int column = r / rows;
+  return {(first + r - column * rows) * kWideRows, column * width};
+}
+
+// The sums are where the compiler thinks they are only once wgmma has been waited for.
+template <int kCount>
+__device__ __forceinline__ void hold(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+__device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_two(uint32_t address, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
+}
+
+#endif  // STYLEFORGE_HAS_WGMMA
+
+}  // namespace styleforge::cuda
