@@ -169,6 +169,12 @@ def matmul_tf32(allowed: bool) -> Iterator[None]:
 # --- the formulas, float64 ------------------------------------------------------------------------
 
 
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    """The nearest TF32 numbers (ten bits of mantissa, ties to even), in the dtype of `x`."""
+    bits = x.detach().float().contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32).to(x.dtype)
+
+
 def activate(x: Tensor, activation: str, negative_slope: float = 0.01) -> Tensor:
     if activation == "relu":
         return torch.where(x > 0, x, torch.zeros_like(x))

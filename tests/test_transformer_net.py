@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from _reference import rounded_to_tf32, tf32
 from styleforge.models import (
     CheckpointError,
     TorchTransformerNet,
@@ -315,13 +316,28 @@ def test_pictures_too_small_to_reflect_are_refused() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_cuda_matches_plain_layers(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "fast"),
+    [(torch.float32, False), (torch.float32, True), (torch.float16, True), (torch.bfloat16, True)],
+)
+def test_cuda_matches_plain_layers(dtype: torch.dtype, fast: bool) -> None:
     net = make_net(32).cuda()
     x = photo(2, 3, 70, 92).cuda()
-    with torch.no_grad():
+    with torch.no_grad(), tf32(fast):
         reference = net.to_torch().double()(x.double())
+        # cuDNN may use TF32 in some layers and float32 in others of this size: what TF32 in all of them does.
+        allowed = tf32_error(net, x, reference) if dtype == torch.float32 and fast else 0.0
         net = net.to(dtype)
         expected = relative_error(net.to_torch()(x.to(dtype)), reference)
         result = relative_error(net(x.to(dtype)), reference)
-    assert result <= 1.5 * expected + 1e-6
+    assert result <= max(1.5 * expected, 1.2 * allowed) + 1e-6
+
+
+def tf32_error(net: TransformerNet, x: Tensor, reference: Tensor) -> float:
+    """The error of exact convolutions of operands that are rounded to TF32."""
+    plain = net.to_torch().double()
+    for layer in plain.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.copy_(rounded_to_tf32(layer.weight))
+            layer.register_forward_pre_hook(lambda _, inputs: (rounded_to_tf32(inputs[0]),))
+    return relative_error(plain(x.double()), reference)

@@ -108,11 +108,11 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       mbarrier_init(&empty[i], 8);  // the consumers' warps
     }
     for (int i = 0; i < W::kBarriers; ++i) {
-      mbarrier_init(&filled[i], 4);  // a warpgroup's warps
-      mbarrier_init(&taken[i], 1);
+      mbarrier_init(&filled[i], 128);  // all threads of a warpgroup: racecheck knows of nobody else's accesses
+      mbarrier_init(&taken[i], 32);
     }
     mbarrier_init(&bias_full, 32);
-    mbarrier_init(&bias_empty, 8);
+    mbarrier_init(&bias_empty, 256);
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -204,8 +204,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       uint4 v[kParts][kLines];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) out.take(v[part], places + box.place * kBoxBytes, part);
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(taken_at + 8 * box.barrier);
+      mbarrier_arrive(taken_at + 8 * box.barrier);
       // A loop over the parts, although their registers have to change places: its code comes from the nearest cache.
       const auto send = [&](auto way) {
         constexpr bool kAny = way.value == WayOut::kAny;
@@ -362,18 +361,14 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
             store_two(at + 8 * kBoxRowBytes, sums[4 * j + 2], sums[4 * j + 3]);
           }
         }
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(filled_at + 8 * barrier_of(group, box, narrow.value));
+        mbarrier_arrive(filled_at + 8 * barrier_of(group, box, narrow.value));
       }
     };
     const auto wait_for_biases = [&] {
       if constexpr (kSharedBias) mbarrier_wait(shared_address(&bias_full), turn);
     };
     const auto end_turn = [&] {
-      if constexpr (kSharedBias) {
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(&bias_empty);
-      }
+      if constexpr (kSharedBias) mbarrier_arrive(&bias_empty);
       turn ^= 1;
     };
     // All of a tile before anything of it goes out.
