@@ -33,6 +33,7 @@
 #include "../common/overrides.h"
 #include "../common/tensor_map.h"
 #include "../common/types.cuh"
+#include "../conv_instance_norm/tile_in.cuh"
 #include "launch.h"
 #include "wgmma_taps.cuh"
 
@@ -67,15 +68,6 @@ constexpr int kSumThreads = 256;
 constexpr int kRows = kTileHeight / kGroups;  // of a tile, of a warpgroup
 constexpr int kConsumerBarrier = 1;
 constexpr int kMenders = kThreads - kConsumers - 32;  // after the warp that loads
-
-__device__ __forceinline__ void load_pixels(uint32_t to, const CUtensorMap* map, int channel, int x, int y, int n,
-                                            uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
-      "[%6];" ::"r"(to),
-      "l"(map), "r"(channel), "r"(x), "r"(y), "r"(n), "r"(shared_address(barrier))
-      : "memory");
-}
 
 // Pixels of the box whose first one is (top, left) of the input and that lie outside of it: what belongs there.
 __device__ __forceinline__ void mend_border(const WeightGradientParams& p, const WeightGradientSchedule& s,
@@ -211,13 +203,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         uint32_t to = stages + stage * s.stage_bytes;
         mbarrier_wait(&empty[stage], parity ^ 1);
         mbarrier_arrive_expect(&full[stage], s.loaded_bytes);
-        load_pixels(to, &grad, grad_channel, x, y, n, &full[stage]);
+        load_box(to, &grad, grad_channel, x, y, n, &full[stage]);
         to += kGradBytes;
         for (int box = 0; box < s.boxes; ++box) {
           const int column = box - p.pad_left;  // of the input, less x times the stride
           const bool odd = p.stride_w == 2 && (column & 1) != 0;
-          load_pixels(to, odd ? &input_odd : &input, input_channel, x + (column >> (p.stride_w - 1)),
-                      y * p.stride_h - p.pad_top, n, &full[stage]);
+          load_box(to, odd ? &input_odd : &input, input_channel, x + (column >> (p.stride_w - 1)),
+                   y * p.stride_h - p.pad_top, n, &full[stage]);
           to += s.box_bytes;
         }
       }

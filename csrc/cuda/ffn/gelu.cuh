@@ -36,6 +36,27 @@ __device__ __forceinline__ float short_tail(float z) {
   return g * r;
 }
 
+// The polynomials of float32's Phi: (z + 4) g(z) of q = (z - 4) / (z + 4), and p of x^2.
+__device__ __forceinline__ float tail_polynomial(float q) {
+  float g = fmaf(q, -1.341961470e-4f, 1.746598864e-4f);
+  g = fmaf(g, q, 1.568408799e-3f);
+  g = fmaf(g, q, -3.510211129e-3f);
+  g = fmaf(g, q, -7.524004672e-3f);
+  g = fmaf(g, q, 6.040348858e-2f);
+  g = fmaf(g, q, -1.865236610e-1f);
+  g = fmaf(g, q, 3.871369064e-1f);
+  g = fmaf(g, q, -6.078965664e-1f);
+  g = fmaf(g, q, 7.552851439e-1f);
+  return g;
+}
+__device__ __forceinline__ float centre_polynomial(float w) {
+  float p = fmaf(w, 9.431737271e-5f, -1.169519266e-3f);
+  p = fmaf(p, w, 9.967301972e-3f);
+  p = fmaf(p, w, -6.648960710e-2f);
+  p = fmaf(p, w, 3.989422619e-1f);
+  return p;
+}
+
 template <bool kShort>
 __device__ __forceinline__ NormalDistribution<float> normal_distribution(float x) {
   constexpr float kScale = -7.213475108e-1f;     // -log2(e) / 2
@@ -55,22 +76,8 @@ __device__ __forceinline__ NormalDistribution<float> normal_distribution(float x
   const float exponential = fmaf(rough * power_low, kLn2, rough);
   const float reciprocal = reciprocal_approximate(z + 4.0f);
   const float q = (z - 4.0f) * reciprocal;
-  float g = fmaf(q, -1.341961470e-4f, 1.746598864e-4f);
-  g = fmaf(g, q, 1.568408799e-3f);
-  g = fmaf(g, q, -3.510211129e-3f);
-  g = fmaf(g, q, -7.524004672e-3f);
-  g = fmaf(g, q, 6.040348858e-2f);
-  g = fmaf(g, q, -1.865236610e-1f);
-  g = fmaf(g, q, 3.871369064e-1f);
-  g = fmaf(g, q, -6.078965664e-1f);
-  g = fmaf(g, q, 7.552851439e-1f);
-  const float tail = exponential * (g * reciprocal);
-  const float w = x * x;
-  float p = fmaf(w, 9.431737271e-5f, -1.169519266e-3f);
-  p = fmaf(p, w, 9.967301972e-3f);
-  p = fmaf(p, w, -6.648960710e-2f);
-  p = fmaf(p, w, 3.989422619e-1f);
-  const float centre = fmaf(x, p, 0.5f);
+  const float tail = exponential * (tail_polynomial(q) * reciprocal);
+  const float centre = fmaf(x, centre_polynomial(x * x), 0.5f);
   const float outer = x < 0.0f ? tail : 1.0f - tail;
   return {z < 1.0f ? centre : outer, exponential};
 }

@@ -142,22 +142,10 @@ __device__ __forceinline__ void gelu_exact(float (&v)[kCount]) {
     const float exponential = fmaf(rough * power_low, kLn2, rough);
     const float reciprocal = reciprocal_approximate(z + 4.0f);
     const float q = (z - 4.0f) * reciprocal;
-    float g = fmaf(q, -1.341961470e-4f, 1.746598864e-4f);
-    g = fmaf(g, q, 1.568408799e-3f);
-    g = fmaf(g, q, -3.510211129e-3f);
-    g = fmaf(g, q, -7.524004672e-3f);
-    g = fmaf(g, q, 6.040348858e-2f);
-    g = fmaf(g, q, -1.865236610e-1f);
-    g = fmaf(g, q, 3.871369064e-1f);
-    g = fmaf(g, q, -6.078965664e-1f);
-    g = fmaf(g, q, 7.552851439e-1f);
-    float p = fmaf(square, 9.431737271e-5f, -1.169519266e-3f);
-    p = fmaf(p, square, 9.967301972e-3f);
-    p = fmaf(p, square, -6.648960710e-2f);
-    p = fmaf(p, square, 3.989422619e-1f);
     const float half = 0.5f * v[i];
-    const float outer = fmaf(-z, exponential * (g * reciprocal), half + fabsf(half));  // NaN and infinity stay
-    v[i] = z < 1.0f ? fmaf(square, p, half) : outer;
+    const float outer =
+        fmaf(-z, exponential * (tail_polynomial(q) * reciprocal), half + fabsf(half));  // NaN and infinity stay
+    v[i] = z < 1.0f ? fmaf(square, centre_polynomial(square), half) : outer;
   }
 }
 

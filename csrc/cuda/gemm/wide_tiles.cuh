@@ -65,12 +65,8 @@ __device__ __forceinline__ void hold(float (&d)[kCount]) {
 }
 
 __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
+  const uint4 v = load_shared16(address);
+  return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
 }
 
 __device__ __forceinline__ void store_two(uint32_t address, float first, float second) {
