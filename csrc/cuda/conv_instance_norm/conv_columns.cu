@@ -144,15 +144,6 @@ __device__ __forceinline__ void bring_weights(const ColumnsConv& p, const Column
   }
 }
 
-__device__ __forceinline__ uint4 load_shared_vector(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-
 // The rows of the picture that a warp needs, one after the other, on their way to places in shared memory while those
 // before are multiplied: a lane brings the 16 bytes that it takes itself, so nobody waits for another thread.
 // It looks ahead by one part, a unit's rows for kChannels channels: so a part has as many rows as there are places.
@@ -217,7 +208,7 @@ struct RowStream {
   __device__ __forceinline__ void take(const ColumnsConv& p, const ColumnsShape& s, uint4 (&values)[kQuads]) {
     copy_wait<kDepth - 2>();
 #pragma unroll
-    for (int q = 0; q < kQuads; ++q) values[q] = load_shared_vector(from + q * 512);
+    for (int q = 0; q < kQuads; ++q) values[q] = load_shared16(from + q * 512);
     from = from == places + (kDepth - 1) * kRowBytes ? places : from + kRowBytes;
     ask(p, s);  // into the place of the row before, which has been used
   }

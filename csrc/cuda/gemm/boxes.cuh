@@ -36,15 +36,6 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
-__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-
 // A warp's 16 x 16 piece: the lane gives the address of row lane % 16, 16-byte half lane / 16. As load_matrix, the
 // other way.
 __device__ __forceinline__ void store_matrix(uint32_t address, const uint32_t (&v)[4]) {
