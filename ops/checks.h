@@ -36,6 +36,7 @@ bool parse_tf32(const char* op, const std::string& precision);
 // Floating dtype that the kernels know; throws otherwise.
 DType kernel_dtype(const char* op, const char* argument, ScalarType dtype);
 DType kernel_dtype(const char* op, const char* argument, const TensorFacts& tensor);
+inline bool is_16_bit(ScalarType dtype) { return dtype == ScalarType::Half || dtype == ScalarType::BFloat16; }
 
 // PyTorch's suggest_memory_format for a 4-d tensor (c10/core/MemoryFormat.h, compute strides-like-channels-last):
 // whether the result of an operator on this tensor is channels_last.

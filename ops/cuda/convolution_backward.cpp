@@ -11,6 +11,7 @@
 
 #include "../fused_conv_instance_norm_relu.h"
 #include "launch.h"
+#include "layout.h"
 #include "plain_convolution.h"
 
 namespace styleforge {
@@ -40,8 +41,6 @@ struct Operands {
     return *wide;
   }
 };
-
-int narrow(int64_t value) { return static_cast<int>(value); }
 
 // aten::convolution_backward; nothing for what is not needed.
 std::pair<OptionalTensor, OptionalTensor> aten_gradients(const Arguments& args, Operands& operands, bool needs_input,
@@ -76,10 +75,6 @@ bool path_is_forced() {
   return path != nullptr && *path != '\0';
 }
 
-bool is_16_bit(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Half || tensor.scalar_type() == ScalarType::BFloat16;
-}
-
 std::optional<OwnConvolution> take_input_gradient(const Arguments& args) {
   if (args.stride[0] != 1 || args.stride[1] != 1) return {};
   // 32 to 64 channels of 8x258x258 pixels take 95 us and cuDNN 64; 64 to 128 of 8x130x130 48 and 39.
@@ -100,28 +95,28 @@ OptionalTensor weight_gradient(const Arguments& args, Operands& operands, std::o
   constexpr int64_t kMost = 1 << 16;
   Tensor input = args.input;
   std::vector<int64_t> padding = args.padding;
-  if (!is_16_bit(input) || grad_output.numel() == 0 || weight.numel() == 0 ||
+  if (!is_16_bit(input.scalar_type()) || grad_output.numel() == 0 || weight.numel() == 0 ||
       std::max({stride[0], stride[1], padding[0], padding[1]}) > kMost)
     return {};
   cuda::WeightGradientParams params;
-  params.batch = narrow(input.size(0));
-  params.out_channels = narrow(weight.size(0));
-  params.out_height = narrow(grad_output.size(2));
-  params.out_width = narrow(grad_output.size(3));
-  params.in_channels = narrow(input.size(1));
-  params.kernel_h = narrow(weight.size(2));
-  params.kernel_w = narrow(weight.size(3));
-  params.stride_h = narrow(stride[0]);
-  params.stride_w = narrow(stride[1]);
+  params.batch = as_int(input.size(0));
+  params.out_channels = as_int(weight.size(0));
+  params.out_height = as_int(grad_output.size(2));
+  params.out_width = as_int(grad_output.size(3));
+  params.in_channels = as_int(input.size(1));
+  params.kernel_h = as_int(weight.size(2));
+  params.kernel_w = as_int(weight.size(3));
+  params.stride_h = as_int(stride[0]);
+  params.stride_w = as_int(stride[1]);
   params.dtype = kernel_dtype(kOp, "input", input.scalar_type());
   const CudaScope scope(input);
   cuda::WeightGradientSchedule schedule;
   bool supported = false;
   const auto schedule_padded_by = [&](PaddingMode mode) {
-    params.height = narrow(input.size(2));
-    params.width = narrow(input.size(3));
-    params.pad_top = narrow(padding[0]);
-    params.pad_left = narrow(padding[1]);
+    params.height = as_int(input.size(2));
+    params.width = as_int(input.size(3));
+    params.pad_top = as_int(padding[0]);
+    params.pad_left = as_int(padding[1]);
     params.mode = mode;
     check_cuda(kOp, cuda::schedule_weight_gradient(params, schedule, supported));
   };

@@ -14,22 +14,12 @@ namespace {
 
 constexpr const char* kOp = "fused_conv_instance_norm_relu";
 
-int narrow(int64_t value) { return static_cast<int>(value); }
-
 // The kernels' coordinates have 32 bits. Sizes are those of tensors in memory; padding may be anything, and a stride is
 // at most the padded size.
 bool takes_steps(const ConvInstanceNormPlan& plan) {
   constexpr int64_t kMostStride = 65535, kMostPadding = 1 << 28;
   return std::max(plan.stride[0], plan.stride[1]) <= kMostStride &&
          std::max(plan.padding[0], plan.padding[1]) <= kMostPadding;
-}
-
-bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
-
-// Dense, channels_last and aligned for 16-byte accesses: the tensor itself or a copy.
-Tensor channels_last_aligned(const Tensor& tensor) {
-  const Tensor dense = is_dense(tensor, true) ? tensor : to_contiguous(tensor, true);
-  return aligned(dense.const_data_ptr()) ? dense : torch::stable::clone(dense);
 }
 
 // All that a call needs besides its result, in one allocation.
@@ -56,14 +46,14 @@ class Weights {
  public:
   Weights(const TensorFacts& weight, bool split, DType dtype, Scratch& scratch, int column_rows = 0) : split_(split) {
     params_.weight = const_data(weight);
-    rewritten_ = split_ || column_rows > 0 || !is_dense(weight, true) || !aligned(params_.weight);
+    rewritten_ = split_ || column_rows > 0 || !is_dense(weight, true) || !cuda::aligned16(params_.weight);
     if (!rewritten_) return;
     const int64_t* sizes = weight.sizes;
     for (int d = 0; d < 4; ++d) params_.stride[d] = weight.strides[d];
-    params_.out_channels = narrow(sizes[0]);
-    params_.in_channels = narrow(sizes[1]);
-    params_.kernel_h = narrow(sizes[2]);
-    params_.kernel_w = narrow(sizes[3]);
+    params_.out_channels = as_int(sizes[0]);
+    params_.in_channels = as_int(sizes[1]);
+    params_.kernel_h = as_int(sizes[2]);
+    params_.kernel_w = as_int(sizes[3]);
     params_.column_rows = column_rows;
     params_.dtype = dtype;
     const int64_t rows = column_rows > 0 ? column_rows : sizes[0] * sizes[3];
@@ -158,10 +148,10 @@ std::optional<cuda::ConvSchedule> fused_schedule(const cuda::ConvParams& params)
 // Sizes that both kinds of call share.
 cuda::ConvParams output_params(const TensorFacts& input, const ConvInstanceNormPlan& plan) {
   cuda::ConvParams params;
-  params.batch = narrow(input.sizes[0]);
-  params.out_channels = narrow(plan.output_sizes[1]);
-  params.out_height = narrow(plan.output_sizes[2]);
-  params.out_width = narrow(plan.output_sizes[3]);
+  params.batch = as_int(input.sizes[0]);
+  params.out_channels = as_int(plan.output_sizes[1]);
+  params.out_height = as_int(plan.output_sizes[2]);
+  params.out_width = as_int(plan.output_sizes[3]);
   params.dtype = kernel_dtype(kOp, "input", input);
   params.precision = precision_of(params.dtype, plan.tf32);
   return params;
@@ -184,7 +174,7 @@ Tensor pad_picture(const Tensor& picture, PaddingMode mode, const std::vector<in
 
 // `residual` where the kernels read vectors of it: a copy where it begins at an address that they can not take.
 OptionalTensor aligned_residual(OptionalTensor residual) {
-  if (residual && !aligned(residual->const_data_ptr())) return torch::stable::clone(*residual);
+  if (residual && !cuda::aligned16(residual->const_data_ptr())) return torch::stable::clone(*residual);
   return residual;
 }
 
@@ -196,7 +186,7 @@ const InstanceNormParams& prepare_norm(const InstanceNormRequest& request, const
   const TensorFacts of_output = facts_of(output);
   if (fill_dense(request, {of_output, given(tensors.norm_weight), given(tensors.norm_bias), given(tensors.residual)},
                  params) &&
-      aligned(params.residual)) {
+      cuda::aligned16(params.residual)) {
     params.output = mutable_data(output);
     return params;
   }
@@ -235,15 +225,15 @@ std::optional<OwnedHandle> run_fused_conv(const ConvInstanceNormOptions& options
   const bool phases = takes_upsample_phases(options, tensors.weight, plan);
   cuda::ConvParams params = output_params(tensors.input, plan);
   if (params.dtype == DType::kFloat64 || (options.upsample != 1 && !phases) || !takes_steps(plan)) return {};
-  params.in_channels = narrow(tensors.input.sizes[1]);
-  params.height = narrow(tensors.input.sizes[2]);
-  params.width = narrow(tensors.input.sizes[3]);
-  params.kernel_h = phases ? 2 : narrow(tensors.weight.sizes[2]);
-  params.kernel_w = phases ? 2 : narrow(tensors.weight.sizes[3]);
-  params.stride_h = narrow(plan.stride[0]);
-  params.stride_w = narrow(plan.stride[1]);
-  params.pad_top = narrow(plan.padding[0]);
-  params.pad_left = narrow(plan.padding[1]);
+  params.in_channels = as_int(tensors.input.sizes[1]);
+  params.height = as_int(tensors.input.sizes[2]);
+  params.width = as_int(tensors.input.sizes[3]);
+  params.kernel_h = phases ? 2 : as_int(tensors.weight.sizes[2]);
+  params.kernel_w = phases ? 2 : as_int(tensors.weight.sizes[3]);
+  params.stride_h = as_int(plan.stride[0]);
+  params.stride_w = as_int(plan.stride[1]);
+  params.pad_top = as_int(plan.padding[0]);
+  params.pad_left = as_int(plan.padding[1]);
   params.mode = phases && plan.mode == PaddingMode::kReflect ? PaddingMode::kReplicate : plan.mode;
   params.phases = phases ? 4 : 1;
 
@@ -254,7 +244,7 @@ std::optional<OwnedHandle> run_fused_conv(const ConvInstanceNormOptions& options
   Scratch scratch;
   const size_t moments = scratch.add(schedule->moments_bytes(params));
   auto transpose = transposition(tensors.input, true);
-  const bool as_it_lies = !transpose && is_dense(tensors.input, true) && aligned(const_data(tensors.input));
+  const bool as_it_lies = !transpose && is_dense(tensors.input, true) && cuda::aligned16(const_data(tensors.input));
   OptionalTensor copy;
   if (!transpose && !as_it_lies) copy = channels_last_aligned(tensor_of(tensors.input.handle));
   const size_t bytes = static_cast<size_t>(tensors.input.numel()) * cuda::size_of(params.dtype);
@@ -281,15 +271,15 @@ std::optional<OwnedHandle> run_fused_conv(const ConvInstanceNormOptions& options
 std::optional<Tensor> run_picture_conv(const ConvInstanceNormArgs& args, const ConvInstanceNormPlan& plan) {
   if (args.upsample != 1 || !takes_steps(plan)) return {};
   cuda::ConvParams params = output_params(args.input, plan);
-  params.in_channels = narrow(args.input.size(1));
-  params.height = narrow(args.input.size(2));
-  params.width = narrow(args.input.size(3));
-  params.kernel_h = narrow(args.weight.size(2));
-  params.kernel_w = narrow(args.weight.size(3));
-  params.stride_h = narrow(plan.stride[0]);
-  params.stride_w = narrow(plan.stride[1]);
-  params.pad_top = narrow(plan.padding[0]);
-  params.pad_left = narrow(plan.padding[1]);
+  params.in_channels = as_int(args.input.size(1));
+  params.height = as_int(args.input.size(2));
+  params.width = as_int(args.input.size(3));
+  params.kernel_h = as_int(args.weight.size(2));
+  params.kernel_w = as_int(args.weight.size(3));
+  params.stride_h = as_int(plan.stride[0]);
+  params.stride_w = as_int(plan.stride[1]);
+  params.pad_top = as_int(plan.padding[0]);
+  params.pad_left = as_int(plan.padding[1]);
   params.mode = plan.mode;
 
   const CudaScope scope(args.input);
@@ -331,11 +321,11 @@ std::optional<Tensor> run_fused_picture_conv(const ConvInstanceNormArgs& args, c
   cuda::ConvParams params = output_params(args.input, plan);
   params.precision = float32_where_cudnn_has_it(params.precision);
   const int64_t padded_width = args.input.size(3) + 2 * plan.padding[1];
-  params.in_channels = narrow(full * kernel_w);
-  params.height = narrow(args.input.size(2) + 2 * plan.padding[0]);
+  params.in_channels = as_int(full * kernel_w);
+  params.height = as_int(args.input.size(2) + 2 * plan.padding[0]);
   params.width = params.out_width;
-  params.kernel_h = narrow(args.weight.size(2));
-  params.stride_h = narrow(plan.stride[0]);
+  params.kernel_h = as_int(args.weight.size(2));
+  params.stride_h = as_int(plan.stride[0]);
   params.pixel_stride = full * plan.stride[1];
   params.row_stride = full * padded_width;
 
@@ -368,13 +358,13 @@ namespace {
 std::optional<Tensor> run_columns_conv(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                        bool tf32) {
   cuda::ColumnsConv params;
-  params.batch = narrow(input.size(0));
-  params.in_channels = narrow(input.size(1));
-  params.out_channels = narrow(weight.size(0));
-  params.height = narrow(input.size(2));
-  params.width = narrow(input.size(3));
-  params.kernel_h = narrow(weight.size(2));
-  params.kernel_w = narrow(weight.size(3));
+  params.batch = as_int(input.size(0));
+  params.in_channels = as_int(input.size(1));
+  params.out_channels = as_int(weight.size(0));
+  params.height = as_int(input.size(2));
+  params.width = as_int(input.size(3));
+  params.kernel_h = as_int(weight.size(2));
+  params.kernel_w = as_int(weight.size(3));
   params.channels_last = prefers_channels_last(input);
   params.dtype = kernel_dtype(kOp, "input", input.scalar_type());
   params.precision = precision_of(params.dtype, tf32);
@@ -406,12 +396,12 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
   const int64_t full = 16 / static_cast<int64_t>(input.element_size());
   const bool channels_last = prefers_channels_last(input);
   cuda::SumColumnsParams sum;
-  sum.batch = narrow(input.size(0));
-  sum.channels = narrow(weight.size(0));
-  sum.height = narrow(input.size(2));
-  sum.width = narrow(input.size(3));
-  sum.kernel_w = narrow(weight.size(3));
-  sum.pitch = narrow((weight.size(0) * weight.size(3) + full - 1) / full * full);
+  sum.batch = as_int(input.size(0));
+  sum.channels = as_int(weight.size(0));
+  sum.height = as_int(input.size(2));
+  sum.width = as_int(input.size(3));
+  sum.kernel_w = as_int(weight.size(3));
+  sum.pitch = as_int((weight.size(0) * weight.size(3) + full - 1) / full * full);
   sum.channels_last = channels_last;
   sum.dtype = kernel_dtype(kOp, "input", input.scalar_type());
   if (!cuda::takes_sum_columns(sum)) return {};
@@ -419,12 +409,12 @@ std::optional<Tensor> run_fused_reflect_conv(const Tensor& input, const Tensor& 
 
   cuda::ConvParams params;
   params.batch = sum.batch;
-  params.in_channels = narrow(input.size(1));
+  params.in_channels = as_int(input.size(1));
   params.height = params.out_height = sum.height;
   params.width = sum.width;
   params.out_width = sum.width + sum.kernel_w - 1;
   params.out_channels = sum.pitch;
-  params.kernel_h = narrow(weight.size(2));
+  params.kernel_h = as_int(weight.size(2));
   params.pad_top = params.kernel_h / 2;
   params.pad_left = sum.kernel_w / 2;
   params.mode = PaddingMode::kReflect;

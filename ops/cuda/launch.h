@@ -26,6 +26,9 @@ class CudaScope {
   cudaStream_t stream_ = nullptr;
 };
 
+// The kernels' sizes have 32 bits: of a size of a tensor in memory, or one that was checked.
+inline int as_int(int64_t value) { return static_cast<int>(value); }
+
 // Throws "<op>: <what CUDA says>" on an error.
 void check_cuda(const char* op, cudaError_t error);
 

@@ -1,5 +1,6 @@
 #include "layout.h"
 
+#include "../../csrc/cuda/common/launch.h"
 #include "../checks.h"
 #include "launch.h"
 
@@ -41,4 +42,10 @@ std::optional<Tensor> transposed(const Tensor& tensor, bool to_channels_last) {
 const bool installed = (install_reformat(transposed), true);
 
 }  // namespace
+
+Tensor channels_last_aligned(const Tensor& tensor) {
+  const Tensor dense = is_dense(tensor, true) ? tensor : to_contiguous(tensor, true);
+  return cuda::aligned16(dense.const_data_ptr()) ? dense : torch::stable::clone(dense);
+}
+
 }  // namespace styleforge

@@ -13,4 +13,7 @@ namespace styleforge {
 // the wanted one, or of other element sizes. The output is the caller's to fill.
 std::optional<cuda::TransposeParams> transposition(const TensorFacts& tensor, bool to_channels_last);
 
+// Dense, channels_last and aligned for 16-byte accesses: the tensor itself or a copy.
+Tensor channels_last_aligned(const Tensor& tensor);
+
 }  // namespace styleforge

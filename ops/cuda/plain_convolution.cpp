@@ -6,15 +6,12 @@
 #include "../../csrc/cuda/common/launch.h"
 #include "fused_conv.h"
 #include "launch.h"
+#include "layout.h"
 
 namespace styleforge {
 namespace {
 
 constexpr const char* kOp = "_convolution";
-
-int narrow(int64_t value) { return static_cast<int>(value); }
-
-bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 Tensor convolution(const Tensor& input, const Tensor& weight, const std::vector<int64_t>& stride,
                    const std::vector<int64_t>& padding, const Text& padding_mode) {
@@ -78,19 +75,14 @@ void fill_weights(Params& params, const Tensor& weight, void* output, DType dtyp
   params.weight = weight.const_data_ptr();
   params.output = output;
   for (int d = 0; d < 4; ++d) params.stride[d] = weight.stride(d);
-  params.out_channels = narrow(weight.size(0));
-  params.in_channels = narrow(weight.size(1));
-  params.kernel_h = narrow(weight.size(2));
-  params.kernel_w = narrow(weight.size(3));
+  params.out_channels = as_int(weight.size(0));
+  params.in_channels = as_int(weight.size(1));
+  params.kernel_h = as_int(weight.size(2));
+  params.kernel_w = as_int(weight.size(3));
   params.dtype = dtype;
 }
 
 }  // namespace
-
-Tensor channels_last_aligned(const Tensor& tensor) {
-  const Tensor dense = is_dense(tensor, true) ? tensor : to_contiguous(tensor, true);
-  return aligned(dense.const_data_ptr()) ? dense : torch::stable::clone(dense);
-}
 
 std::optional<OwnConvolution> OwnConvolution::take(const char* op, const Tensor& input, const Tensor& weight,
                                                    bool turned, const std::vector<int64_t>& stride,
@@ -98,26 +90,26 @@ std::optional<OwnConvolution> OwnConvolution::take(const char* op, const Tensor&
                                                    const std::vector<int64_t>& output_size) {
   constexpr int64_t kMostStride = 65535, kMostPadding = 1 << 28;
   const auto type = input.scalar_type();
-  if (type != ScalarType::Half && type != ScalarType::BFloat16) return {};
+  if (!is_16_bit(type)) return {};
   if (input.numel() == 0 || weight.numel() == 0 || std::min(padding[0], padding[1]) < 0 ||
       std::max(padding[0], padding[1]) > kMostPadding || std::max(stride[0], stride[1]) > kMostStride) {
     return {};
   }
   OwnConvolution own(op, weight, turned);
   cuda::ConvParams& params = own.params_;
-  params.batch = narrow(input.size(0));
-  params.in_channels = narrow(input.size(1));
-  params.height = narrow(input.size(2));
-  params.width = narrow(input.size(3));
-  params.out_channels = narrow(weight.size(turned ? 1 : 0));
-  params.out_height = narrow(output_size[0]);
-  params.out_width = narrow(output_size[1]);
-  params.kernel_h = narrow(weight.size(2));
-  params.kernel_w = narrow(weight.size(3));
-  params.stride_h = narrow(stride[0]);
-  params.stride_w = narrow(stride[1]);
-  params.pad_top = narrow(padding[0]);
-  params.pad_left = narrow(padding[1]);
+  params.batch = as_int(input.size(0));
+  params.in_channels = as_int(input.size(1));
+  params.height = as_int(input.size(2));
+  params.width = as_int(input.size(3));
+  params.out_channels = as_int(weight.size(turned ? 1 : 0));
+  params.out_height = as_int(output_size[0]);
+  params.out_width = as_int(output_size[1]);
+  params.kernel_h = as_int(weight.size(2));
+  params.kernel_w = as_int(weight.size(3));
+  params.stride_h = as_int(stride[0]);
+  params.stride_w = as_int(stride[1]);
+  params.pad_top = as_int(padding[0]);
+  params.pad_left = as_int(padding[1]);
   params.mode = mode;
   params.dtype = kernel_dtype(op, "input", type);
   params.norm_follows = false;
@@ -138,7 +130,7 @@ cuda::TurnedWeightsParams OwnConvolution::turned_elsewhere() {
 Tensor OwnConvolution::run(const Tensor& pixels) {
   const CudaScope scope(pixels);
   if (turned_ && !rewritten_) check_cuda(op_, cuda::launch_turned_weights(turned_elsewhere(), scope.stream()));
-  if (!turned_ && !(is_dense(weight_, true) && aligned(weight_.const_data_ptr()))) {
+  if (!turned_ && !(is_dense(weight_, true) && cuda::aligned16(weight_.const_data_ptr()))) {
     const size_t bytes = static_cast<size_t>(weight_.numel()) * cuda::size_of(params_.dtype);
     cuda::ConvWeightsParams rewrite;
     fill_weights(rewrite, weight_, workspace(weight_, bytes, rewritten_), params_.dtype);

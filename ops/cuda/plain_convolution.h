@@ -10,9 +10,6 @@
 
 namespace styleforge {
 
-// Dense, channels_last and aligned for 16-byte accesses: the tensor itself or a copy.
-Tensor channels_last_aligned(const Tensor& tensor);
-
 // A convolution in 16 bits, channels_last, in two steps: `take` says whether the kernels run it and are the faster ones
 // (sm_90a alone); what `run` reads may be made between them. `turned`: with the weights' taps the other way round and
 // their input and output channels exchanged, as a gradient goes back.

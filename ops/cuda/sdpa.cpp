@@ -12,10 +12,6 @@ constexpr int64_t kHeadAlignment = 8;
 constexpr int64_t kBiasAlignment = 16;       // elements; the efficient kernels read the bias in vectors
 constexpr int64_t kLogsumexpAlignment = 32;  // of the efficient kernels' rows of logsumexp
 
-bool is_16_bit(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Half || tensor.scalar_type() == ScalarType::BFloat16;
-}
-
 // [..., head_dim] with zeros up to `head_dim` elements in its last dimension.
 Tensor padded(const Tensor& tensor, int64_t head_dim) {
   const auto given = tensor.sizes();
@@ -163,10 +159,10 @@ bool sdpa_takes(AttentionKernel kernel, const Attention& attention, int major) {
   const bool rising = attention.scale > 0;  // else these two scale the -infinity of what is hidden, to NaN or infinity
   switch (kernel) {
     case AttentionKernel::kCudnn:
-      return is_16_bit(attention.qkv) && !masked && rising && (major == 9 || major == 10) &&
+      return is_16_bit(attention.qkv.scalar_type()) && !masked && rising && (major == 9 || major == 10) &&
              attention.head_dim <= 128 && attention.head_dim % kHeadAlignment == 0 && attention.length > 1;
     case AttentionKernel::kFlash:
-      return is_16_bit(attention.qkv) && !masked && rising && major >= 8;
+      return is_16_bit(attention.qkv.scalar_type()) && !masked && rising && major >= 8;
     case AttentionKernel::kEfficient:
       return attention.qkv.scalar_type() == ScalarType::BFloat16 ? major >= 8
                                                                  : attention.qkv.scalar_type() != ScalarType::Double;

@@ -122,7 +122,7 @@ std::optional<AttentionGradient> half_attention_backward(const Attention& attent
 std::optional<AttentionGradient> tiled_attention_backward(const Attention& attention,
                                                           const AttentionBackward& backward) {
   const Tensor& qkv = attention.qkv;
-  if (qkv.scalar_type() == ScalarType::Half || qkv.scalar_type() == ScalarType::BFloat16) {
+  if (is_16_bit(qkv.scalar_type())) {
     return half_attention_backward(attention, backward);
   }
   auto found = params_of(attention);
