@@ -131,27 +131,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
         load_box(to + i * kPartBytes, &b_map, k, tile.column + i * (kColumns / kParts), barrier);
       }
     };
-    // What does not depend on the kernel before this one, while that one drains.
-    const int early = p.b_is_ready ? min(chunks, s.stages) : 0;
-    for (int i = 0; i < early; ++i) load_b(i, i, tile_of(first_tile));
-    wait_for_predecessor();
-    int stage = 0;
-    uint32_t parity = 1;
-    for (int t = first_tile; t < tiles; t += step) {
-      const WideTile tile = tile_of(t);
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        if (t != first_tile || chunk >= early) {
-          mbarrier_wait(empty_at + 8 * stage, parity);
-          load_b(chunk, stage, tile);
-        }
-        load_box(ring + stage * kStage, &a_map, chunk * kWidth, tile.row, full_at + 8 * stage);
-        if (++stage == s.stages) {
-          stage = 0;
-          parity ^= 1;
-        }
-      }
-    }
-    release_successor();
+    load_wide_tiles(p, s, &a_map, ring, kStage, full_at, empty_at, tiles, chunks, kWidth, tile_of, load_b);
   };
   const auto send_lines = [&](int lines_warp) {
     wait_for_predecessor();

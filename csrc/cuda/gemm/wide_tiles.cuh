@@ -1,7 +1,9 @@
 // How a block of wide_sm90.cuh is made up, and which tiles it takes (that of wide_gradient_sm90.cuh as well).
 #pragma once
 
+#include "../common/launch.h"
 #include "boxes.cuh"
+#include "launch.h"
 
 namespace styleforge::cuda {
 
@@ -62,6 +64,36 @@ template <int kCount>
 __device__ __forceinline__ void hold(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// The loader's way through a block's tiles: boxes of b by `load_b`, of a here, into a ring of stages.
+template <typename TileOf, typename LoadB>
+__device__ __forceinline__ void load_wide_tiles(const GemmParams& p, const GemmSchedule& s, const CUtensorMap* a_map,
+                                                uint32_t ring, int stage_bytes, uint32_t full_at, uint32_t empty_at,
+                                                int tiles, int chunks, int width, const TileOf& tile_of,
+                                                const LoadB& load_b) {
+  const int first_tile = static_cast<int>(blockIdx.x), step = static_cast<int>(gridDim.x);
+  // What does not depend on the kernel before this one, while that one drains.
+  const int early = p.b_is_ready ? min(chunks, s.stages) : 0;
+  for (int i = 0; i < early; ++i) load_b(i, i, tile_of(first_tile));
+  wait_for_predecessor();
+  int stage = 0;
+  uint32_t parity = 1;
+  for (int t = first_tile; t < tiles; t += step) {
+    const WideTile tile = tile_of(t);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      if (t != first_tile || chunk >= early) {
+        mbarrier_wait(empty_at + 8 * stage, parity);
+        load_b(chunk, stage, tile);
+      }
+      load_box(ring + stage * stage_bytes, a_map, chunk * width, tile.row, full_at + 8 * stage);
+      if (++stage == s.stages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+  }
+  release_successor();
 }
 
 __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {

@@ -14,7 +14,6 @@
 // float 32.6
 // -> 19.3. From eight vectors a thread on, the input in shared memory is as fast as in registers, which were too few.
 //
-#include <bit>
 
 #include "../common/launch.h"
 #include "gradient.cuh"
@@ -223,32 +222,14 @@ cudaError_t launch_backward_held(const InstanceNormBackwardParams& params, const
                                  void* workspace, cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  const HeldCut cut{std::countr_zero(static_cast<unsigned>(schedule.lanes)), static_cast<int>(schedule.share),
-                    static_cast<int>(schedule.parts), static_cast<float2*>(workspace)};
   const bool from_output = params.activation != Activation::kNone && params.saved_output != nullptr;
-  const auto go = [&]<typename T>() {
-    const auto slices = static_cast<unsigned>(ceil_div(params.channels / kFullWidth<T>, schedule.lanes));
-    const auto grid = dim3(static_cast<unsigned>(params.batch), static_cast<unsigned>(schedule.parts), slices);
-    const auto with = [&]<int kEach>() {
-      auto* kernel = from_output ? backward_held_kernel<T, kEach, true> : backward_held_kernel<T, kEach, false>;
-      const int threads = schedule.threads + (is_apart(kEach) ? kWarp : 0);
-      const size_t bytes = kEach > kHeldBackwardVectors ? size_t{16} * kEach * schedule.threads : 0;
-      return launch(kernel, grid, dim3(threads), bytes, Together{1, schedule.parts > 1}, facts, stream, params, cut);
-    };
-    if (schedule.held <= 4) return with.template operator()<4>();
-    if (schedule.held <= 8) return with.template operator()<8>();
-    return with.template operator()<16>();
+  const auto go = [&]<typename T, int kEach>(dim3 grid, const HeldCut& cut) {
+    auto* kernel = from_output ? backward_held_kernel<T, kEach, true> : backward_held_kernel<T, kEach, false>;
+    const int threads = schedule.threads + (is_apart(kEach) ? kWarp : 0);
+    const size_t bytes = kEach > kHeldBackwardVectors ? size_t{16} * kEach * schedule.threads : 0;
+    return launch(kernel, grid, dim3(threads), bytes, Together{1, schedule.parts > 1}, facts, stream, params, cut);
   };
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return go.operator()<float>();
-    case DType::kFloat16:
-      return go.operator()<__half>();
-    case DType::kBFloat16:
-      return go.operator()<__nv_bfloat16>();
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return launch_held(params, schedule, workspace, go);
 }
 
 }  // namespace styleforge::cuda

@@ -8,7 +8,6 @@
 // Measured (H200, half, rotated buffers) against resident.cu: 1x128x128x128 8.7 -> 6.0 us, with a residual 10.9 -> 7.6;
 // 8x128x64x64 11.3 -> 8.2; 8x64x128x128 17.1 -> 14.2, with a residual 26.3 -> 18.6. Loads of the residual before the
 // exchange hide nothing: what they take away is the registers.
-#include <bit>
 
 #include "../common/launch.h"
 #include "held_channels.cuh"
@@ -209,30 +208,12 @@ cudaError_t launch_held_channels(const InstanceNormParams& params, const Instanc
                                  void* workspace, cudaStream_t stream) {
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
-  const HeldCut cut{std::countr_zero(static_cast<unsigned>(schedule.lanes)), static_cast<int>(schedule.share),
-                    static_cast<int>(schedule.parts), static_cast<float2*>(workspace)};
-  const auto go = [&]<typename T>() {
-    const auto slices = static_cast<unsigned>(ceil_div(params.channels / kFullWidth<T>, schedule.lanes));
-    const auto grid = dim3(static_cast<unsigned>(params.batch), static_cast<unsigned>(schedule.parts), slices);
-    const auto with = [&]<int kEach>() {
-      const int threads = schedule.threads + (is_apart(kEach) ? kWarp : 0);
-      return launch(held_channels_kernel<T, kEach>, grid, dim3(threads), 0, Together{1, schedule.parts > 1}, facts,
-                    stream, params, cut);
-    };
-    if (schedule.held <= 4) return with.template operator()<4>();
-    if (schedule.held <= 8) return with.template operator()<8>();
-    return with.template operator()<16>();
+  const auto go = [&]<typename T, int kEach>(dim3 grid, const HeldCut& cut) {
+    const int threads = schedule.threads + (is_apart(kEach) ? kWarp : 0);
+    return launch(held_channels_kernel<T, kEach>, grid, dim3(threads), 0, Together{1, schedule.parts > 1}, facts,
+                  stream, params, cut);
   };
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return go.operator()<float>();
-    case DType::kFloat16:
-      return go.operator()<__half>();
-    case DType::kBFloat16:
-      return go.operator()<__nv_bfloat16>();
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return launch_held(params, schedule, workspace, go);
 }
 
 }  // namespace styleforge::cuda

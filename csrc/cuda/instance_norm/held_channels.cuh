@@ -219,4 +219,28 @@ struct HeldPlace {
 
 #endif  // STYLEFORGE_HAS_CLUSTER
 
+// Calls `go` with the dtype and the vectors that a thread has at most, on the grid and with the cut of the schedule.
+template <typename Params, typename Go>
+cudaError_t launch_held(const Params& params, const InstanceNormSchedule& schedule, void* workspace, const Go& go) {
+  const HeldCut cut{std::countr_zero(static_cast<unsigned>(schedule.lanes)), static_cast<int>(schedule.share),
+                    static_cast<int>(schedule.parts), static_cast<float2*>(workspace)};
+  const auto with = [&]<typename T>() {
+    const auto slices = static_cast<unsigned>(ceil_div(params.channels / kFullWidth<T>, schedule.lanes));
+    const auto grid = dim3(static_cast<unsigned>(params.batch), static_cast<unsigned>(schedule.parts), slices);
+    if (schedule.held <= 4) return go.template operator()<T, 4>(grid, cut);
+    if (schedule.held <= 8) return go.template operator()<T, 8>(grid, cut);
+    return go.template operator()<T, 16>(grid, cut);
+  };
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return with.template operator()<float>();
+    case DType::kFloat16:
+      return with.template operator()<__half>();
+    case DType::kBFloat16:
+      return with.template operator()<__nv_bfloat16>();
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 }  // namespace styleforge::cuda
