@@ -157,7 +157,7 @@ def test_random_shapes_and_cuts(part: int, force: Callable[[str, str], None]) ->
 def test_values_through_the_epilogue(activation: str, force: Callable[[str, str], None]) -> None:
     """Identity matrices give every TF32 number on exactly: the result is rounded correctly but for near-ties.
 
-    The second product rounds by half a unit; GELU's own error is 0.037 of one.
+    The second product rounds by half a unit; GELU's own error is 0.094 of one, or 6e-9 left of -6.
     """
     force("sm90", WIDE)
     width = 64
@@ -170,7 +170,10 @@ def test_values_through_the_epilogue(activation: str, force: Callable[[str, str]
     assert styleforge.last_path() == OWN
     exact = ffn_activate(x.double(), activation)
     unit = torch.ldexp(torch.ones_like(exact), torch.frexp(exact.abs().clamp(min=1e-30)).exponent - 11)
-    assert ((result - exact).abs() / unit).max() < 0.54
+    error = (result - exact).abs()
+    if activation == "gelu":
+        error = torch.where(x < -6, (error - 6e-9).clamp(min=0), error)
+    assert (error / unit).max() < (0.6 if activation == "gelu" else 0.54)
 
 
 def test_nan_and_infinity_stay_where_they_belong(force: Callable[[str, str], None]) -> None:

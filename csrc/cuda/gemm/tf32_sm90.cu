@@ -9,6 +9,9 @@ cudaError_t launch_tf32_gemm_sm90(const GemmParams& p, const GemmSchedule& s, cu
   DeviceFacts facts;
   if (const auto error = device_facts(facts)) return error;
   if (s.columns == 192) return launch_wide_gemm<float, 192, 3>(p, s, facts, stream);
+  const bool gelu = p.activate && p.activation == FfnActivation::kGelu && p.residual == nullptr &&
+                    p.product == nullptr && p.k > (kGeluAhead - 1) * kBoxNumbers<float> && s.stages > kGeluAhead;
+  if (gelu) return launch_wide_gemm<float, 256, 4, true>(p, s, facts, stream);
   return launch_wide_gemm<float, 256, 4>(p, s, facts, stream);
 }
 

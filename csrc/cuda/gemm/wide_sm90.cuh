@@ -8,7 +8,9 @@
 //               other is still multiplied, then the other while the next tile's first half begins
 //   way out:    warps of their own; a box of 64 rows x 128 bytes each from there into registers, which frees its place,
 //               then through the activation to memory (wide_out.cuh)
-//   biases:     of 16-bit numbers, by a warp that has nothing else to do
+//   biases:     of 16-bit numbers and kGelu, by a warp that has nothing else to do
+//   kGelu:      float32 with GELU alone. The consumers bring the second half through it to memory themselves, whole
+//               sectors of 32 bytes, while the next tile's first half is multiplied with two stages
 //
 // Sums can change hands rounded: PyTorch rounds there as well. TF32 takes a float32 number's upper 19 bits as they are;
 // that the copy engine rounds to nearest first is what makes these products as accurate as cuBLAS's.
@@ -19,7 +21,13 @@
 // code for all activations in a row, most of it jumped over, a box with GELU took 9400 and the product 43.1 us; with
 // code of its own in a short loop 7000 and 37.0 (29.9 without GELU, 34.3 with four terms less of its polynomial). A
 // half's way to its places takes 700, of which its warpgroups' other halves hide 512. TF32 has twice the bytes on the
-// way out: 5500 of a tile's 24700 clocks (k = 512) pass while its second half waits for places.
+// way out: with both halves on it 5500 of a tile's 24700 clocks (k = 512) passed while the second one waited for
+// places.
+//
+// TF32 products of a network of 8192 x 768 -> 3072 (1024 -> 4096) in microseconds, cuBLAS's bare products at the same
+// clocks: second product 119 (202), cuBLAS 120 (205). First one, with GELU: cuBLAS without it 117 (208); both halves by
+// the way out 146 (252); with three terms less in GELU's polynomial 141 (242); its parts in a row, no registers that
+// change places, 136 (237); the second half by the consumers 134 (231), one and three stages ahead 1% slower.
 //
 // ptxas gives up (C7514) where the registers of two halves are never all waited for in a loop: the second half is, when
 // the first one is on its way. A stage's number that comes from before a wait costs four R2UR for every wgmma: the ring
@@ -27,14 +35,14 @@
 //
 // Measured in microseconds, both products with erf-GELU against eager PyTorch in turns, as the chip's power is what is
 // short: 8192 x 512 -> 2048, 768 -> 3072, 1024 -> 4096 and 2048 x 4096 -> 11008
-//   TF32      113 (140), 257 (289), 438 (465), 1075 (1146)
+//   TF32      119 (152), 226 (272), 424 (470), 1071 (1158)
 //   bfloat16  60 (80), 122 (146), 215 (253), 553 (596)
 //   float16   62 (81), 125 (150), 212 (251), 575 (624)
 //
 // What was tried: two warpgroups that take turns with tiles of 128 x 128; loading by one of the way out's warps in
-// between; clusters of two that load b for each other; seven or eight warps of half the registers on the way out; a
-// first half that is two or three stages ahead of the second one (TF32: 68.4 for 69.1); bands of 8 and 32 rows of tiles
-// (no difference).
+// between; clusters of two that load b for each other (TF32: 164 for 124, 302 for 233); seven or eight warps of half
+// the registers on the way out; a first half that is two or three stages ahead of the second one (TF32: 68.4 for 69.1);
+// bands of 8 and 32 rows of tiles (no difference).
 #pragma once
 
 #include <algorithm>
@@ -49,7 +57,7 @@
 
 namespace styleforge::cuda {
 
-template <typename T, int kColumns, int kLinesWarps>
+template <typename T, int kColumns, int kLinesWarps, bool kGelu>
 __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     wide_gemm_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ GemmSchedule s,
                      const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
@@ -61,7 +69,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
   extern __shared__ unsigned char dynamic[];
   const uint32_t ring = (shared_address(dynamic) + 1023) & ~1023u;  // swizzled tiles start at multiples of 1024 bytes
   const uint32_t places = ring + s.stages * kStage;
-  constexpr bool kSharedBias = W::kSharedBias;
+  constexpr bool kSharedBias = W::kSharedBias || kGelu;
   __shared__ uint64_t full[kMaxGemmStages], empty[kMaxGemmStages], filled[W::kBarriers], taken[W::kBarriers];
   __shared__ uint64_t bias_full, bias_empty;
   __shared__ __align__(16) float biases[kSharedBias ? kColumns : 4];
@@ -147,7 +155,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     const int turns = tiles > first_tile ? (tiles - first_tile - 1) / step + 1 : 0;
     const int wide_turns = wide_tiles > first_tile ? (wide_tiles - first_tile - 1) / step + 1 : 0;
     constexpr int kParts = Out::kParts;
-    constexpr int kEach = W::kOwnPlaces ? kBoxes / 2 : 2 * kBoxes;  // boxes of a turn
+    constexpr int kEach = kGelu ? kBoxes / 4 : W::kOwnPlaces ? kBoxes / 2 : 2 * kBoxes;  // boxes of a turn
     constexpr int kFew = W::kNarrowBoxes;
     const auto box_at = [&](int index) {
       int turn = index / kEach, after = index % kEach;
@@ -186,23 +194,28 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       for (int part = 0; part < kParts; ++part) out.take(v[part], places + box.place * kBoxBytes, part);
       mbarrier_arrive(taken_at + 8 * box.barrier);
       // A loop over the parts, although their registers have to change places: its code comes from the nearest cache.
+      // Where the way out is what the products wait for, the parts in a row.
       const auto send = [&](auto way) {
         constexpr bool kAny = way.value == WayOut::kAny;
+        constexpr int kInARow = !kAny && !kHalf && !kGelu ? kParts : 1;
 #pragma unroll 1
-        for (int part = 0; part < kParts; ++part) {
-          const bool last = part == kParts - 1;
-          const int row = box.row + Out::kPartRows * part;
-          if (last) next = box_at(min(index + kStep, count - 1));
-          const int next_row = last ? next.row : row + Out::kPartRows, next_column = last ? next.column : box.column;
-          uint4 ahead[kLines] = {};
-          if (kAny && p.residual != nullptr) out.load(ahead, next_row, next_column);
-          out.template forward<way.value>(v[0], bias, other, row, box.column);
+        for (int part = 0; part < kParts; part += kInARow) {
 #pragma unroll
-          for (int j = 0; kAny && j < kLines; ++j) other[j] = ahead[j];
+          for (int now = 0; now < kInARow; ++now) {
+            const bool last = part + now == kParts - 1;
+            const int row = box.row + Out::kPartRows * (part + now);
+            if (last) next = box_at(min(index + kStep, count - 1));
+            const int next_row = last ? next.row : row + Out::kPartRows, next_column = last ? next.column : box.column;
+            uint4 ahead[kLines] = {};
+            if (kAny && p.residual != nullptr) out.load(ahead, next_row, next_column);
+            out.template forward<way.value>(v[now], bias, other, row, box.column);
 #pragma unroll
-          for (int i = 0; i + 1 < kParts; ++i) {
+            for (int j = 0; kAny && j < kLines; ++j) other[j] = ahead[j];
+          }
 #pragma unroll
-            for (int j = 0; j < kLines; ++j) v[i][j] = v[i + 1][j];
+          for (int i = 0; i + kInARow < kParts; ++i) {
+#pragma unroll
+            for (int j = 0; j < kLines; ++j) v[i][j] = v[i + kInARow][j];
           }
         }
       };
@@ -224,17 +237,20 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     for (int t = first_tile; t < tiles; t += step) {
       static_assert(!kSharedBias || kColumns == 8 * 32);
       const int column = tile_of(t).column + lane * 8;
-      uint32_t words[4] = {};
-      if (p.bias != nullptr && column < p.n) {
-        const auto* from = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.bias) + column);
+      constexpr int kWords = kHalf ? 4 : 8;
+      uint32_t words[kWords] = {};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) words[i] = __ldg(from + i);
+      for (int i = 0; i < kWords; ++i) {
+        if (p.bias == nullptr || column + i / 4 * 4 >= p.n) continue;
+        words[i] = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.bias) + column) + i);
       }
       mbarrier_wait(&bias_empty, parity);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kWords; ++i) {
         if constexpr (kHalf) {
           *reinterpret_cast<float2*>(biases + lane / 2 * 16 + i * 4 + lane % 2 * 2) = unpack<T>(words[i]);
+        } else {
+          biases[lane * 8 + i] = 0.5f * __uint_as_float(words[i]);
         }
       }
       mbarrier_arrive(&bias_full);
@@ -344,6 +360,34 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
         mbarrier_arrive(filled_at + 8 * barrier_of(group, box, narrow.value));
       }
     };
+    // Sums of the second half through the activation to memory, by the warps that have them.
+    [[maybe_unused]] const auto send_sums = [&](const auto& from, const WideTile& tile) {
+      const int row = tile.row + group * 64 + warp % 4 * 16 + lane / 4;
+      const int column = tile.column + kMmaWidth + lane % 4 * 2;
+      const int left = p.n - column, upper = row < p.m ? left : 0, lower = row + 8 < p.m ? left : 0;
+      float* to = static_cast<float*>(p.output) + static_cast<int64_t>(row) * p.n + column;
+      float* below = to + int64_t{8} * p.n;
+      const uint32_t bias_at = shared_address(biases) + (kMmaWidth + lane % 4 * 2) * 4;
+      constexpr int kTogether = 2;
+#pragma unroll
+      for (int first = 0; first < kMmaWidth / 8; first += kTogether) {
+        float x[4 * kTogether];
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const float2 b = load_shared_float2(bias_at + (first + i) * 32);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) x[4 * i + j] = fmaf(0.5f, from[4 * (first + i) + j], j % 2 == 0 ? b.x : b.y);
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * kTogether; ++i) x[i] = gelu_of_twice<TF32>(x[i]);
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const int at = 8 * (first + i);
+          if (at < upper) *reinterpret_cast<float2*>(to + at) = {x[4 * i], x[4 * i + 1]};
+          if (at < lower) *reinterpret_cast<float2*>(below + at) = {x[4 * i + 2], x[4 * i + 3]};
+        }
+      }
+    };
     const auto wait_for_biases = [&] {
       if constexpr (kSharedBias) mbarrier_wait(shared_address(&bias_full), turn);
     };
@@ -375,6 +419,13 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
       end_turn();
     };
     constexpr auto kWhole = std::false_type{};
+    [[maybe_unused]] const auto send_second = [&](const auto& from, const WideTile& tile) {
+      if constexpr (kGelu) {
+        send_sums(from, tile);
+      } else {
+        stash(from, Second{}, kWhole, tile);
+      }
+    };
 
     int t = first_tile;
     if constexpr (W::kHalves == 1) {
@@ -382,14 +433,30 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
     } else {
       if (t < wide_tiles) {
         WideTile tile = tile_of(t);
+        constexpr int kAhead = kGelu ? kGeluAhead : 1;
         int held = stage;
         float d[2][kMmaWidth / 2];
-        mbarrier_wait(full_at + 8 * stage, parity);
-        multiply(d[0], First{}, stage, false);
-        advance();
+        const auto begin = [&] {
+          held = stage;
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i) {
+            mbarrier_wait(full_at + 8 * stage, parity);
+            multiply(d[0], First{}, stage, i > 0);
+            advance();
+          }
+        };
+        begin();
         while (true) {
           multiply(d[1], Second{}, held, false);
-          for (int chunk = 1; chunk < chunks; ++chunk) {
+#pragma unroll
+          for (int i = 1; i < kAhead; ++i) {
+            const int before = held;
+            held = held + 1 == s.stages ? 0 : held + 1;
+            multiply(d[1], Second{}, held, true);
+            wgmma_wait<1>();
+            release(before);
+          }
+          for (int chunk = kAhead; chunk < chunks; ++chunk) {
             mbarrier_wait(full_at + 8 * stage, parity);
             multiply(d[0], First{}, stage, true);
             multiply(d[1], Second{}, stage, true);
@@ -407,18 +474,15 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
           wgmma_wait<0>();
           hold(d[1]);
           release(held);
-          held = stage;
-          mbarrier_wait(full_at + 8 * stage, parity);
-          multiply(d[0], First{}, stage, false);
-          advance();
-          stash(d[1], Second{}, kWhole, tile);
+          begin();
+          send_second(d[1], tile);
           end_turn();
           tile = tile_of(t);
         }
         wgmma_wait<0>();
         release(held);
         hold(d[1]);
-        stash(d[1], Second{}, kWhole, tile);
+        send_second(d[1], tile);
         end_turn();
       }
     }
@@ -447,7 +511,7 @@ __global__ void __launch_bounds__(Wide<T, kColumns, kLinesWarps>::kThreads, 1)
 #endif
 }
 
-template <typename T, int kColumns, int kLinesWarps>
+template <typename T, int kColumns, int kLinesWarps, bool kGelu = false>
 cudaError_t launch_wide_gemm(const GemmParams& p, const GemmSchedule& s, const DeviceFacts& facts,
                              cudaStream_t stream) {
   using W = Wide<T, kColumns, kLinesWarps>;
@@ -459,8 +523,8 @@ cudaError_t launch_wide_gemm(const GemmParams& p, const GemmSchedule& s, const D
     if (const auto error = box_map(p.dtype, p.b, p.n, p.k, p.b_stride[0], kNarrowColumns, narrow)) return error;
   }
   const size_t shared = 1024 + static_cast<size_t>(s.stages) * W::kStageBytes + W::kPlaces * size_t{kBoxBytes};
-  return launch(wide_gemm_kernel<T, kColumns, kLinesWarps>, dim3(static_cast<unsigned>(s.blocks)), dim3(W::kThreads),
-                shared, 1, facts, stream, p, s, a, b, narrow);
+  return launch(wide_gemm_kernel<T, kColumns, kLinesWarps, kGelu>, dim3(static_cast<unsigned>(s.blocks)),
+                dim3(W::kThreads), shared, 1, facts, stream, p, s, a, b, narrow);
 }
 
 }  // namespace styleforge::cuda

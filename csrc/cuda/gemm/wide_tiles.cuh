@@ -9,6 +9,9 @@ namespace styleforge::cuda {
 
 constexpr int kWideRows = 128;
 constexpr int kNarrowColumns = 64;  // of the last tiles, where they are cut up
+// Stages of a tile that the first half of its columns is multiplied with while the second half of the tile before it
+// goes through GELU (kGelu).
+constexpr int kGeluAhead = 2;
 constexpr int kWideABytes = kWideRows * kBoxRowBytes;
 
 // How a block is made up, by the warps of the way out. 3: a fourth one loads, and a tile's columns are one instruction,
@@ -99,6 +102,12 @@ __device__ __forceinline__ void load_wide_tiles(const GemmParams& p, const GemmS
 __device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
   const uint4 v = load_shared16(address);
   return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+}
+
+__device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
 }
 
 __device__ __forceinline__ void store_two(uint32_t address, float first, float second) {
