@@ -28,6 +28,10 @@
 // clocks: second product 119 (202), cuBLAS 120 (205). First one, with GELU: cuBLAS without it 117 (208); both halves by
 // the way out 146 (252); with three terms less in GELU's polynomial 141 (242); its parts in a row, no registers that
 // change places, 136 (237); the second half by the consumers 134 (231), one and three stages ahead 1% slower.
+// What is left of the way out there is worth another 7%: without warps for it two warpgroups have 240 registers, an
+// instruction takes all 256 columns, and of a tile's sums 80 a lane stay in registers of their own, 32 in shared memory
+// that this lane alone knows and go through GELU eight at a time under the next tile's stages. A trial of that: 124
+// (211) where this took 133 (224), 59 for 64 with 512 -> 2048. Its last stage in two halves costs all of that (C7511).
 //
 // ptxas gives up (C7514) where the registers of two halves are never all waited for in a loop: the second half is, when
 // the first one is on its way. A stage's number that comes from before a wait costs four R2UR for every wgmma: the ring
