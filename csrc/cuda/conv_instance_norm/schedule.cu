@@ -106,7 +106,10 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     const int behind = several ? held * stash_bytes + 2 * parts_bytes : 0;
     // 1x128x128x128 in 16 bits: 13.05 instead of 13.35 us.
     const bool few_weights = room < kShared || (element == 2 && s.columns == 128 && tiles == 1);
-    s.weight_stages = std::min({tiles * steps, kMaxWeightStages, tuned("weights", few_weights ? 4 : split ? 8 : 6)});
+    // 16 bits of one tap: 6.05 instead of 6.27 us with three stages for four steps (1x256x64x64, 1x1; two: 6.13).
+    const bool least_weights = resident && pairs && element == 2 && !several && p.kernel_h * p.kernel_w == 1;
+    const int weights = least_weights ? 3 : few_weights ? 4 : split ? 8 : 6;
+    s.weight_stages = std::min({tiles * steps, kMaxWeightStages, tuned("weights", weights)});
     s.input_stages = std::min({tiles * chunks, kMaxInputStages, tuned("inputs", kMaxInputStages)});
     const auto rings = [&] { return s.weight_stages * weight_bytes + s.input_stages * s.halo_bytes; };
     const auto bytes = [&] {
@@ -152,8 +155,10 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   s.merge_apart = int64_t{partials(s)} * columns_out > int64_t{tuned("merged", kMaxMerged)} * 32 * s.tile_height;
   if (s.resident && !split) {
     // 16 bits, lean=1 and 2 in us: 13.1 and 13.1 (1x128x128x128), 16.4 and 17.3 (1x64x256x256), elsewhere the second is
-    // faster (4.6 for 5.1, 5.2 for 5.3, 6.1 for 6.2, 6.9 for 7.4, 19.7 for 20.2); TF32 as well.
-    s.lean = tuned("lean", s.merge_apart ? kLeanMoments : kLeanMerge) % 3;
+    // faster (4.6 for 5.1, 5.2 for 5.3, 6.1 for 6.2, 6.9 for 7.4, 19.7 for 20.2); TF32 as well, but for large tiles
+    // that two blocks share (stride 2: 9.34 and 9.68).
+    const bool large_share = s.share == 2 && s.columns == 64 && s.tile_height == 8;
+    s.lean = tuned("lean", s.merge_apart || large_share ? kLeanMoments : kLeanMerge) % 3;
     // TF32 takes 0.1 to 0.9 us longer with it.
     s.prefetch = s.lean > 0 && tuned("prefetch", element == 2 ? 2 : 1) == 2;
     // All that has a place at once (1x256x64x64, 1x1: 6.1 instead of 6.3 us; 1x128x32x32: 5.0, 5.2); of large tiles it
