@@ -53,6 +53,7 @@ struct InstanceNormSchedule {
   int blocks = 0;
   int first = 0;
   int fill = 1;
+  int prefetched = 0;  // what the L2 cache gets before the predecessor is through: tiles of a block; plane: blocks
   bool read_once = false;
   bool stream_stores = false;
   // stream in channels_last: tiles of a unit that a block keeps (held in registers: vectors that a thread keeps), tiles
