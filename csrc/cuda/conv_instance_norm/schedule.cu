@@ -137,9 +137,9 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   // 4x256x128x128, 1x1).
   const bool by_blocks = element == 4 && !split && (s.columns == 64 || p.kernel_h * p.kernel_w == 1);
   if (!s.resident && !fit(s.share > 1 ? 1 : tuned("tiles", by_blocks ? 1 : tiles), false) && !fit(1, false)) return;
-  // To NCHW, the phases of an upsampling would each write every second element; tiles of 128 channels take the same
-  // time in TF32 either way, and in fp16 1.5 us more in one pass (1x128x128x128 and 8x128x64x64).
-  s.resident_nchw = s.resident && p.phases == 1 && (s.columns < 128 || one_pass);
+  // To NCHW, the phases of an upsampling would each write every second element. Contiguous tensors, all launches: 21.5
+  // us in one pass and 22.9 in two (16 bits, 1x128x128x128), 33.2 and 39.3 (8x128x64x64), 30.2 and 34.0 (TF32).
+  s.resident_nchw = s.resident && p.phases == 1;
   // Blocks with other columns of the same tile bring its input for each other, where all of it has a place of its own:
   // 0.3 us of 6 to 9 in 16 bits; of four chunks 0.2 more, but for a single tap, where it is what a block reads that
   // takes the time (1x256x64x64, 1x1: 6.2 instead of 6.6 us). Clusters of two always find room, those of four do not.
@@ -165,11 +165,14 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     // is on the way of the first weights (8x128x64x64: 20.1 instead of 19.6).
     const bool large = s.columns == 128 || s.tiles > 1;
     s.first_boxes = std::min(s.input_stages, tuned("boxes", large ? 1 : s.input_stages));
-    s.first_weights = std::min({s.weight_stages, steps, tuned("ahead", large ? 1 : s.weight_stages)});
+    // Nor before what one tap of TF32 reads (1x256x64x64, 1x1: 9.1 instead of 9.4 us).
+    const bool weights_later = large || (element == 4 && one_tap);
+    s.first_weights = std::min({s.weight_stages, steps, tuned("ahead", weights_later ? 1 : s.weight_stages)});
     const auto rows_of_blocks = static_cast<int>(groups / s.share / s.same_input);
     const int neighbours = s.share * s.same_input;
     const int used = s.entries / s.tiles * neighbours;
-    const bool with_spare = tuned("spare", pairs && one_tap && element == 2 ? 2 : 1) == 2;
+    // Short products: 6.84 instead of 7.13 us (1x64x128x128 to 128 channels, stride 2), 4.74 instead of 4.95 (1x64x64x64).
+    const bool with_spare = tuned("spare", pairs && steps <= 9 && element == 2 ? 2 : 1) == 2;
     if (s.lean > 0 && with_spare && used * rows_of_blocks <= facts.multiprocessors) {
       s.spare = facts.multiprocessors / rows_of_blocks / neighbours * neighbours - used;
     }
