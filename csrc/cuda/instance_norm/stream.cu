@@ -24,14 +24,15 @@
 //
 // Blocks come as soon as the predecessor's leave their multiprocessors, and ask for their first tiles in the L2 cache
 // before they wait for it: a prefetch of what may still be written does no harm. H200, cold: 4x64x256x256 in half 23.8
-// us without that and with half as many tiles by number, 20.6 with it (float 39.2, 37.0); prefetch alone 1.3 us.
+// us without that and with three tiles by number, 20.6 with it and with five (float 39.2, 37.0), 1.2 of it the
+// prefetch.
 //
 // What limits it (4x64x256x256 in half, a copy by a plain kernel 17.2 us, by this ring 15.7): loads run at the full
 // rate, the first store comes five microseconds after the first tile, and ten pass from the last load to the end.
 // Tried, and slower: planes held by one block or a cluster of two, parts exchanged in shared memory and no zero kernel
 // (21.2 and 25 us; 16x128x128x128 40.5 against 35.0; clusters of four find room on 120 multiprocessors: 32; tiles of 8
-// KB half as much again); results stored from shared memory by the copy engine are as fast as stores from registers,
-// within 2 percent.
+// KB a quarter to a half more); results stored from shared memory by the copy engine take as long as stores from
+// registers, or up to 5 percent longer.
 //
 // In place: only a tile's owner writes it, and only after the tile's part is published. A merger that read a tile of
 // another block looks at its part again afterwards, and drops what it computed if the part is there by then.
