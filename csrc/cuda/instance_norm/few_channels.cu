@@ -1,11 +1,15 @@
-// channels_last with 2 or 3 channels (pictures): a pixel is no whole vector, but kWidth pixels of C channels are C
-// whole vectors, of which every element's channel is known when this is compiled. So a thread takes such groups, and
-// has the moments of all channels in its registers.
+// channels_last with 2 or 3 channels (pictures): a pixel is no whole vector. But vectors of 16 bytes are taken in turn
+// by a multiple of the channels of threads, so that element k of all vectors of a thread has the same channel:
 //
-//   C = 3, float:  | r g b r | g b r g | b r g b |    a group: 3 vectors, 4 pixels
+//   C = 3, float:  | r g b r | g b r g | b r g b |    `phase`: the channel of a thread's element 0
 //
 // Two launches, as in split_nchw.cu: tiles of a sample, then merge and normalise; the second has its tile in registers
 // before it waits for the first.
+//
+// Measured (H200) against threads that took whole groups of `channels` vectors, whose loads of 16 bytes lie 48 apart
+// and whose code is three times as long: 1x3x512x512 in half 5.4 -> 4.7 us, in float 6.7 -> 5.6; 1x3x256x256 in
+// half 4.2 -> 3.5. Blocks must all run at once: with two for each multiprocessor 6.3 where one takes 4.7. Tried and no
+// better: one launch whose blocks exchange their moments as in held_channels.cu, 5.9 in half and 6.7 in float.
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/reduce.cuh"
@@ -19,106 +23,127 @@ namespace {
 
 constexpr int kThreads = kFewThreads;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kGroups = kFewGroups;
 constexpr int kPartsHeld = 8;  // that a lane has on their way at a time
 
-// A thread's groups of a tile.
-template <typename T, int kChannels>
-struct GroupTile {
+// A thread's vectors of a tile.
+template <typename T, int kChannels, int kEach>
+struct FewTile {
   static constexpr int kWidth = kFullWidth<T>;
+  static constexpr int kShare = kEach * kThreads;
   using V = Vec<T, kWidth>;
   int64_t n, first;  // the sample; the thread's first vector
-  int part, present;
-  uint4 x[kGroups][kChannels];
+  int part, own;     // vectors of the tile
+  int phase;
+  uint4 x[kEach];
 
-  __device__ __forceinline__ GroupTile(const InstanceNormParams& p, unsigned block, int parts, int share) {
+  __device__ __forceinline__ FewTile(const InstanceNormParams& p, unsigned block, int parts) {
     const unsigned sample = block / static_cast<unsigned>(parts);
     n = sample;
     part = static_cast<int>(block - sample * parts);
-    const int groups = static_cast<int>(p.pixels / kWidth);
-    const int begin = part * share + static_cast<int>(threadIdx.x);
-    const int end = min((part + 1) * share, groups);
-    first = (static_cast<int64_t>(n) * groups + begin) * kChannels;
-    present = 0;
-#pragma unroll
-    for (int u = 0; u < kGroups; ++u) present += begin + u * kThreads < end;
+    const int vectors = static_cast<int>(p.pixels / kWidth) * kChannels;
+    own = min(vectors - part * kShare, kShare);
+    first = n * vectors + part * kShare + static_cast<int>(threadIdx.x);
+    phase = kWidth % kChannels == 0 ? 0 : static_cast<int>(threadIdx.x) * (kWidth % kChannels) % kChannels;
   }
-  __device__ __forceinline__ int64_t at(int u, int v) const { return first + u * kThreads * kChannels + v; }
+  __device__ __forceinline__ bool present(int u) const { return static_cast<int>(threadIdx.x) + u * kThreads < own; }
+  __device__ __forceinline__ int64_t at(int u) const { return first + u * kThreads; }
   __device__ __forceinline__ void load(const void* from) {
 #pragma unroll
-    for (int u = 0; u < kGroups; ++u) {
-      if (u >= present) continue;
-#pragma unroll
-      for (int v = 0; v < kChannels; ++v) x[u][v] = __ldg(reinterpret_cast<const uint4*>(from) + at(u, v));
+    for (int u = 0; u < kEach; ++u) {
+      x[u] = make_uint4(0, 0, 0, 0);
+      if (present(u)) x[u] = __ldg(reinterpret_cast<const uint4*>(from) + at(u));
     }
   }
-  __device__ __forceinline__ float element(int u, int e) const {
-    return to_acc(reinterpret_cast<const V*>(&x[u][e / kWidth])->data[e % kWidth]);
+  __device__ __forceinline__ float element(int u, int k) const {
+    return to_acc(reinterpret_cast<const V*>(&x[u])->data[k]);
   }
+  // Channel of element `k`, and the first element that has channel `c`.
+  __device__ __forceinline__ int channel_of(int k) const {
+    const int c = phase + k;
+    return c >= kChannels ? c - kChannels : c;
+  }
+  __device__ __forceinline__ int element_of(int c) const { return c >= phase ? c - phase : c - phase + kChannels; }
 };
 
-template <typename T, int kChannels>
+// v[i], by comparisons.
+template <int kChannels>
+__device__ __forceinline__ float pick(const float (&v)[kChannels], int i) {
+  float chosen = v[0];
+#pragma unroll
+  for (int c = 1; c < kChannels; ++c) chosen = i == c ? v[c] : chosen;
+  return chosen;
+}
+
+template <typename T, int kChannels, int kEach>
 __global__ void __launch_bounds__(kThreads)
-    few_moments_kernel(const __grid_constant__ InstanceNormParams p, int parts, int share, Part<float>* partials) {
-  constexpr int kWidth = kFullWidth<T>;
+    few_moments_kernel(const __grid_constant__ InstanceNormParams p, int parts, Part<float>* partials) {
+  using Tile = FewTile<T, kChannels, kEach>;
+  constexpr int kWidth = Tile::kWidth;
+  // A warp's elements of a channel, packed.
+  constexpr int kBits = kChannels == 2 ? 16 : 10, kMask = (1 << kBits) - 1;
+  static_assert(kEach * kWarp * ((kWidth + kChannels - 1) / kChannels) <= kMask);
   __shared__ Moments<float> of_warp[kChannels][kWarps];
-  GroupTile<T, kChannels> tile(p, blockIdx.x, parts, share);
+  Tile tile(p, blockIdx.x, parts);
   wait_for_predecessor();
   release_successor();
   tile.load(p.input);
-  float sum[kChannels] = {}, m2[kChannels] = {}, mean[kChannels];
+  float sum[kChannels] = {}, mean[kChannels], count[kChannels];
+  int number = 0;
 #pragma unroll
-  for (int u = 0; u < kGroups; ++u) {
-    if (u >= tile.present) continue;
+  for (int u = 0; u < kEach; ++u) {
+    number += tile.present(u) ? 1 : 0;
 #pragma unroll
-    for (int e = 0; e < kWidth * kChannels; ++e) sum[e % kChannels] += tile.element(u, e);
+    for (int k = 0; k < kWidth; ++k) sum[k % kChannels] += tile.element(u, k);
   }
-  const float own = static_cast<float>(tile.present * kWidth);
-  const float inverse = tile.present > 0 ? reciprocal(own) : 0.0f;
+  int packed = 0;
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c) mean[c] = sum[c] * inverse;
+  for (int c = 0; c < kChannels; ++c) {
+    packed += number * ((kWidth - tile.element_of(c) + kChannels - 1) / kChannels) << (kBits * c);
+  }
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) packed += __shfl_xor_sync(0xffffffffu, packed, offset);
 #pragma unroll
-  for (int u = 0; u < kGroups; ++u) {
-    if (u >= tile.present) continue;
+  for (int c = 0; c < kChannels; ++c) {
+    count[c] = static_cast<float>(packed >> (kBits * c) & kMask);
+    mean[c] = warp_sum(pick(sum, tile.element_of(c))) / fmaxf(count[c], 1.0f);
+  }
+  float m2[kChannels] = {};
 #pragma unroll
-    for (int e = 0; e < kWidth * kChannels; ++e) {
-      const float d = tile.element(u, e) - mean[e % kChannels];
-      m2[e % kChannels] += d * d;
+  for (int j = 0; j < kChannels; ++j) sum[j] = pick(mean, tile.channel_of(j));
+#pragma unroll
+  for (int u = 0; u < kEach; ++u) {
+    if (!tile.present(u)) continue;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      const float d = tile.element(u, k) - sum[k % kChannels];
+      m2[k % kChannels] += d * d;
     }
   }
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const float total = warp_sum(own);
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
-    const auto merged = merge_lanes(total, Moments<float>{own, mean[c], m2[c]});
-    if (lane == 0) of_warp[c][warp] = merged;
+    const float whole = warp_sum(pick(m2, tile.element_of(c)));
+    if (lane == 0) of_warp[c][warp] = {count[c], mean[c], whole};
   }
   __syncthreads();
   if (warp >= kChannels) return;
   Moments<float> part;
   if (lane < kWarps) part = of_warp[warp][lane];
-  const auto whole = merge_lanes(warp_sum(part.count), part);
+  const auto whole = merge_lanes(static_cast<float>(tile.own * kWidth / kChannels), part);
   if (lane == 0) store_part(partials + (tile.n * kChannels + warp) * parts + tile.part, whole.mean, whole.m2);
 }
 
-// Element k of vector v of a group.
-template <int kChannels, int kWidth>
-struct GroupAffine {
+template <int kChannels>
+struct FewAffine {
   float mean[kChannels], scale[kChannels], shift[kChannels];
-  int v;
   __device__ __forceinline__ float operator()(float x, int k) const {
-    const int c = (v * kWidth + k) % kChannels;
-    return (x - mean[c]) * scale[c] + shift[c];
+    return (x - mean[k % kChannels]) * scale[k % kChannels] + shift[k % kChannels];
   }
 };
 
 // One warp: the moments of a channel from its tiles' parts.
-template <int kWidth>
-__device__ __forceinline__ Moments<float> merge_parts(const InstanceNormParams& p, const Part<float>* own, int parts,
-                                                      int share) {
+__device__ __forceinline__ Moments<float> merge_parts(const Part<float>* own, int parts, int pixels, int share) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int groups = static_cast<int>(p.pixels / kWidth);
   Moments<float> whole;
   for (int from = 0; from < parts; from += kPartsHeld * kWarp) {
     Moments<float> part[kPartsHeld];
@@ -128,7 +153,7 @@ __device__ __forceinline__ Moments<float> merge_parts(const InstanceNormParams& 
       const int j = from + u * kWarp + lane;
       if (j >= parts) continue;
       const auto both = load_part(own + j);
-      part[u] = {static_cast<float>(min(share, groups - j * share) * kWidth), both.mean, both.m2};
+      part[u] = {static_cast<float>(min(share, pixels - j * share)), both.mean, both.m2};
       count += part[u].count;
     }
     whole.add(merge_moments(
@@ -142,13 +167,13 @@ __device__ __forceinline__ Moments<float> merge_parts(const InstanceNormParams& 
   return whole;
 }
 
-template <typename T, int kChannels>
+template <typename T, int kChannels, int kEach>
 __global__ void __launch_bounds__(kThreads)
-    few_apply_kernel(const __grid_constant__ InstanceNormParams p, int parts, int share, const Part<float>* partials) {
-  constexpr int kWidth = kFullWidth<T>;
-  using V = Vec<T, kWidth>;
+    few_apply_kernel(const __grid_constant__ InstanceNormParams p, int parts, const Part<float>* partials) {
+  using Tile = FewTile<T, kChannels, kEach>;
+  using V = typename Tile::V;
   __shared__ float facts[3][kChannels];
-  GroupTile<T, kChannels> tile(p, gridDim.x - 1 - blockIdx.x, parts, share);
+  Tile tile(p, gridDim.x - 1 - blockIdx.x, parts);
   tile.load(p.input);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   float weight = 1, bias = 0;
@@ -161,7 +186,8 @@ __global__ void __launch_bounds__(kThreads)
   release_successor();
   if (warp < kChannels) {
     const int64_t plane = tile.n * kChannels + warp;
-    const auto whole = merge_parts<kWidth>(p, partials + plane * parts, parts, share);
+    const auto whole = merge_parts(partials + plane * parts, parts, static_cast<int>(p.pixels),
+                                   Tile::kShare / kChannels * Tile::kWidth);
     if (threadIdx.x % kWarp == 0) {
       const float rstd = whole.rstd(p.eps);
       facts[0][warp] = whole.mean;
@@ -171,45 +197,55 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  GroupAffine<kChannels, kWidth> affine;
+  FewAffine<kChannels> affine;
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c) {
-    affine.mean[c] = facts[0][c];
-    affine.scale[c] = facts[1][c];
-    affine.shift[c] = facts[2][c];
+  for (int j = 0; j < kChannels; ++j) {
+    const int c = tile.channel_of(j);
+    affine.mean[j] = facts[0][c];
+    affine.scale[j] = facts[1][c];
+    affine.shift[j] = facts[2][c];
   }
   switch_finish(p, [&]<Finish kFinish>() {
+    uint4 r[kEach] = {};
+    if (has_residual<kFinish>(p)) {
 #pragma unroll
-    for (int u = 0; u < kGroups; ++u) {
-      if (u >= tile.present) continue;
-      uint4 r[kChannels] = {};
-      if (has_residual<kFinish>(p)) {
-#pragma unroll
-        for (int v = 0; v < kChannels; ++v) r[v] = __ldg(reinterpret_cast<const uint4*>(p.residual) + tile.at(u, v));
-      }
-#pragma unroll
-      for (int v = 0; v < kChannels; ++v) {
-        affine.v = v;
-        store(p.output, tile.at(u, v),
-              normalize<kFinish>(p, affine, *reinterpret_cast<const V*>(&tile.x[u][v]),
-                                 *reinterpret_cast<const V*>(&r[v])));
+      for (int u = 0; u < kEach; ++u) {
+        if (tile.present(u)) r[u] = __ldg(reinterpret_cast<const uint4*>(p.residual) + tile.at(u));
       }
     }
+#pragma unroll
+    for (int u = 0; u < kEach; ++u) {
+      if (!tile.present(u)) continue;
+      store(p.output, tile.at(u),
+            normalize<kFinish>(p, affine, *reinterpret_cast<const V*>(&tile.x[u]), *reinterpret_cast<const V*>(&r[u])));
+    }
   });
+}
+
+template <typename T, int kChannels, int kEach>
+cudaError_t launch_few(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,
+                       const DeviceFacts& facts, cudaStream_t stream) {
+  const auto grid = dim3(static_cast<unsigned>(params.batch * schedule.parts));
+  const int parts = static_cast<int>(schedule.parts);
+  auto* partials = static_cast<Part<float>*>(workspace);
+  if (const auto error = launch(few_moments_kernel<T, kChannels, kEach>, grid, dim3(kThreads), 0, 1, facts, stream,
+                                params, parts, partials))
+    return error;
+  return launch(few_apply_kernel<T, kChannels, kEach>, grid, dim3(kThreads), 0, 1, facts, stream, params, parts,
+                partials);
 }
 
 template <typename T, int kChannels>
 cudaError_t launch_few(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,
                        const DeviceFacts& facts, cudaStream_t stream) {
-  const auto grid = dim3(static_cast<unsigned>(params.batch * schedule.parts));
-  const int parts = static_cast<int>(schedule.parts);
-  const int share = static_cast<int>(schedule.share);
-  auto* partials = static_cast<Part<float>*>(workspace);
-  if (const auto error = launch(few_moments_kernel<T, kChannels>, grid, dim3(kThreads), 0, 1, facts, stream, params,
-                                parts, share, partials))
-    return error;
-  return launch(few_apply_kernel<T, kChannels>, grid, dim3(kThreads), 0, 1, facts, stream, params, parts, share,
-                partials);
+  switch (schedule.held) {
+    case 1:
+      return launch_few<T, kChannels, 1>(params, schedule, workspace, facts, stream);
+    case 2:
+      return launch_few<T, kChannels, 2>(params, schedule, workspace, facts, stream);
+    default:
+      return launch_few<T, kChannels, kFewVectors>(params, schedule, workspace, facts, stream);
+  }
 }
 
 }  // namespace

@@ -30,9 +30,9 @@ cudaError_t launch_held_plane(const InstanceNormParams& params, const InstanceNo
 constexpr int kClusterChannels = 64;
 cudaError_t launch_channel_cluster(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
                                    cudaStream_t stream);
-// channels_last with very few channels: threads of a block, and groups of pixels of a thread.
-constexpr int kFewThreads = 256;
-constexpr int kFewGroups = 2;
+// channels_last with very few channels: threads of a block (a multiple of the channels), vectors of a thread at most.
+constexpr int kFewThreads = 384;
+constexpr int kFewVectors = 4;
 cudaError_t launch_few_channels(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,
                                 cudaStream_t stream);
 cudaError_t launch_split_nchw(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,

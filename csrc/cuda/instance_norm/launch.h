@@ -56,7 +56,7 @@ struct InstanceNormSchedule {
   int prefetched = 0;  // what the L2 cache gets before the predecessor is through: tiles of a block; plane: blocks
   bool read_once = false;
   bool stream_stores = false;
-  // stream in channels_last: tiles of a unit that a block keeps (held in registers: vectors that a thread keeps), tiles
+  // stream in channels_last: tiles of a unit that a block keeps (in registers, few channels: a thread's vectors), tiles
   // on their way at a time, whether every block merges the statistics of all channels, and whether the L2 cache is to
   // hold on to what will be read again
   int held = 1;
