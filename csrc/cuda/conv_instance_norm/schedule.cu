@@ -171,7 +171,8 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     const auto rows_of_blocks = static_cast<int>(groups / s.share / s.same_input);
     const int neighbours = s.share * s.same_input;
     const int used = s.entries / s.tiles * neighbours;
-    // Short products: 6.84 instead of 7.13 us (1x64x128x128 to 128 channels, stride 2), 4.74 instead of 4.95 (1x64x64x64).
+    // Short products: 6.84 instead of 7.13 us (1x64x128x128 to 128 channels, stride 2), 4.74 instead of 4.95
+    // (1x64x64x64).
     const bool with_spare = tuned("spare", pairs && steps <= 9 && element == 2 ? 2 : 1) == 2;
     if (s.lean > 0 && with_spare && used * rows_of_blocks <= facts.multiprocessors) {
       s.spare = facts.multiprocessors / rows_of_blocks / neighbours * neighbours - used;
