@@ -106,6 +106,11 @@ __device__ __forceinline__ void bulk_load_once(void* to, const void* from, uint3
       : "memory");
 }
 
+// To the L2 cache only. Of what the predecessor may still write, too: its stores pass through the same cache.
+__device__ __forceinline__ void bulk_prefetch(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // A barrier of some of a block's warps: `threads` of them, `name` from 1 to 15 (0 is __syncthreads).
 __device__ __forceinline__ void named_barrier(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");

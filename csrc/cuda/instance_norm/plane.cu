@@ -45,9 +45,7 @@ __global__ void __launch_bounds__(1024, 1)
 #ifdef STYLEFORGE_HAS_BULK_COPY
   // On its way to the L2 cache while the predecessor drains; also faster than what the threads ask for at a time.
   if (kWidth > 1 && threadIdx.x == 0 && static_cast<int>(blockIdx.x) < prefetched && count > 0) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(reinterpret_cast<const V*>(p.input) + first),
-                 "r"(count * static_cast<int>(sizeof(V)))
-                 : "memory");
+    bulk_prefetch(reinterpret_cast<const V*>(p.input) + first, static_cast<uint32_t>(count) * sizeof(V));
   }
 #endif
   wait_for_predecessor();

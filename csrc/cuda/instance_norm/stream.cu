@@ -89,10 +89,6 @@ struct StreamCut {
 constexpr unsigned kPause = 40;        // nanoseconds between two looks at parts that are not there
 constexpr uint64_t kPatience = 20000;  // nanoseconds: many times what a plane takes where all is well
 
-__device__ __forceinline__ void prefetch_bulk(const void* from, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 template <typename Acc>
 struct Ring {
   uint64_t full[kStreamStages], counted[kStreamStages], summed[kStreamStages], ready[kStreamStages];
@@ -154,7 +150,7 @@ struct Stream {
     int tile = static_cast<int>(blockIdx.x);
     for (int i = 0; i < cut.prefetched && tile < cut.tiles; ++i, tile += static_cast<int>(gridDim.x)) {
       const Span at = span(tile);
-      prefetch_bulk(reinterpret_cast<const V*>(p.input) + at.first, static_cast<uint32_t>(at.count) * sizeof(V));
+      bulk_prefetch(reinterpret_cast<const V*>(p.input) + at.first, static_cast<uint32_t>(at.count) * sizeof(V));
     }
   }
 
