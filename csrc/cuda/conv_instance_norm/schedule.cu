@@ -32,8 +32,8 @@ bool takes_share(const ConvParams& p, int columns, int tile_height) {
 void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Overrides& overrides, ConvSchedule& s,
                         bool& supported) {
   const bool two_passes = overrides.forced("sm90:two_pass");
-  const bool one_pass = overrides.forced("sm90:one_pass");  // also where two are faster
-  const bool wanted = !overrides.forced() || overrides.forced("sm90") || one_pass || two_passes;
+  const bool wanted =
+      !overrides.forced() || overrides.forced("sm90") || overrides.forced("sm90:one_pass") || two_passes;
   const int element = static_cast<int>(size_of(p.dtype));
   if (!wanted || facts.major != 9 || !facts.has_cluster() || p.dtype == DType::kFloat64) return;
   if (p.in_channels * element % 16 != 0 || p.out_channels % 2 != 0) return;
@@ -92,6 +92,7 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   if (int64_t{s.entries} * s.tiles_x > INT32_MAX) return;
   const int64_t groups = p.batch * ceil_div(p.out_channels, s.columns) * s.share;  // of blocks that share statistics
   const int64_t all = groups * s.entries;
+  const bool one_tap = p.kernel_h * p.kernel_w == 1;
   const bool pairs = s.columns <= 64 && !split && s.share == 1;  // a multiprocessor can hold two blocks
   const int rows = s.tile_height * s.kTileWidth;
   const int stash_bytes = rows * stash_pitch(columns_out, element);
@@ -107,7 +108,7 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     // 1x128x128x128 in 16 bits: 13.05 instead of 13.35 us.
     const bool few_weights = room < kShared || (element == 2 && s.columns == 128 && tiles == 1);
     // 16 bits of one tap: 6.05 instead of 6.27 us with three stages for four steps (1x256x64x64, 1x1; two: 6.13).
-    const bool least_weights = resident && pairs && element == 2 && !several && p.kernel_h * p.kernel_w == 1;
+    const bool least_weights = resident && pairs && element == 2 && !several && one_tap;
     const int weights = least_weights ? 3 : few_weights ? 4 : split ? 8 : 6;
     s.weight_stages = std::min({tiles * steps, kMaxWeightStages, tuned("weights", weights)});
     s.input_stages = std::min({tiles * chunks, kMaxInputStages, tuned("inputs", kMaxInputStages)});
@@ -135,7 +136,7 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   // One after the other also where nothing is held: the next tile is loaded while the last one is written. TF32 of 64
   // columns or of one tap is faster block by block (145 instead of 161 us on 1x64x512x512, 114 instead of 120 on
   // 4x256x128x128, 1x1).
-  const bool by_blocks = element == 4 && !split && (s.columns == 64 || p.kernel_h * p.kernel_w == 1);
+  const bool by_blocks = element == 4 && !split && (s.columns == 64 || one_tap);
   if (!s.resident && !fit(s.share > 1 ? 1 : tuned("tiles", by_blocks ? 1 : tiles), false) && !fit(1, false)) return;
   // To NCHW, the phases of an upsampling would each write every second element. Contiguous tensors, all launches: 21.5
   // us in one pass and 22.9 in two (16 bits, 1x128x128x128), 33.2 and 39.3 (8x128x64x64), 30.2 and 34.0 (TF32).
@@ -143,7 +144,6 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   // Blocks with other columns of the same tile bring its input for each other, where all of it has a place of its own:
   // 0.3 us of 6 to 9 in 16 bits; of four chunks 0.2 more, but for a single tap, where it is what a block reads that
   // takes the time (1x256x64x64, 1x1: 6.2 instead of 6.6 us). Clusters of two always find room, those of four do not.
-  const bool one_tap = p.kernel_h * p.kernel_w == 1;
   const bool once = s.resident && s.tiles == 1 && all <= facts.multiprocessors &&
                     chunks <= std::min(s.input_stages, tuned("once", one_tap ? 4 : 2));
   if (element == 2 && once && p.out_channels % (2 * s.columns) == 0) s.same_input = std::min(2, tuned("same_input", 2));
