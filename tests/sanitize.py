@@ -2,9 +2,10 @@
 
 Run ``compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py`` on a GPU machine (then
 racecheck, initcheck and synccheck), with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` so that the tools see every
-allocation. Names of groups (norm, products, attention, conv) restrict it to them. ``--no-conv`` leaves out
-cuDNN's and other libraries' large kernels, ``--no-copy-engine`` what reads results of cuBLAS: initcheck does
-not see its kernels' stores by the copy engine and calls every such result uninitialised.
+allocation. Names of groups (norm, products, attention, conv) restrict it to them; "captured", what runs in
+graphs, is a run of its own without that variable: graphs need the cache. ``--no-conv`` leaves out cuDNN's and
+other libraries' large kernels, ``--no-copy-engine`` what reads results of cuBLAS: initcheck does not see its
+kernels' stores by the copy engine and calls every such result uninitialised.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from functools import partial
 
 import torch
 
@@ -92,6 +94,46 @@ def _fused_convolutions(channels_last: bool, paths: set[str]) -> None:
         w = torch.randn(8, 3, 9, 9, device="cuda", dtype=dtype)
         fused_conv_instance_norm_relu(x, w, padding=4, padding_mode="reflect", precision=precision)
         paths.add(styleforge.last_path())
+
+
+def _captured_convolutions(paths: set[str]) -> None:
+    """Resident grids of a graph, which are not cooperative: as usual, and called off (gate=3)."""
+    # Kernels of 16 bits and TF32, and of TF32 alone, where two blocks share a tile.
+    whole, shared = "columns=128", ("columns=64,height=8", "columns=64,height=4", "columns=32,height=4")
+    options = ("gate=3", "gate=3,lean=1", "gate=3,lean=2,merged=1", "lean=2,merged=1,early=2", "")
+    chosen = [
+        *itertools.product(
+            (f"{whole},{option}" for option in options),
+            ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32")),
+        ),
+        *itertools.product(
+            (f"share=2,{size},{option}" for size in shared for option in options), ((torch.float32, "tf32"),)
+        ),
+    ]
+    for (tune, (dtype, precision)), (ci, co, kernel, stride) in itertools.product(
+        chosen, ((128, 128, 3, 1), (64, 128, 3, 2), (128, 256, 1, 1))
+    ):
+        os.environ["STYLEFORGE_CONV_TUNE"] = tune
+        size = 32 * stride
+        x = torch.randn(1, ci, size, size, device="cuda", dtype=dtype).contiguous(
+            memory_format=torch.channels_last
+        )
+        w = torch.randn(co, ci, kernel, kernel, device="cuda", dtype=dtype)
+        w = w.contiguous(memory_format=torch.channels_last)
+
+        call = partial(
+            fused_conv_instance_norm_relu, x, w, stride=stride, padding=kernel // 2, precision=precision
+        )
+        eager = call()
+        paths.add(styleforge.last_path())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [call(), call(residual=eager)]
+        for _ in range(2):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(results[0], eager), (tune, dtype, ci, kernel)
+    os.environ["STYLEFORGE_CONV_TUNE"] = ""
 
 
 def _memory_formats(paths: set[str]) -> None:
@@ -370,6 +412,8 @@ def main() -> None:
         if runs("conv") and torch.cuda.get_device_capability() == (9, 0):
             _memory_formats(paths)
             _convolution_gradients(paths)
+        if "captured" in wanted and torch.cuda.get_device_capability() == (9, 0):
+            _captured_convolutions(paths)
         for channels_last in (False, True) if runs("conv") else ():
             x = torch.randn(1, 8, 9, 11, device=device)
             if channels_last:

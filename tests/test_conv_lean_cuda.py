@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -108,6 +111,118 @@ def test_replayed_without_a_pause(case: Any, dtype: torch.dtype, precision: str)
             outputs.append(OP(inputs[i % 6], *rest, precision=precision))
     torch.cuda.synchronize()
     assert all(torch.equal(a, expected[i % 6]) for i, a in enumerate(outputs))
+
+
+def _captured(calls: list[Any]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [call() for call in calls]
+    return graph, results
+
+
+def _calls(case: Any, dtype: torch.dtype, precision: str) -> list[Any]:
+    """Of an epilogue of relu alone, and of one of all: three inputs each."""
+    x, *rest = _given(case, dtype)
+    inputs = [torch.randn_like(x) for _ in range(3)]
+    residual = torch.randn_like(OP(x, *rest, precision=precision))
+    options: tuple[Any, ...] = ("reflect", 1, 1e-5, "leaky_relu", 0.1, residual, precision)
+    plain = [partial(OP, v, *rest, precision=precision) for v in inputs]
+    return plain + [partial(OP, v, *rest, *options) for v in inputs]
+
+
+@pytest.mark.parametrize("tune", ["gate=3", "gate=3,lean=1", "gate=3,lean=2", "patience=1", "early=2", ""])
+@pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_grid_that_is_called_off(
+    case: Any, dtype: torch.dtype, precision: str, tune: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In graphs grids are not cooperative: one that is called off waits for no block and gives the same."""
+    monkeypatch.setenv("STYLEFORGE_CONV_TUNE", tune)
+    calls = _calls(case, dtype, precision)
+    expected = [call() for call in calls]
+    assert styleforge.last_path().endswith(":lean")
+    captured = [_captured(calls) for _ in range(2)]
+    streams = [torch.cuda.Stream(priority=-i) for i in range(2)]
+    for _ in range(3):
+        for _, results in captured:
+            for result in results:
+                result.fill_(math.nan)
+        torch.cuda.synchronize()
+        for (graph, _), stream in zip(captured, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+                graph.replay()
+        torch.cuda.synchronize()
+        for _, results in captured:
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+def test_gates_return_from_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More launches are captured than there are gates, called off and not in turns."""
+    x, *rest = _given(CASES[1], torch.float16)
+    expected = OP(x, *rest)
+    for i in range(36):
+        monkeypatch.setenv("STYLEFORGE_CONV_TUNE", "gate=3" if i % 2 == 0 else "")
+        graph, results = _captured([partial(OP, x, *rest)] * (500 if i < 34 else 2))
+        graph.replay()
+        assert all(torch.equal(y, expected) for y in results[::50])
+        del graph, results
+    torch.cuda.synchronize()
+
+
+HOLD = """
+extern "C" __global__ void __launch_bounds__(1024) hold(int microseconds) {
+  __shared__ volatile char room[48 * 1024];
+  room[threadIdx.x] = 1;
+  unsigned long long since, now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(since));
+  do {
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  } while (now - since < 1000ull * microseconds);
+}
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.cuda, "_compile_kernel"), reason="needs a PyTorch that compiles kernels"
+)
+@pytest.mark.parametrize(("dtype", "precision"), [KINDS[0], KINDS[2]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[3]], ids=str)
+def test_beside_a_kernel_that_holds_multiprocessors(case: Any, dtype: torch.dtype, precision: str) -> None:
+    """A grid some of whose blocks get no place for 20 ms: whoever comes first, and whoever has priority."""
+    hold = torch.cuda._compile_kernel(HOLD, "hold")
+    calls = _calls(case, dtype, precision)
+    expected = [call() for call in calls]
+    graph, results = _captured(calls)
+    multiprocessors = torch.cuda.get_device_properties().multi_processor_count
+    other = torch.cuda.Stream(priority=-1)
+    for blocks, comes_first, priority in itertools.product(
+        (60, multiprocessors - 1, multiprocessors), (True, False), (0, -2)
+    ):
+        stream = torch.cuda.Stream(priority=priority)
+        for result in results:
+            result.fill_(math.nan)
+        torch.cuda.synchronize()
+        if comes_first:
+            hold((blocks, 1, 1), (1024, 1, 1), (20_000,), 0, other)
+            time.sleep(0.001)
+        with torch.cuda.stream(stream):
+            graph.replay()
+            done = stream.record_event()
+        if not comes_first:
+            hold((blocks, 1, 1), (1024, 1, 1), (20_000,), 0, other)
+        held = other.record_event()
+        done.synchronize()
+        if case == CASES[1] and dtype == torch.float16 and comes_first and blocks == 60:
+            assert not held.query()  # it did not wait for its places
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+        # The gates are as they were.
+        for result in results:
+            result.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize("tune", ["lean=1", "lean=2"])

@@ -71,6 +71,67 @@ __device__ __forceinline__ void grid_arrive_unanswered() {
 #endif
 }
 
+// A grid without the launch's promise that all blocks are resident together. Its blocks count themselves: once all have
+// started, each may wait for what the others will do. Where some do not get a place for too long, one of them calls it
+// off, and nobody waits: whoever leaves last does what is left.
+//
+// A gate belongs to one node of a graph, whose runs follow each other; none leaves anything in it but another turn.
+struct GridGate {
+  static constexpr uint32_t kCount = 0x7fff, kAborted = 0x8000, kTurn = 0x10000;
+  uint32_t state;  // blocks that have started; whether it is called off; turns
+  uint32_t left;   // blocks that have left a grid that was called off
+};
+
+// By one thread of each block; the result is for gate_opens. What it did before is seen behind an open gate.
+__device__ __forceinline__ uint32_t gate_arrive(GridGate* gate, uint32_t blocks, uint32_t patience) {
+  uint32_t before = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if (patience == 0) atomicOr(&gate->state, GridGate::kAborted);
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(&gate->state) : "memory");
+  if ((before & (GridGate::kCount | GridGate::kAborted)) == blocks - 1) {
+    asm volatile("red.add.release.gpu.global.u32 [%0], %1;" ::"l"(&gate->state), "r"(GridGate::kTurn - blocks)
+                 : "memory");
+  }
+#endif
+  return before;
+}
+// Waits, at most `patience` nanoseconds, until all blocks have started; false: it is called off.
+__device__ __forceinline__ bool gate_opens(GridGate* gate, uint32_t before, uint32_t blocks, uint32_t patience) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const auto nanoseconds = [] {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+    return now;
+  };
+  const uint64_t since = nanoseconds();
+  while (true) {
+    uint32_t now;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(&gate->state) : "memory");
+    if ((now & GridGate::kAborted) != 0) return false;
+    if ((now ^ before) >= GridGate::kTurn || (now & GridGate::kCount) == blocks) return true;
+    if (nanoseconds() - since >= patience) {
+      if (atomicCAS(&gate->state, now, now | GridGate::kAborted) == now) return false;
+    } else {
+      __nanosleep(40);
+    }
+  }
+#else
+  return true;
+#endif
+}
+// Of a grid that is called off, by one thread of each block: true for the last one, which sees what the others did.
+__device__ __forceinline__ bool gate_leave(GridGate* gate, uint32_t blocks) {
+  __threadfence();
+  const bool last = atomicAdd(&gate->left, 1) == blocks - 1;
+  __threadfence();
+  return last;
+}
+// By that one: all have started and are through.
+__device__ __forceinline__ void gate_reset(GridGate* gate) {
+  gate->left = 0;
+  gate->state = (gate->state & ~(GridGate::kTurn - 1)) + GridGate::kTurn;
+}
+
 // The mark is a second number with all bits set, which no arithmetic gives: its NaN is another.
 constexpr uint32_t kAbsent = 0xffffffffu;
 

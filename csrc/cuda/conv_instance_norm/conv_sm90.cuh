@@ -66,6 +66,7 @@
 #include "../common/tf32.cuh"
 #include "../common/types.cuh"
 #include "../common/wgmma.cuh"
+#include "gate.h"
 #include "kernels.h"
 #include "merge_lean.cuh"
 #include "mma_moments.cuh"
@@ -81,6 +82,9 @@ namespace {
 
 constexpr int kWarps = 4;    // of a warpgroup
 constexpr int kChunk = 128;  // bytes of input channels
+
+// Of captured launches; the first is nobody's.
+[[maybe_unused]] __device__ GridGate gates[kGates];
 
 #ifdef STYLEFORGE_HAS_WGMMA
 
@@ -136,6 +140,11 @@ struct ConvTraits {
   static_assert(kShare == 1 || (kShare == 2 && sizeof(T) == 4), "moments of 16 columns of 16 bits have no form");
 };
 
+// Whether a launch may do without the promise that all blocks are resident together (common/grid.cuh). Where two blocks
+// fit a multiprocessor, it gains nothing.
+template <typename Traits, int kLean>
+constexpr bool kGated = kLean > 0 && Traits::kBlocks == 1;
+
 // kSide: of a square kernel with stride 1 whose taps are unrolled, which is 10% faster; 0: any kernel.
 // kShare: blocks of a cluster that share a tile's input channels, and then its columns.
 // kLean: of a resident grid of full tiles, plain convolution to channels_last, activations without transcendental
@@ -145,7 +154,8 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
                                   ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kBlocks)
     conv_kernel(const __grid_constant__ ConvParams p, const __grid_constant__ ConvSchedule s,
                 const __grid_constant__ InstanceNormParams norm, const __grid_constant__ CUtensorMap input,
-                const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap weights_lo) {
+                const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap weights_lo,
+                const GateOfLaunch gate) {
 #ifdef STYLEFORGE_HAS_WGMMA
   using Traits = ConvTraits<T, kColumns, kGroups, kSplit, kShare>;
   constexpr int kElements = Traits::kElements;
@@ -153,6 +163,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   constexpr int kOut = Traits::kOut;
   constexpr bool kMmaMoments = kLean > 0 && sizeof(T) == 2;
   constexpr bool kLeanMerged = kLean == kLeanMerge;
+  constexpr bool kMayBeGated = kGated<Traits, kLean>;
   static_assert(kLean == 0 || !kSplit);
   constexpr int kWeightThread = Traits::kConsumers, kInputThread = kWeightThread + kWarp;
   extern __shared__ unsigned char dynamic[];
@@ -166,6 +177,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   __shared__ uint64_t started;                                    // the first input is there
   __shared__ uint64_t marked;                                     // all blocks have put marks where moments will be
   __shared__ uint64_t own_marked;                                 // and this one
+  __shared__ bool called_off;                                     // the grid, when all are marked
   __shared__ uint64_t weight_raw[kSplit ? kMaxWeightStages : 1];  // weights that are still to be split
   __shared__ uint64_t shared_sums;                                // kShare: what the other block has added up is there
   __shared__ float2 statistics[kOut];                             // mean, rstd * the norm's weight
@@ -209,6 +221,11 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       return s.resident;
     }
   };
+  [[maybe_unused]] const auto entry_of = [&](int entry) {
+    return EntryAt(p, s, kLeanMerged && s.merge_apart, sample_blocks, n, entry);
+  };
+  [[maybe_unused]] const auto is_gated = [&] { return kMayBeGated && gate.place != 0; };
+  [[maybe_unused]] const auto all_blocks = [&] { return gridDim.x * gridDim.y * gridDim.z; };
   // The producers' first tile, while the predecessor drains.
   ConvTileAt at = tile_at(begin);
   // Whether the copy engine brings a tile's input.
@@ -262,17 +279,20 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   __syncthreads();
   if constexpr (kLean > 0) {
     // A grid that fills the multiprocessors lets in few of the next one's blocks before it ends: those ask for all.
-    if (static_cast<int>(blockIdx.x) < s.early && warp == Traits::kConsumers / kWarp + 2) {
-      const int64_t bytes = static_cast<int64_t>(p.batch) * p.height * p.width * p.in_channels * sizeof(T);
-      for (int64_t at = (blockIdx.x * kWarp + lane) * kChunk; at < bytes; at += s.early * kWarp * kChunk) {
-        if (mbarrier_is_through(&started, 0)) break;
-        prefetch_line(static_cast<const char*>(p.input) + at);
+    if (is_gated() && s.early > 0 && linear_block() < s.early && threadIdx.x == kInputThread) {
+      const int all = p.in_channels / kElements;
+#pragma unroll 1
+      for (int i = linear_block(); i < s.entries * all; i += s.early) {
+        const ConvTileAt tile = tile_at(i / all);
+        prefetch_box(&input, i % all * kElements, tile.x * p.stride_w - p.pad_left, tile.y * p.stride_h - p.pad_top, n);
       }
-      __syncwarp();
     }
   }
   if (in_cluster) cluster_arrive_relaxed();
   wait_for_predecessor();
+  if constexpr (kMayBeGated) {
+    if (is_gated() && s.early > 0) release_successor();
+  }
   if (in_cluster) cluster_wait();  // the other blocks' barriers are there
   [[maybe_unused]] const int first_boxes = takes_boxes() ? min(chunks, s.first_boxes) : 0;
   [[maybe_unused]] const int first_weights = s.first_weights;
@@ -295,7 +315,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         grid_arrive_unanswered();
         release_successor();
         grid_wait(token);
-        const float2* last = p.moments + (n * sample_blocks + sample_blocks - 1) * p.out_channels + multiplied_column;
+        const float2* last = entry_of(sample_blocks - 1).of(multiplied_column);
         while (!is_there(look(last))) __nanosleep(200);
       }
       return;
@@ -331,11 +351,20 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     uint32_t token = 0;
     const auto put_marks = [&] {
       if constexpr (kLean > 0) {
-        if (lane == 0) token = grid_phase();
+        if (lane == 0 && !is_gated()) token = grid_phase();
       }
-      float2* own = p.moments + (static_cast<int64_t>(n) * partials(s) + block) * p.out_channels + first_column;
-      for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) retract(own + c);
-      if (s.merge_apart) {
+      if constexpr (kLeanMerged) {
+        const EntryAt own = entry_of(block);
+        for (int c = lane; c < kOut; c += 32) retract(own.of(first_column + c));
+        if (s.merge_apart && lane < ConvSchedule::kMergedCopies) {
+          const int blocks = blocks_x * gridDim.y * gridDim.z;
+          for (int i = linear_block(); i < p.batch * p.out_channels; i += blocks) retract(merged(p, s, 0, lane) + i);
+        }
+      } else {
+        float2* own = p.moments + (static_cast<int64_t>(n) * partials(s) + block) * p.out_channels + first_column;
+        for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) retract(own + c);
+      }
+      if (!kLeanMerged && s.merge_apart) {
         const int slices = p.batch * (p.out_channels / kMergeSlice);  // one after the other in memory
         const int blocks = blocks_x * gridDim.y * gridDim.z;
         for (int i = linear_block(); i < slices; i += blocks) {
@@ -345,7 +374,13 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       __syncwarp();
       if constexpr (kLean > 0) {
         mbarrier_arrive(&own_marked);
-        if (lane == 0) grid_arrive_unanswered();
+        if (lane == 0) {
+          if (is_gated()) {
+            token = gate_arrive(&gates[gate.place], all_blocks(), gate.nanoseconds);
+          } else {
+            grid_arrive_unanswered();
+          }
+        }
       } else {
         if (lane == 0) token = grid_arrive();
       }
@@ -365,7 +400,9 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
 #pragma unroll 1
       for (int i = linear_block(); i < p.batch * p.out_channels; i += blocks) {
         const int of = i / p.out_channels;
-        merge_channel(p, s, norm, sample_blocks, of, i - of * p.out_channels);
+        const int channel = i - of * p.out_channels;
+        const float2 moments = merge_channel(p, s, norm, sample_blocks, of, channel);
+        if (lane < ConvSchedule::kMergedCopies) publish(merged(p, s, of, lane) + channel, moments);
       }
     };
     if (role == 0) {
@@ -508,12 +545,20 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     __syncwarp();
     if (marks && !splits) load_norm();
     release_successor();
+    [[maybe_unused]] bool goes = true;
     if (marks) {
-      if (lane == 0) grid_wait(token);
+      if (lane == 0) {
+        if (is_gated()) {
+          goes = gate_opens(&gates[gate.place], token, all_blocks(), gate.nanoseconds);
+          called_off = !goes;
+        } else {
+          grid_wait(token);
+        }
+      }
       mbarrier_arrive(&marked);
     }
     if constexpr (kLeanMerged) {
-      if (marks && s.merge_apart) merge_channels();
+      if (marks && s.merge_apart && __shfl_sync(0xffffffffu, goes, 0)) merge_channels();
     }
   } else {
     if constexpr (Traits::kMoveRegisters)
@@ -772,7 +817,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
           moments.y += held.y + d * d * (before * share);
         }
         if (tile + 1 == end) {
-          publish(p.moments + (n * sample_blocks + block) * p.out_channels + first_column + column, moments);
+          publish(entry_of(block).of(first_column + column), moments);
         } else {
           statistics[column] = moments;
         }
@@ -878,6 +923,60 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       }
       out.template normalize<false>(p, norm, affine, stash(tile));
     };
+    if constexpr (kMayBeGated) {
+      if (is_gated() && called_off) {
+#pragma unroll 1
+        for (int tile = begin; tile < end; ++tile) {
+          const Out out(p, n, first_column, tile_at(tile), warp);
+          __syncwarp();
+          out.write(p, stash(tile));
+        }
+        __threadfence();
+        barrier();
+        if (threadIdx.x == 0) called_off = gate_leave(&gates[gate.place], all_blocks());
+        barrier();
+        if (!called_off) return;
+        // The last one, for all.
+        unsigned char* own = stash(end - 1);
+#pragma unroll 1
+        for (int of = 0; of < p.batch; ++of) {
+#pragma unroll 1
+          for (int columns = 0; columns < p.out_channels; columns += kOut) {
+            barrier();
+            if (threadIdx.x < kOut) {
+              const int64_t param = of * norm.param_batch_stride + columns + threadIdx.x;
+              scales[threadIdx.x] = load_param(norm.weight, norm.param_dtype, param, 1.0f);
+              shifts[threadIdx.x] = load_param(norm.bias, norm.param_dtype, param, 0.0f);
+            }
+            barrier();
+            if constexpr (!kLeanMerged) {
+              merge_tiles<kOut, Traits::kConsumers, true>(p, s, norm, of, columns, scales[threadIdx.x % kOut], sums,
+                                                          statistics, barrier);
+            } else if (s.merge_apart) {
+#pragma unroll 1
+              for (int c = warp; c < kOut; c += Traits::kRows) {
+                const float2 moments = merge_channel(p, s, norm, sample_blocks, of, columns + c);
+                if (lane == 0) statistics[c] = moments;
+              }
+            } else {
+              merge_pairs<kOut, Traits::kConsumers>(p, s, norm, sample_blocks, of, columns, scales, sums, statistics,
+                                                    barrier);
+            }
+            barrier();
+#pragma unroll 1
+            for (int tile = 0; tile < s.entries; ++tile) {
+              const Out out(p, of, columns, tile_at(tile), warp);
+              out.read(p, own);
+              __syncwarp();
+              write_out(out, end - 1);
+              __syncwarp();
+            }
+          }
+        }
+        if (threadIdx.x == 0) gate_reset(&gates[gate.place]);
+        return;
+      }
+    }
     if constexpr (kLeanMerged) {
       const bool apart = s.merge_apart;
       if (!apart) {
@@ -886,7 +985,8 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       }
       // By few threads: everyone asks for the same few lines. What `statistics` held before is in these moments.
       if (apart && threadIdx.x < kOut / 2) {
-        await_merged(merged(p, s, n) + first_column + 2 * threadIdx.x, statistics + 2 * threadIdx.x);
+        await_merged(merged(p, s, n, block % ConvSchedule::kMergedCopies) + first_column + 2 * threadIdx.x,
+                     statistics + 2 * threadIdx.x);
       }
       barrier();
 #pragma unroll 1

@@ -85,8 +85,11 @@ struct ConvSchedule {
   int stash_offset = 0, parts_offset = 0;
   int sums_offset = 0;  // share: what comes from the other block, over nothing else
   size_t shared_bytes = 0;
+  // lean: of the merged moments, so that not all blocks ask for the same lines.
+  static constexpr int kMergedCopies = 8;
   size_t moments_bytes(const ConvParams& p) const {
-    return sizeof(float2) * static_cast<size_t>(p.batch) * static_cast<size_t>(entries + 1) *
+    const int merged = lean > 0 && merge_apart ? kMergedCopies : 1;
+    return sizeof(float2) * static_cast<size_t>(p.batch) * static_cast<size_t>(entries + merged) *
            static_cast<size_t>(p.out_channels);
   }
 };

@@ -154,11 +154,15 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   // Consumer threads: a warp for each row of a tile.
   s.merge_apart = int64_t{partials(s)} * columns_out > int64_t{tuned("merged", kMaxMerged)} * 32 * s.tile_height;
   if (s.resident && !split) {
-    // 16 bits, lean=1 and 2 in us: 13.1 and 13.1 (1x128x128x128), 16.4 and 17.3 (1x64x256x256), elsewhere the second is
+    // 16 bits, lean=1 and 2 in us: 13.2 and 12.4 (1x128x128x128), 16.4 and 17.3 (1x64x256x256), elsewhere the second is
     // faster (4.6 for 5.1, 5.2 for 5.3, 6.1 for 6.2, 6.9 for 7.4, 19.7 for 20.2); TF32 as well, but for large tiles
     // that two blocks share (stride 2: 9.34 and 9.68).
     const bool large_share = s.share == 2 && s.columns == 64 && s.tile_height == 8;
-    s.lean = tuned("lean", s.merge_apart || large_share ? kLeanMoments : kLeanMerge) % 3;
+    const bool one_apart = element == 2 && s.columns == 128 && s.tiles == 1;
+    const bool merge = s.merge_apart ? one_apart : !large_share;
+    s.lean = tuned("lean", merge ? kLeanMerge : kLeanMoments) % 3;
+    // Of moments by channel, two entries are read at a time.
+    if (s.lean == kLeanMerge && s.merge_apart && partials(s) % 2 != 0) s.lean = kLeanMoments;
     // TF32 takes 0.1 to 0.9 us longer with it.
     s.prefetch = s.lean > 0 && tuned("prefetch", element == 2 ? 2 : 1) == 2;
     // All that has a place at once (1x256x64x64, 1x1: 6.1 instead of 6.3 us; 1x128x32x32: 5.0, 5.2); of large tiles it
@@ -177,9 +181,8 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     if (s.lean > 0 && with_spare && used * rows_of_blocks <= facts.multiprocessors) {
       s.spare = facts.multiprocessors / rows_of_blocks / neighbours * neighbours - used;
     }
-    const bool dense = p.pixel_stride == 0 && p.row_stride == 0;
-    if (s.prefetch && dense && !pairs && s.tiles == 1 && rows_of_blocks == 1 && tuned("early", 1) == 2) {
-      s.early = std::max(facts.multiprocessors - used, 0);
+    if (!pairs && s.tiles == 1 && p.batch == 1 && tuned("early", large_share ? 2 : 1) == 2) {
+      s.early = std::max(facts.multiprocessors - used * rows_of_blocks, 0);
     }
   }
   supported = true;

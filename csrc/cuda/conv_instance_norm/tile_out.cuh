@@ -205,6 +205,17 @@ struct RowOut {
     }
   }
 
+  // The other way round, what another block wrote.
+  __device__ __forceinline__ void read(const ConvParams& p, unsigned char* row) const {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (pixel(step) >= pixels) continue;
+      const auto from = static_cast<const T*>(p.output) + index(step);
+      *reinterpret_cast<uint4*>(row + pixel(step) * stash_pitch(kColumns, static_cast<int>(sizeof(T))) +
+                                column * static_cast<int>(sizeof(T))) = __ldcg(reinterpret_cast<const uint4*>(from));
+    }
+  }
+
   // The same as normalize, of a full tile of 16 bits with relu and without a residual: the rounding does the relu, and
   // there is nothing to ask in between.
   __device__ __forceinline__ void normalize_relu(const ConvParams& p, const Affine& affine,
