@@ -97,30 +97,24 @@ def _fused_convolutions(channels_last: bool, paths: set[str]) -> None:
 
 
 def _captured_convolutions(paths: set[str]) -> None:
-    """Resident grids of a graph, which are not cooperative: as usual, and called off (gate=3)."""
-    # Kernels of 16 bits and TF32, and of TF32 alone, where two blocks share a tile.
-    whole, shared = "columns=128", ("columns=64,height=8", "columns=64,height=4", "columns=32,height=4")
-    options = ("gate=3", "gate=3,lean=1", "gate=3,lean=2,merged=1", "lean=2,merged=1,early=2", "")
-    chosen = [
-        *itertools.product(
-            (f"{whole},{option}" for option in options),
-            ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32")),
-        ),
-        *itertools.product(
-            (f"share=2,{size},{option}" for size in shared for option in options), ((torch.float32, "tf32"),)
-        ),
-    ]
-    for (tune, (dtype, precision)), (ci, co, kernel, stride) in itertools.product(
-        chosen, ((128, 128, 3, 1), (64, 128, 3, 2), (128, 256, 1, 1))
+    """Resident grids of a graph that are not cooperative: as usual, and called off (gate=3)."""
+    tf32, half = (torch.float32, "tf32"), (torch.float16, "ieee")
+    cuts = (
+        ("columns=128", tf32),
+        ("columns=128", half),
+        ("share=2,columns=64,height=8", tf32),
+    )
+    options = ("gate=3,lean=1", "gate=3,lean=2", "gate=3,lean=2,merged=1", "gate=2", "gate=2,tiles=2")
+    for (cut, (dtype, precision)), option, (ci, co, kernel, stride) in itertools.product(
+        cuts, options, ((128, 128, 3, 1), (64, 128, 3, 2))
     ):
-        os.environ["STYLEFORGE_CONV_TUNE"] = tune
+        os.environ["STYLEFORGE_CONV_TUNE"] = f"{cut},{option}"
         size = 32 * stride
         x = torch.randn(1, ci, size, size, device="cuda", dtype=dtype).contiguous(
             memory_format=torch.channels_last
         )
         w = torch.randn(co, ci, kernel, kernel, device="cuda", dtype=dtype)
         w = w.contiguous(memory_format=torch.channels_last)
-
         call = partial(
             fused_conv_instance_norm_relu, x, w, stride=stride, padding=kernel // 2, precision=precision
         )
@@ -132,7 +126,7 @@ def _captured_convolutions(paths: set[str]) -> None:
         for _ in range(2):
             graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(results[0], eager), (tune, dtype, ci, kernel)
+        assert torch.equal(results[0], eager), (cut, option, ci)
     os.environ["STYLEFORGE_CONV_TUNE"] = ""
 
 

@@ -1,4 +1,5 @@
-// How the blocks of a cooperative launch hear of each other without standing still.
+// How the blocks of a cooperative launch hear of each other without standing still, and (GridGate) those of a launch
+// that is not.
 //
 // Waiting for the whole grid costs twice: before it, what was written has to have arrived (a fence), and after it, what
 // the others wrote has to be read. A pair of floats that is written in one piece can instead say by itself that it is

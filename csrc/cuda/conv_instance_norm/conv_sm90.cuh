@@ -17,11 +17,12 @@
 // The input is read from L2 once a tile instead of once a tap. A pixel's 128 bytes are swizzled in 16-byte pieces by
 // its index, as the copy engine does it, so that eight neighbouring pixels lie in different banks.
 //
-// A block computes one tile or a few, one after the other. The launch is cooperative where all tiles of the tensor are
-// resident that way: results stay in shared memory until all moments are there, and every block normalises, adds the
-// residual, activates and writes its tiles, once. Few moments are merged by every block for itself; many in two steps,
-// a few channels a block. Nobody waits for the whole grid where it would be on the way: moments say themselves that
-// they are there (common/grid.cuh), and that there are marks in their places is settled beside the multiplications.
+// A block computes one tile or a few, one after the other. The launch is cooperative (or gated, below) where all tiles
+// of the tensor are resident that way: results stay in shared memory until all moments are there, and every block
+// normalises, adds the residual, activates and writes its tiles, once. Few moments are merged by every block for
+// itself; many in two steps, a few channels a block. Nobody waits for the whole grid where it would be on the way:
+// moments say themselves that they are there (common/grid.cuh), and that there are marks in their places is settled
+// beside the multiplications.
 //
 // Where the time goes, 16-bit 1x128x128x128 by lean kernels (13 us, thousands of clocks, stages stamped): 2.1 from the
 // end of the kernel before on the same multiprocessor to here, 1.3 to the first barrier (2 before it had no division
@@ -49,9 +50,19 @@
 // red.global.add.u64, one step instead of two, but the cache adds them too slowly (1.0 us more); four warps of a block
 // that ask at different times (1.8 us more: what asks is on the way of what publishes). Moments by channel, of which a
 // warp reads 128 in two loads of 16 bytes, and eight copies of the merged ones: 0.26 and 0.35 us less in two runs, with
-// loads of 8 bytes nothing. Without the cooperative launch, whose blocks all start at once: 0.36 us less, and 0.48 of
-// 9.68 us (TF32, stride 2, 1x64x128x128); that needs a grid that comes to an end also where some of its blocks get no
-// place beside the others.
+// loads of 8 bytes nothing; in other builds of these kernels nothing either (12.69 and 12.64).
+//
+// Gated (gate.h; kGated, where the schedule says so, in graphs): the launch is not cooperative, whose blocks all start
+// at once when the kernel before has ended everywhere; each starts when its place is free, and the next kernel's first
+// blocks are let in early, to prefetch the input of all. Waiting stays safe because blocks first count themselves
+// (GridGate). Where some get no place for 100 us, because other streams hold the multiprocessors, the grid is called
+// off: blocks write their raw tiles, rounded as they always are before they are normalised, and their moments, and
+// leave; the last one normalises all, by the same steps in the same order, so that the result is the same to the bit.
+// TF32, stride 2, 1x64x128x128: 8.67 instead of 9.46 us (8.88 without the prefetch; called off 105). Little or nothing
+// elsewhere: 12.80 and 12.88 (16 bits, 1x128x128x128), 20.22 and 20.26 (16 bits, 8x128x64x64), 34.6 and 34.8 (TF32).
+// What ran before the first loads for a prefetch without it (a warp that looked for what to ask for, off by default)
+// cost 0.1 to 0.9 us wherever it was compiled in: 12.87 instead of 13.15 (16 bits, 1x128x128x128), 8.2 instead of 9.1
+// (TF32, 1x256x64x64, 1x1).
 //
 // kIeee, float32 accuracy from TF32 units (3xTF32): a = hi + lo, b = hi + lo; lo * hi, hi * lo, then hi * hi. The units
 // truncate when they add, so the sum of every 32 numbers moves on to float32 registers. The weights come split, or two
@@ -140,10 +151,11 @@ struct ConvTraits {
   static_assert(kShare == 1 || (kShare == 2 && sizeof(T) == 4), "moments of 16 columns of 16 bits have no form");
 };
 
-// Whether a launch may do without the promise that all blocks are resident together (common/grid.cuh). Where two blocks
-// fit a multiprocessor, it gains nothing.
-template <typename Traits, int kLean>
-constexpr bool kGated = kLean > 0 && Traits::kBlocks == 1;
+// Whether a launch may do without the promise that all blocks are resident together (common/grid.cuh). Small tiles that
+// two blocks share take 0.5 of 5.6 us longer with that code, also where the launch is cooperative.
+template <typename T, typename Traits, int kLean>
+constexpr bool kGated =
+    kLean > 0 && Traits::kBlocks == 1 && Traits::kMoveRegisters && (sizeof(T) == 4 || kLean == kLeanMerge);
 
 // kSide: of a square kernel with stride 1 whose taps are unrolled, which is 10% faster; 0: any kernel.
 // kShare: blocks of a cluster that share a tile's input channels, and then its columns.
@@ -163,7 +175,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
   constexpr int kOut = Traits::kOut;
   constexpr bool kMmaMoments = kLean > 0 && sizeof(T) == 2;
   constexpr bool kLeanMerged = kLean == kLeanMerge;
-  constexpr bool kMayBeGated = kGated<Traits, kLean>;
+  constexpr bool kMayBeGated = kGated<T, Traits, kLean>;
   static_assert(kLean == 0 || !kSplit);
   constexpr int kWeightThread = Traits::kConsumers, kInputThread = kWeightThread + kWarp;
   extern __shared__ unsigned char dynamic[];
@@ -222,7 +234,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     }
   };
   [[maybe_unused]] const auto entry_of = [&](int entry) {
-    return EntryAt(p, s, kLeanMerged && s.merge_apart, sample_blocks, n, entry);
+    return p.moments + (n * sample_blocks + entry) * p.out_channels;
   };
   [[maybe_unused]] const auto is_gated = [&] { return kMayBeGated && gate.place != 0; };
   [[maybe_unused]] const auto all_blocks = [&] { return gridDim.x * gridDim.y * gridDim.z; };
@@ -315,7 +327,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         grid_arrive_unanswered();
         release_successor();
         grid_wait(token);
-        const float2* last = entry_of(sample_blocks - 1).of(multiplied_column);
+        const float2* last = entry_of(sample_blocks - 1) + multiplied_column;
         while (!is_there(look(last))) __nanosleep(200);
       }
       return;
@@ -353,18 +365,14 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       if constexpr (kLean > 0) {
         if (lane == 0 && !is_gated()) token = grid_phase();
       }
-      if constexpr (kLeanMerged) {
-        const EntryAt own = entry_of(block);
-        for (int c = lane; c < kOut; c += 32) retract(own.of(first_column + c));
-        if (s.merge_apart && lane < ConvSchedule::kMergedCopies) {
-          const int blocks = blocks_x * gridDim.y * gridDim.z;
-          for (int i = linear_block(); i < p.batch * p.out_channels; i += blocks) retract(merged(p, s, 0, lane) + i);
-        }
+      if constexpr (kLean > 0) {
+        float2* own = entry_of(block) + first_column;
+        for (int c = lane; c < kOut; c += 32) retract(own + c);
       } else {
         float2* own = p.moments + (static_cast<int64_t>(n) * partials(s) + block) * p.out_channels + first_column;
         for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) retract(own + c);
       }
-      if (!kLeanMerged && s.merge_apart) {
+      if (s.merge_apart) {
         const int slices = p.batch * (p.out_channels / kMergeSlice);  // one after the other in memory
         const int blocks = blocks_x * gridDim.y * gridDim.z;
         for (int i = linear_block(); i < slices; i += blocks) {
@@ -402,7 +410,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
         const int of = i / p.out_channels;
         const int channel = i - of * p.out_channels;
         const float2 moments = merge_channel(p, s, norm, sample_blocks, of, channel);
-        if (lane < ConvSchedule::kMergedCopies) publish(merged(p, s, of, lane) + channel, moments);
+        if (lane == 0) publish(merged(p, s, of) + channel, moments);
       }
     };
     if (role == 0) {
@@ -817,7 +825,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
           moments.y += held.y + d * d * (before * share);
         }
         if (tile + 1 == end) {
-          publish(entry_of(block).of(first_column + column), moments);
+          publish(entry_of(block) + first_column + column, moments);
         } else {
           statistics[column] = moments;
         }
@@ -985,8 +993,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       }
       // By few threads: everyone asks for the same few lines. What `statistics` held before is in these moments.
       if (apart && threadIdx.x < kOut / 2) {
-        await_merged(merged(p, s, n, block % ConvSchedule::kMergedCopies) + first_column + 2 * threadIdx.x,
-                     statistics + 2 * threadIdx.x);
+        await_merged(merged(p, s, n) + first_column + 2 * threadIdx.x, statistics + 2 * threadIdx.x);
       }
       barrier();
 #pragma unroll 1

@@ -54,12 +54,12 @@ cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const Instan
     }
   }
   GateOfLaunch gate;
-  if constexpr (kGated<Traits, kLean>) {
-    if (s.spare == 0 && (kLean == kLeanMerge || !s.merge_apart)) gate = gate_of_launch(facts, stream);
+  if constexpr (kGated<T, Traits, kLean>) {
+    if (s.gated) gate = gate_of_launch(facts, stream);
   }
   return launch(kernel, grid, dim3(Traits::kThreads), s.shared_bytes,
-                Together{kShare * s.same_input, s.resident && gate.place == 0}, facts, stream, p, s, norm, input, weights,
-                weights_lo, gate);
+                Together{kShare * s.same_input, s.resident && gate.place == 0}, facts, stream, p, s, norm, input,
+                weights, weights_lo, gate);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Who gets a gate (common/grid.cuh): launches that become nodes of a graph, each one of its own for as long as the graph
-// or one made of it exists. A node's runs follow each other; two graphs made of one capture would use the same memory
-// and must not run at the same time, with a gate or without.
+// Who gets a gate (common/grid.cuh): launches that become nodes of a graph, each one of its own for as long as the
+// graph or one made of it exists. A node's runs follow each other; two graphs made of one capture would use the same
+// memory and must not run at the same time, with a gate or without.
 #include "gate.h"
 
 #include <cuda.h>
@@ -14,8 +14,9 @@
 namespace styleforge::cuda {
 namespace {
 
-// As long as what is left to a single block takes (50 to 200 us): waiting longer than that may be for nothing.
-constexpr uint32_t kPatience = 200'000;
+// Nanoseconds. About as long as what is left to a single block takes (100 us of 1x64x128x128 to 128 channels, stride
+// 2): who waits for blocks that come later loses no more than as much again.
+constexpr uint32_t kPatience = 100'000;
 
 // Whether this thread's context has all of the device, which a green context or a client of MPS may not.
 bool has_all_multiprocessors([[maybe_unused]] const DeviceFacts& facts) {
@@ -93,15 +94,14 @@ GateOfLaunch gate_of_launch(const DeviceFacts& facts, cudaStream_t stream) {
   if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) cudaGetLastError();
   if (status != cudaStreamCaptureStatusActive) return {};
   const Overrides overrides("STYLEFORGE_CONV_TUNE");
-  const auto wanted = overrides.tuned("gate", 2);
-  if (wanted == 1 || !has_all_multiprocessors(facts)) return {};
+  if (!has_all_multiprocessors(facts)) return {};
   unsigned long long id = 0;
   cudaGraph_t graph = nullptr;
   if (cudaStreamGetCaptureInfo(stream, &status, &id, &graph) != cudaSuccess) {
     cudaGetLastError();
     return {};
   }
-  const auto patience = wanted == 3 ? 0 : overrides.tuned("patience", kPatience);
+  const auto patience = overrides.tuned("gate", 2) == 3 ? 0 : overrides.tuned("patience", kPatience);
   return {place_of(graph), static_cast<uint32_t>(patience)};
 }
 

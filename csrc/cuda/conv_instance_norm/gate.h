@@ -16,7 +16,7 @@ struct GateOfLaunch {
   uint32_t place = 0, nanoseconds = 0;
 };
 
-// STYLEFORGE_CONV_TUNE="gate=1": never, 3: every grid is called off before it begins; patience=nanoseconds
+// STYLEFORGE_CONV_TUNE="gate=3": every grid is called off before it begins; patience=nanoseconds
 GateOfLaunch gate_of_launch(const DeviceFacts& facts, cudaStream_t stream);
 
 }  // namespace styleforge::cuda

@@ -79,17 +79,15 @@ struct ConvSchedule {
   bool prefetch = false;
   int first_boxes = 1, first_weights = 1;  // lean: stages that are asked for before anything else
   int spare = 0;                           // lean: blocks along x without a tile, one for each multiprocessor in all
-  int early = 0;                           // lean: blocks that ask the L2 cache for the input of all
+  bool gated = false;                      // lean: in graphs, the launch is not cooperative (gate.h)
+  int early = 0;                           // gated: blocks that ask the L2 cache for the input of all
   // Behind the rings in shared memory: the results of all but a block's last tile, then the moments of its warps. What
   // belongs to the last tile lies over the rings.
   int stash_offset = 0, parts_offset = 0;
   int sums_offset = 0;  // share: what comes from the other block, over nothing else
   size_t shared_bytes = 0;
-  // lean: of the merged moments, so that not all blocks ask for the same lines.
-  static constexpr int kMergedCopies = 8;
   size_t moments_bytes(const ConvParams& p) const {
-    const int merged = lean > 0 && merge_apart ? kMergedCopies : 1;
-    return sizeof(float2) * static_cast<size_t>(p.batch) * static_cast<size_t>(entries + merged) *
+    return sizeof(float2) * static_cast<size_t>(p.batch) * static_cast<size_t>(entries + 1) *
            static_cast<size_t>(p.out_channels);
   }
 };

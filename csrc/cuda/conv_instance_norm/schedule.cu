@@ -19,8 +19,8 @@ constexpr int kMaxTilesInTurn = 64;         // of one that is not
 constexpr int kMaxMerged = 32;              // moments that a thread loads where every block merges for itself
 
 // STYLEFORGE_CONV_TUNE="columns=64,height=4,inputs=2,weights=6,tiles=2,share=2,same_input=1,split=2"
-// lean=1 or 2: tiles.h, 3: never; prefetch, spare, early=1: never, 2; boxes=2,ahead=4: first_boxes, first_weights;
-// once=4: most chunks of same_input
+// lean=1 or 2: tiles.h, 3: never; prefetch, spare, early, gate=1: never, 2; gate=3, patience=1000: gate.h;
+// boxes=2,ahead=4: first_boxes, first_weights; once=4: most chunks of same_input
 constexpr const char* kTuneVariable = "STYLEFORGE_CONV_TUNE";
 
 // Whether two blocks can share tiles of this size: conv_sm90_shared.cu.
@@ -154,15 +154,11 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   // Consumer threads: a warp for each row of a tile.
   s.merge_apart = int64_t{partials(s)} * columns_out > int64_t{tuned("merged", kMaxMerged)} * 32 * s.tile_height;
   if (s.resident && !split) {
-    // 16 bits, lean=1 and 2 in us: 13.2 and 12.4 (1x128x128x128), 16.4 and 17.3 (1x64x256x256), elsewhere the second is
+    // 16 bits, lean=1 and 2 in us: 13.1 and 13.1 (1x128x128x128), 16.4 and 17.3 (1x64x256x256), elsewhere the second is
     // faster (4.6 for 5.1, 5.2 for 5.3, 6.1 for 6.2, 6.9 for 7.4, 19.7 for 20.2); TF32 as well, but for large tiles
     // that two blocks share (stride 2: 9.34 and 9.68).
     const bool large_share = s.share == 2 && s.columns == 64 && s.tile_height == 8;
-    const bool one_apart = element == 2 && s.columns == 128 && s.tiles == 1;
-    const bool merge = s.merge_apart ? one_apart : !large_share;
-    s.lean = tuned("lean", merge ? kLeanMerge : kLeanMoments) % 3;
-    // Of moments by channel, two entries are read at a time.
-    if (s.lean == kLeanMerge && s.merge_apart && partials(s) % 2 != 0) s.lean = kLeanMoments;
+    s.lean = tuned("lean", s.merge_apart || large_share ? kLeanMoments : kLeanMerge) % 3;
     // TF32 takes 0.1 to 0.9 us longer with it.
     s.prefetch = s.lean > 0 && tuned("prefetch", element == 2 ? 2 : 1) == 2;
     // All that has a place at once (1x256x64x64, 1x1: 6.1 instead of 6.3 us; 1x128x32x32: 5.0, 5.2); of large tiles it
@@ -181,7 +177,12 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     if (s.lean > 0 && with_spare && used * rows_of_blocks <= facts.multiprocessors) {
       s.spare = facts.multiprocessors / rows_of_blocks / neighbours * neighbours - used;
     }
-    if (!pairs && s.tiles == 1 && p.batch == 1 && tuned("early", large_share ? 2 : 1) == 2) {
+    // 8.67 instead of 9.46 us (TF32, stride 2, 1x64x128x128 to 128 channels; 8.88 without `early`); several large tiles
+    // a block: 34.6 instead of 34.8 (TF32, 8x128x64x64).
+    const bool takes_gate = large_share || (s.columns == 128 && s.tiles > 1);
+    s.gated = s.lean > 0 && !pairs && s.spare == 0 && (s.lean == kLeanMerge || !s.merge_apart) &&
+              tuned("gate", takes_gate ? 2 : 1) >= 2;
+    if (s.gated && s.tiles == 1 && p.batch == 1 && tuned("early", 2) == 2) {
       s.early = std::max(facts.multiprocessors - used * rows_of_blocks, 0);
     }
   }

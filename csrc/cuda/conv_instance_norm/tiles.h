@@ -78,8 +78,8 @@ __host__ __device__ constexpr int partials(const ConvSchedule& s) {
 }
 
 // Where the merged moments of a sample lie: (mean, rstd times the norm's weight) of each channel.
-__device__ __forceinline__ float2* merged(const ConvParams& p, const ConvSchedule& s, int n, int copy = 0) {
-  return p.moments + (static_cast<int64_t>(p.batch) * (s.entries + copy) + n) * p.out_channels;
+__device__ __forceinline__ float2* merged(const ConvParams& p, const ConvSchedule& s, int n) {
+  return p.moments + (static_cast<int64_t>(p.batch) * s.entries + n) * p.out_channels;
 }
 
 }  // namespace styleforge::cuda
