@@ -354,7 +354,7 @@ def _instance_norms(paths: set[str]) -> None:
     with torch.inference_mode():
         # Clusters with several units each, blocks with several tiles, and without any.
         os.environ["STYLEFORGE_PATH"] = ""
-        for tune in ("units=2,grid=2", "units=2,lanes=2,cluster=2,grid=3"):
+        for tune in ("units=2,grid=2", "units=2,lanes=2,cluster=2,grid=3", "teams=2,grid=6", "teams=3,lanes=4"):
             os.environ["STYLEFORGE_TUNE"] = tune
             for dtype in (torch.float32, torch.float16):
                 for shape in ((3, 128, 40, 33), (2, 64, 5, 3)):

@@ -335,10 +335,11 @@ PATHS: list[tuple[str, str, tuple[int, ...], str]] = [
     ("stream", "contiguous", (2, 131, 52, 50), "stream"),
     ("stream", "contiguous", (1, 2, 1111, 1000), "stream"),
     ("stream", "contiguous", (1, 1, 2048, 2048), "stream"),
-    ("", "channels_last", (4, 64, 256, 256), "stream:channels_last"),
-    ("", "channels_last", (16, 128, 128, 128), "stream:channels_last:cluster"),
-    ("", "channels_last", (17, 128, 129, 129), "stream:channels_last:cluster"),
-    ("", "channels_last", (32, 64, 96, 96), "stream:channels_last:cluster"),
+    ("", "channels_last", (4, 64, 256, 256), "stream:channels_last:team"),
+    ("", "channels_last", (5, 64, 256, 256), "stream:channels_last"),
+    ("", "channels_last", (16, 128, 128, 128), "stream:channels_last:team"),
+    ("", "channels_last", (17, 128, 129, 129), "stream:channels_last:team"),
+    ("", "channels_last", (32, 64, 96, 96), "stream:channels_last:team"),
     ("stream", "channels_last", (1, 4, 3, 4), "stream:channels_last"),
     ("stream", "channels_last", (2, 16, 64, 64), "stream:channels_last"),
     ("stream", "channels_last", (1, 16, 301, 299), "stream:channels_last"),
@@ -578,6 +579,42 @@ def test_channels_last_in_clusters_however_it_is_cut(
         poison(x.numel(), dtype, "cuda")
         first = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
         assert styleforge.last_path() == "instance_norm:cuda:stream:channels_last:cluster"
+        assert rms_error(first[0], reference) < 8 * torch.finfo(dtype).eps
+        for _ in range(3):
+            again = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
+            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+@pytest.mark.cuda
+@needs_bulk_copies
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(7, 64, 60, 56), (2, 192, 61, 40), (9, 128, 3, 5)], ids=str)
+@pytest.mark.parametrize(
+    "tune",
+    [
+        "teams=8",
+        "teams=4,lanes=4",
+        "teams=2,lanes=2",
+        "teams=3,grid=20",
+        "teams=1,grid=4",
+        "teams=2,grid=8,stages=8",
+        "teams=4,ahead=1",
+    ],
+)
+def test_channels_last_by_teams_however_it_is_cut(
+    tune: str, sizes: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several units of a team; blocks without pixels."""
+    _forced(monkeypatch, "")
+    monkeypatch.setenv("STYLEFORGE_TUNE", tune)
+    x = tensor(*sizes, dtype=dtype, device="cuda", layout="channels_last", offset=2.0)
+    r = tensor(*sizes, dtype=dtype, device="cuda", layout="channels_last")
+    weight, bias = torch.rand(sizes[:2], device="cuda") + 0.5, torch.randn(sizes[:2], device="cuda")
+    for activation, residual in (("relu", None), ("leaky_relu", r), ("silu", r)):
+        reference = instance_norm(x, weight, bias, activation=activation, residual=residual)
+        poison(x.numel(), dtype, "cuda")
+        first = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
+        assert styleforge.last_path() == "instance_norm:cuda:stream:channels_last:team"
         assert rms_error(first[0], reference) < 8 * torch.finfo(dtype).eps
         for _ in range(3):
             again = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)

@@ -22,8 +22,9 @@ struct ChannelCut {
   int slots;     // parts of a unit: blocks that have tiles of it
   int copies_log2;
   int stages;
-  int held;   // tiles of a unit that a block keeps
-  int ahead;  // tiles on their way at a time
+  int held;        // tiles of a unit that a block keeps
+  int ahead;       // tiles on their way at a time
+  int prefetched;  // of the first ones, those that the L2 cache gets before the predecessor is through
   int stage_bytes;
   bool direct;         // blocks merge all channels for themselves
   bool read_once;      // what is loaded for the last time is the first that the L2 cache lets go
@@ -104,6 +105,11 @@ __device__ __forceinline__ uint64_t cache_policy(bool first, bool last) {
   }
   return policy;
 }
+__device__ __forceinline__ void store_hinted(uint4* to, const uint4& v, uint64_t policy) {
+  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w), "l"(policy)
+               : "memory");
+}
 __device__ __forceinline__ void load_span(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
                                           uint64_t policy) {
   asm volatile(
@@ -119,6 +125,12 @@ __device__ __forceinline__ void load_slice(void* to, const CUtensorMap* map, int
       "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
       "l"(map), "r"(channel), "r"(pixel), "r"(sample), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
+}
+// To the L2 cache only.
+__device__ __forceinline__ void prefetch_slice(const CUtensorMap* map, int channel, int pixel, int sample) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(channel),
+               "r"(pixel), "r"(sample)
+               : "memory");
 }
 
 #endif  // STYLEFORGE_HAS_BULK_COPY

@@ -15,11 +15,8 @@
 // 64 bytes of a pixel, 48.8; clusters of eight with those (15 at once) 48.7, and 72.6 where a sixteenth has to wait;
 // slices of 32 bytes 104, and 4x64x256x256 by those 41.6 against 28.1 by stream_channels_last.cu.
 //
-// Without clusters, 8 teams of 16 blocks or 4 of 33, which poll for each other's moments in global memory, each block
-// all parts of its team in the threads that apply (a prototype): in half 46 us against 50, and 4x64x256x256 in slices
-// of 64 bytes 24.5 against 27.1 by stream_channels_last.cu (NCHW 24.2); in float 87 and 86, 52 and 48. Every unit then
-// costs about 0.4 us and 0.025 for each block of the team besides its bytes. Warps of their own for the moments, 16
-// loads of 8 bytes a thread, are slower: 53 and 33.
+// Without clusters, and mostly faster: team_channels.cu, which leaves this path the few units that teams share badly.
+// The first tiles asked for in the L2 cache before the predecessor is through: 48.7 -> 47.0.
 //
 // Places for moments are two, by turns. A block sends into one of them again when all blocks have said that they have
 // taken what was there.
@@ -53,7 +50,8 @@ struct ClusterCut {
   int share;     // of a tile
   int tiles;     // of a block
   int stages;
-  int ahead;  // tiles on their way at a time
+  int ahead;       // tiles on their way at a time
+  int prefetched;  // of the first ones, those that the L2 cache gets before the predecessor is through
   int stage_bytes;
   bool read_once;      // what is loaded is the first that the L2 cache lets go
   bool stream_stores;  // what is stored, too
@@ -108,6 +106,16 @@ struct ClusterStream {
   }
   __device__ __forceinline__ int rows_of(int tile) const { return min(cut.share, count - tile * cut.share); }
 
+  // One thread: the first tiles on their way to the L2 cache, while the predecessor drains.
+  __device__ __forceinline__ void prefetch() const {
+    if (first_unit >= cut.units) return;
+    const int sample = first_unit / cut.slices;
+    const int channel = (first_unit - sample * cut.slices) * cut.channels;
+    for (int tile = 0; tile < min(own, cut.prefetched); ++tile) {
+      prefetch_slice(map, channel, begin + tile * cut.share, sample);
+    }
+  }
+
   // One thread: loads what may be on its way at first, or what comes after that.
   __device__ __forceinline__ void produce(bool first) const {
     const uint64_t policy = cache_policy(cut.read_once, false);
@@ -155,30 +163,38 @@ struct ClusterStream {
         const auto* held = reinterpret_cast<const uint4*>(stage(at.stage)) + t;
         const int there = rows_of(tile);
         uint4 raw[kTaken];  // as words: elements of two bytes would take a register each
-        int present = 0;
-#pragma unroll
-        for (int u = 0; u < kTaken; ++u) {
-          raw[u] = uint4{};
-          if (row + u * rows >= there) continue;
-          raw[u] = held[u * kGroup];
-          ++present;
-        }
         const auto& v = reinterpret_cast<const V(&)[kTaken]>(raw);
-        if (present > 0 && sum.count == 0) {
-#pragma unroll
-          for (int k = 0; k < kWidth; ++k) sum.base[k] = to_acc(v[0].data[k]);
-        }
-#pragma unroll
-        for (int u = 0; u < kTaken; ++u) {
-          if (u >= present) continue;
+        const auto add = [&](int u) {
 #pragma unroll
           for (int k = 0; k < kWidth; ++k) {
             const float d = to_acc(v[u].data[k]) - sum.base[k];
             sum.sum[k] += d;
             sum.squares[k] += d * d;
           }
+        };
+        if (there == rows * kTaken) {
+#pragma unroll
+          for (int u = 0; u < kTaken; ++u) raw[u] = held[u * kGroup];
+          if (tile == 0) {
+#pragma unroll
+            for (int k = 0; k < kWidth; ++k) sum.base[k] = to_acc(v[0].data[k]);
+          }
+#pragma unroll
+          for (int u = 0; u < kTaken; ++u) add(u);
+          sum.count += static_cast<float>(kTaken);
+        } else {
+#pragma unroll 1
+          for (int u = 0; u < kTaken; ++u) {
+            if (row + u * rows >= there) break;
+            raw[0] = held[u * kGroup];
+            if (tile == 0 && u == 0) {
+#pragma unroll
+              for (int k = 0; k < kWidth; ++k) sum.base[k] = to_acc(v[0].data[k]);
+            }
+            add(0);
+            sum.count += 1.0f;
+          }
         }
-        sum.count += static_cast<float>(present);
         __syncwarp();
         if (lane == 0) mbarrier_arrive(&ring.empty[at.stage]);
       }
@@ -302,6 +318,7 @@ struct ClusterStream {
     const int vectors = cut.slices * cut.lanes;
     const int step_u = rows * vectors;
     const int per = kGroup / cut.channels;  // a power of two, part of a warp
+    const uint64_t policy = cache_policy(cut.stream_stores, false);
     Turn at;
     int turn = 0;
     for (int unit = first_unit; unit < cut.units; unit += step, ++turn) {
@@ -328,6 +345,38 @@ struct ClusterStream {
         }
         mbarrier_wait(&ring.full[at.stage], at.parity);
         const auto* held = reinterpret_cast<const uint4*>(stage(at.stage)) + t;
+        if constexpr (kFinish == Finish::kPlain) {
+          if (there == rows * kTaken) {
+            const auto whole = [&]<Activation kActivation>() {
+              uint4 x[kTaken];
+#pragma unroll
+              for (int u = 0; u < kTaken; ++u) x[u] = held[u * kGroup];
+              __syncwarp();
+              if (t % kWarp == 0) mbarrier_arrive(&ring.empty[at.stage]);
+              uint4* to = reinterpret_cast<uint4*>(p.output) + first;
+#pragma unroll
+              for (int u = 0; u < kTaken; ++u) {
+                const V& v = *reinterpret_cast<const V*>(&x[u]);
+                float y[kWidth];
+#pragma unroll
+                for (int k = 0; k < kWidth; ++k) y[k] = affine(to_acc(v.data[k]), k);
+                if constexpr (kActivation != Activation::kNone) {
+                  activate_piecewise(y, kActivation, static_cast<float>(p.negative_slope));
+                }
+                const V out = rounded<T>(y);
+                store_hinted(to + u * step_u, *reinterpret_cast<const uint4*>(&out), policy);
+              }
+            };
+            if (p.activation == Activation::kRelu) {
+              whole.template operator()<Activation::kRelu>();
+            } else if (p.activation == Activation::kLeakyRelu) {
+              whole.template operator()<Activation::kLeakyRelu>();
+            } else {
+              whole.template operator()<Activation::kNone>();
+            }
+            continue;
+          }
+        }
         const auto put = [&](int u, const uint4& x, const uint4& residual) {
           const V y =
               normalize<kFinish>(p, affine, *reinterpret_cast<const V*>(&x), *reinterpret_cast<const V*>(&residual));
@@ -338,30 +387,16 @@ struct ClusterStream {
             *to = *reinterpret_cast<const uint4*>(&y);
           }
         };
-        if constexpr (kFinish != Finish::kPlain) {
 #pragma unroll(kLong ? 1 : kTaken)
-          for (int u = 0; u < kTaken; ++u) {
-            if (row + u * rows >= there) break;
-            if (kLong && p.residual != nullptr) {
-              r[0] = __ldg(reinterpret_cast<const uint4*>(p.residual) + first + u * step_u);
-            }
-            put(u, held[u * kGroup], r[kLong ? 0 : u]);
+        for (int u = 0; u < kTaken; ++u) {
+          if (row + u * rows >= there) break;
+          if (kLong && p.residual != nullptr) {
+            r[0] = __ldg(reinterpret_cast<const uint4*>(p.residual) + first + u * step_u);
           }
-          __syncwarp();
-          if (t % kWarp == 0) mbarrier_arrive(&ring.empty[at.stage]);
-        } else {
-          uint4 x[kTaken] = {};
-#pragma unroll
-          for (int u = 0; u < kTaken; ++u) {
-            if (row + u * rows < there) x[u] = held[u * kGroup];
-          }
-          __syncwarp();
-          if (t % kWarp == 0) mbarrier_arrive(&ring.empty[at.stage]);
-#pragma unroll
-          for (int u = 0; u < kTaken; ++u) {
-            if (row + u * rows < there) put(u, x[u], r[u]);
-          }
+          put(u, held[u * kGroup], r[kLong ? 0 : u]);
         }
+        __syncwarp();
+        if (t % kWarp == 0) mbarrier_arrive(&ring.empty[at.stage]);
       }
     }
   }
@@ -406,6 +441,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     mbarrier_init_fence();
     stream.expect_parts(0);
     stream.expect_parts(1);
+    stream.prefetch();
     wait_for_predecessor();
     stream.produce(true);
   }
@@ -445,6 +481,7 @@ cudaError_t launch_channel_cluster(const InstanceNormParams& params, const Insta
   cut.tiles = static_cast<int>(schedule.parts);
   cut.stages = schedule.stages;
   cut.ahead = schedule.ahead;
+  cut.prefetched = schedule.prefetched;
   cut.stage_bytes = cut.share * cut.lanes * 16;
   cut.read_once = schedule.read_once;
   cut.stream_stores = schedule.stream_stores;

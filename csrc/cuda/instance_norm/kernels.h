@@ -30,6 +30,9 @@ cudaError_t launch_held_plane(const InstanceNormParams& params, const InstanceNo
 constexpr int kClusterChannels = 64;
 cudaError_t launch_channel_cluster(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
                                    cudaStream_t stream);
+// The same by teams of blocks.
+cudaError_t launch_channel_team(const InstanceNormParams& params, const InstanceNormSchedule& schedule, void* workspace,
+                                cudaStream_t stream);
 // channels_last with very few channels: threads of a block (a multiple of the channels), vectors of a thread at most.
 constexpr int kFewThreads = 384;
 constexpr int kFewVectors = 4;

@@ -6,7 +6,8 @@
 //   stream   NCHW           tiles of planes on their way through shared memory: 1 - 2    stream.cu
 //                           one read, one write, planes of any size (sm_90+)
 //            channels_last  the same of slices of the channels; all blocks       1      stream_channels_last.cu,
-//                           run at once, or slices that a cluster holds (sm_90+)        cluster_channels.cu
+//                           run at once, or slices that a cluster or a team of          cluster_channels.cu,
+//                           blocks holds (sm_90+)                                       team_channels.cu
 //   held     channels_last  the whole tensor, in all multiprocessors' registers  1      held_channels.cu
 //   resident channels_last  the same in their shared memory (sm_90+)             1      resident.cu
 //   slab     channels_last  a few neighbouring channels of one sample, all       1      slab.cu
@@ -28,6 +29,7 @@ enum class InstanceNormPath {
   kStream,
   kChannelStream,
   kChannelCluster,
+  kChannelTeam,
   kSlab,
   kFewChannels,
   kSplit,
@@ -61,6 +63,7 @@ struct InstanceNormSchedule {
   // hold on to what will be read again
   int held = 1;
   int ahead = 1;
+  int teams = 1;  // of the stream path's blocks, with units of their own each
   bool direct = false;
   bool keep = false;
   size_t shared_bytes = 0;

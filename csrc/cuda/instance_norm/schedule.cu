@@ -63,6 +63,7 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
   schedule.vectorized = shape.vectorized;
   const int64_t by_clusters = overrides.tuned("units", 0);
   if (by_clusters == 2 && schedule_channel_cluster(params, facts, overrides, schedule)) return cudaSuccess;
+  if (overrides.tuned("teams", 0) > 0 && schedule_channel_team(params, facts, overrides, schedule)) return cudaSuccess;
   if (overrides.forced("stream") && (schedule_channel_stream(params, facts, overrides, schedule) ||
                                      schedule_stream(params, facts, shape, overrides, true, schedule))) {
     return cudaSuccess;
@@ -72,6 +73,13 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
   if (free && schedule_few_channels(params, facts, overrides, schedule)) return cudaSuccess;
   if (free && params.channels_last) {
     InstanceNormSchedule other;
+    other.vectorized = shape.vectorized;
+    if (by_clusters == 0 && schedule_channel_team(params, facts, overrides, other) &&
+        prefers_channel_team(params, other)) {
+      schedule = other;
+      return cudaSuccess;
+    }
+    other = {};
     other.vectorized = shape.vectorized;
     if (by_clusters != 1 && schedule_channel_cluster(params, facts, overrides, other) &&
         prefers_channel_cluster(params, other)) {
@@ -147,6 +155,8 @@ cudaError_t launch_instance_norm(const InstanceNormParams& params, const Instanc
       return launch_channel_stream(params, schedule, workspace, stream);
     case InstanceNormPath::kChannelCluster:
       return launch_channel_cluster(params, schedule, stream);
+    case InstanceNormPath::kChannelTeam:
+      return launch_channel_team(params, schedule, workspace, stream);
     case InstanceNormPath::kStream:
       return launch_stream(params, schedule, workspace, stream);
     case InstanceNormPath::kSlab:

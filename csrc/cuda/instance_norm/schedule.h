@@ -19,8 +19,9 @@ namespace styleforge::cuda {
 // both, 4: neither). In channels_last also lanes (vectors of a slice), held (tiles of a unit that a block keeps), ahead
 // (tiles on their way at a time), direct (2: every block merges all statistics for itself, 1: not), units (2: units
 // that a cluster holds wherever there are such, with cluster, lanes, stages, ahead, cache and grid (clusters), 1:
-// never). Of the plane path: prefetch (blocks that do so), registers (2: held in registers, 1: in shared memory),
-// copies (clusters of a plane, 1 or 2, where in registers). Few channels: each (vectors of a thread).
+// never), teams (blocks in teams, this many, with lanes, stages, ahead, cache and grid (blocks)). Of the plane path:
+// prefetch (blocks that do so), registers (2: held in registers, 1: in shared memory), copies (clusters of a plane, 1
+// or 2, where in registers). Few channels: each (vectors of a thread).
 inline constexpr const char* kTuneVariable = "STYLEFORGE_TUNE";
 
 // Shared memory that plane and slab declare statically (reductions, the parts of a cluster); the rest holds the data.
@@ -89,6 +90,9 @@ bool schedule_channel_stream(const InstanceNormParams& p, const DeviceFacts& fac
                              InstanceNormSchedule& s);
 bool schedule_channel_cluster(const InstanceNormParams& p, const DeviceFacts& facts, const Overrides& overrides,
                               InstanceNormSchedule& s);
+bool schedule_channel_team(const InstanceNormParams& p, const DeviceFacts& facts, const Overrides& overrides,
+                           InstanceNormSchedule& s);
+bool prefers_channel_team(const InstanceNormParams& p, const InstanceNormSchedule& s);
 bool prefers_channel_cluster(const InstanceNormParams& p, const InstanceNormSchedule& s);
 bool prefers_channel_stream(const InstanceNormParams& p, const InstanceNormSchedule& s);
 bool schedule_few_channels(const InstanceNormParams& p, const DeviceFacts& facts, const Overrides& overrides,

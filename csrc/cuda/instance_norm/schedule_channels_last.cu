@@ -19,6 +19,10 @@ constexpr int64_t kChannelStreamStatic = 35 * 1024;
 // In clusters: the smallest unit that it is chosen for, and shared memory that is declared statically.
 constexpr int64_t kLeastClusterUnit = 1 << 20;
 constexpr int64_t kChannelClusterStatic = 30 * 1024;
+// By teams of blocks: the smallest unit, shared memory that is declared statically, and the most teams.
+constexpr int64_t kLeastTeamUnit = 512 << 10;
+constexpr int64_t kChannelTeamStatic = 11 * 1024;
+constexpr int64_t kMostTeams = 16;
 constexpr int64_t kFewChannels = 6;
 constexpr int64_t kTilesAhead = 3;
 // Resident in channels_last (tuned by lanes, threads and least): vectors that a block has at least, and a thread about.
@@ -74,6 +78,7 @@ bool schedule_channel_stream(const InstanceNormParams& p, const DeviceFacts& fac
   s.held = static_cast<int>(overrides.tuned("held", fits ? s.stages : std::max(1, s.stages - 2)));
   s.held = std::min(s.held, s.stages);
   s.ahead = static_cast<int>(overrides.tuned("ahead", kTilesAhead));
+  s.prefetched = static_cast<int>(overrides.tuned("prefetch", kTilesAhead));
   const int64_t channels = std::min(p.channels, lanes * width);
   s.direct = overrides.tuned("direct", channels <= kFewChannels ? 2 : 1) == 2;
   const int64_t total = p.batch * p.channels * p.pixels * element;
@@ -115,6 +120,7 @@ bool schedule_channel_cluster(const InstanceNormParams& p, const DeviceFacts& fa
   s.cluster = cluster;
   s.lanes = static_cast<int>(lanes);
   s.ahead = static_cast<int>(overrides.tuned("ahead", 4));
+  s.prefetched = static_cast<int>(overrides.tuned("prefetch", kTilesAhead));
   // What finds room at the same time; others would come after them.
   const int64_t clusters = overrides.tuned("grid", std::max(1, facts.multiprocessors * 7 / 8 / cluster));
   s.blocks = static_cast<int>(std::min(units, clusters)) * cluster;
@@ -127,6 +133,69 @@ bool schedule_channel_cluster(const InstanceNormParams& p, const DeviceFacts& fa
   s.path = InstanceNormPath::kChannelCluster;
   s.name = "instance_norm:cuda:stream:channels_last:cluster";
   return true;
+}
+
+// channels_last by teams of blocks: see team_channels.cu. Four or eight teams (measured; others take slices of the same
+// pixels at different times): what a round of units takes, in nanoseconds, is its bytes or its exchange.
+bool schedule_channel_team(const InstanceNormParams& p, const DeviceFacts& facts, const Overrides& overrides,
+                           InstanceNormSchedule& s) {
+  if (!facts.has_cluster() || !p.channels_last || p.dtype == DType::kFloat64 || p.phase_width != 0 || !all_aligned(p))
+    return false;
+  const auto element = static_cast<int64_t>(size_of(p.dtype));
+  const int64_t width = 16 / element;
+  if (p.channels % width != 0 || p.pixels > kMostStreamTiles) return false;
+  const int64_t vectors = p.channels / width;
+  const int64_t wanted_lanes = overrides.tuned("lanes", 0), wanted_teams = overrides.tuned("teams", 0);
+  const int64_t grid = overrides.tuned("grid", facts.multiprocessors);
+  const int64_t room = facts.max_shared_per_block - kChannelTeamStatic;
+  const int64_t total = p.batch * p.channels * p.pixels * element;
+  int64_t least = 0;
+  for (int64_t lanes = kLeastLanes; lanes > 0 && least == 0; lanes /= 2) {
+    if (vectors % lanes != 0 || (wanted_lanes == 0 ? lanes < kLeastLanes / 2 : lanes != wanted_lanes)) continue;
+    const int64_t units = p.batch * (vectors / lanes);
+    const int64_t share = std::min<int64_t>(256, kChannelStreamThreads / lanes * kChannelStreamRows);
+    const int64_t stage_bytes = share * lanes * 16;
+    const int64_t most = std::min<int64_t>(room / stage_bytes, 32);
+    const int64_t stages = std::clamp<int64_t>(overrides.tuned("stages", most), 1, most);
+    for (int64_t teams = 1; teams <= std::min(grid, kMostTeams); ++teams) {
+      if (wanted_teams == 0 ? teams != 4 && teams != 8 : teams != wanted_teams) continue;
+      const int64_t blocks = grid / teams;
+      const int64_t tiles = ceil_div(ceil_div(p.pixels, blocks), share);
+      // Room for half of the next unit; hardly a team without a unit in the last round.
+      const int64_t rounds = ceil_div(units, teams);
+      if (wanted_teams > 0 ? tiles > stages : tiles * 3 / 2 > stages || units * 20 < rounds * teams * 17) continue;
+      const int64_t bytes = tiles * stage_bytes / 15;
+      const int64_t cost = rounds * std::max(bytes, 1600 + 40 * blocks) + bytes / 2;
+      if (least > 0 && cost >= least) continue;
+      least = cost;
+      s.lanes = static_cast<int>(lanes);
+      s.teams = static_cast<int>(teams);
+      s.blocks = static_cast<int>(blocks * teams);
+      s.parts = tiles;
+      s.share = share;
+      s.stages = static_cast<int>(stages);
+      s.shared_bytes =
+          static_cast<size_t>(std::max<int64_t>(stages * stage_bytes, facts.max_shared_per_block / 2 + 1024));
+      s.workspace_bytes = static_cast<size_t>(units * blocks * lanes * width * 8);
+    }
+  }
+  if (least == 0) return false;
+  s.ahead = static_cast<int>(overrides.tuned("ahead", kTilesAhead));
+  s.prefetched = static_cast<int>(overrides.tuned("prefetch", kTilesAhead));
+  const int64_t cache = overrides.tuned("cache", total > facts.l2_bytes ? 2 : 1);
+  s.read_once = (cache & 1) != 0;
+  s.stream_stores = (cache & 2) != 0;
+  s.path = InstanceNormPath::kChannelTeam;
+  s.name = "instance_norm:cuda:stream:channels_last:team";
+  return true;
+}
+
+// Measured (H200, cold) against clusters, the stream of all blocks and what holds the tensor: see team_channels.cu.
+// Slices of half a line only where the whole tensor is nearly in the L2 cache: 8x64x256x256 in float 93 us, 101 so.
+bool prefers_channel_team(const InstanceNormParams& p, const InstanceNormSchedule& s) {
+  const int64_t total = p.batch * p.channels * p.pixels * static_cast<int64_t>(size_of(p.dtype));
+  return total >= kLeastChannelStream && p.pixels * s.lanes * 16 >= kLeastTeamUnit &&
+         (s.lanes == kLeastLanes || total <= 2 * kLeastChannelStream);
 }
 
 // Measured (H200) against the stream of all blocks: 16x128x128x128 in half 58.8 -> 48.2 us, in float 96.1 -> 81.3;

@@ -33,10 +33,10 @@
 // microseconds pass from a unit's last tile to its first store, and the rings hold three units or so. Hence few tiles
 // on their way at a time (`ahead`: with all of the ring 52.1 us on 4x64x256x256 in float, with three tiles 48.4; in
 // half 32.7 and 28.2), and all statistics of a unit asked for together (16x128x128x128 in half 64.7, then 57.3). Slices
-// that a cluster holds do without those journeys: cluster_channels.cu. Tried for the others, and worse (4x64x256x256 in
-// half, 28.1): all parts read by every block, whose threads that apply merge them, 41.5 (the same 67 KB for all blocks
-// are five microseconds); one warp that merges and two that collect, 31.9; blocks in teams that take samples in turn,
-// 29.8 (16x128x128x128 in half 59.0, then 53.1, but in float 95.1, then 101).
+// that a cluster or a team of blocks holds do with fewer: cluster_channels.cu, team_channels.cu. Tried for the others,
+// and worse (4x64x256x256 in half, 28.1): all parts read by every block, whose threads that apply merge them, 41.5 (the
+// same 67 KB for all blocks are five microseconds); one warp that merges and two that collect, 31.9; blocks in teams
+// that take samples in turn, 29.8 (16x128x128x128 in half 59.0, then 53.1, but in float 95.1, then 101).
 //
 // 1x64x1024x1024 in half (one unit of 134 MB) reads 213 MB from memory: 55 of the 134 MB are still in the rings or the
 // L2 cache when they are read again. What the cache is asked to keep, and how many tiles are on their way, changes
@@ -106,6 +106,23 @@ struct ChannelStream {
   // of a slice, real ones
   __device__ __forceinline__ int channels(const Walk& at) const {
     return min(cut.channels, static_cast<int>(p.channels) - at.slice * cut.channels);
+  }
+
+  // One thread: the first tiles on their way to the L2 cache, while the predecessor drains.
+  __device__ __forceinline__ void prefetch() const {
+    Walk at(cut);
+    for (int left = cut.prefetched; left > 0; --left) {
+      while (at.unit < 0 || !at.next_tile()) {
+        if (!at.next_unit()) return;
+      }
+      if (cut.slices == 1) {
+        const int64_t from = (static_cast<int64_t>(at.sample) * cut.rows + at.first_row()) * cut.vectors;
+        bulk_prefetch(reinterpret_cast<const V*>(p.input) + from,
+                      static_cast<uint32_t>(at.row_count() * cut.vectors) * sizeof(V));
+      } else {
+        prefetch_slice(map, at.slice * cut.lanes * kWidth, at.first_row(), at.sample);
+      }
+    }
   }
 
   // One thread: loads what may be on its way at first, or what comes after that.
@@ -430,6 +447,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(&ring.ready[m], kWarp);
     }
     mbarrier_init_fence();
+    stream.prefetch();
     wait_for_predecessor();
     stream.produce(true);
   }
@@ -474,6 +492,7 @@ cudaError_t launch_channel_stream(const InstanceNormParams& params, const Instan
   cut.stages = schedule.stages;
   cut.held = schedule.held;
   cut.ahead = schedule.ahead;
+  cut.prefetched = schedule.prefetched;
   cut.stage_bytes = static_cast<int>(ceil_div(schedule.share * schedule.lanes * 16, 128)) * 128;
   cut.direct = schedule.direct;
   cut.read_once = schedule.read_once;
