@@ -22,9 +22,8 @@ struct ChannelCut {
   int slots;     // parts of a unit: blocks that have tiles of it
   int copies_log2;
   int stages;
-  int held;        // tiles of a unit that a block keeps
-  int ahead;       // tiles on their way at a time
-  int prefetched;  // of the first ones, those that the L2 cache gets before the predecessor is through
+  int held;   // tiles of a unit that a block keeps
+  int ahead;  // tiles on their way at a time
   int stage_bytes;
   bool direct;         // blocks merge all channels for themselves
   bool read_once;      // what is loaded for the last time is the first that the L2 cache lets go
@@ -125,12 +124,6 @@ __device__ __forceinline__ void load_slice(void* to, const CUtensorMap* map, int
       "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
       "l"(map), "r"(channel), "r"(pixel), "r"(sample), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
-}
-// To the L2 cache only.
-__device__ __forceinline__ void prefetch_slice(const CUtensorMap* map, int channel, int pixel, int sample) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(channel),
-               "r"(pixel), "r"(sample)
-               : "memory");
 }
 
 #endif  // STYLEFORGE_HAS_BULK_COPY

@@ -78,7 +78,6 @@ bool schedule_channel_stream(const InstanceNormParams& p, const DeviceFacts& fac
   s.held = static_cast<int>(overrides.tuned("held", fits ? s.stages : std::max(1, s.stages - 2)));
   s.held = std::min(s.held, s.stages);
   s.ahead = static_cast<int>(overrides.tuned("ahead", kTilesAhead));
-  s.prefetched = static_cast<int>(overrides.tuned("prefetch", kTilesAhead));
   const int64_t channels = std::min(p.channels, lanes * width);
   s.direct = overrides.tuned("direct", channels <= kFewChannels ? 2 : 1) == 2;
   const int64_t total = p.batch * p.channels * p.pixels * element;
@@ -120,7 +119,6 @@ bool schedule_channel_cluster(const InstanceNormParams& p, const DeviceFacts& fa
   s.cluster = cluster;
   s.lanes = static_cast<int>(lanes);
   s.ahead = static_cast<int>(overrides.tuned("ahead", 4));
-  s.prefetched = static_cast<int>(overrides.tuned("prefetch", kTilesAhead));
   // What finds room at the same time; others would come after them.
   const int64_t clusters = overrides.tuned("grid", std::max(1, facts.multiprocessors * 7 / 8 / cluster));
   s.blocks = static_cast<int>(std::min(units, clusters)) * cluster;
@@ -181,7 +179,6 @@ bool schedule_channel_team(const InstanceNormParams& p, const DeviceFacts& facts
   }
   if (least == 0) return false;
   s.ahead = static_cast<int>(overrides.tuned("ahead", kTilesAhead));
-  s.prefetched = static_cast<int>(overrides.tuned("prefetch", kTilesAhead));
   const int64_t cache = overrides.tuned("cache", total > facts.l2_bytes ? 2 : 1);
   s.read_once = (cache & 1) != 0;
   s.stream_stores = (cache & 2) != 0;

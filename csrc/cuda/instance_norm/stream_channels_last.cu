@@ -108,23 +108,6 @@ struct ChannelStream {
     return min(cut.channels, static_cast<int>(p.channels) - at.slice * cut.channels);
   }
 
-  // One thread: the first tiles on their way to the L2 cache, while the predecessor drains.
-  __device__ __forceinline__ void prefetch() const {
-    Walk at(cut);
-    for (int left = cut.prefetched; left > 0; --left) {
-      while (at.unit < 0 || !at.next_tile()) {
-        if (!at.next_unit()) return;
-      }
-      if (cut.slices == 1) {
-        const int64_t from = (static_cast<int64_t>(at.sample) * cut.rows + at.first_row()) * cut.vectors;
-        bulk_prefetch(reinterpret_cast<const V*>(p.input) + from,
-                      static_cast<uint32_t>(at.row_count() * cut.vectors) * sizeof(V));
-      } else {
-        prefetch_slice(map, at.slice * cut.lanes * kWidth, at.first_row(), at.sample);
-      }
-    }
-  }
-
   // One thread: loads what may be on its way at first, or what comes after that.
   __device__ __forceinline__ void produce(bool first) const {
     const int initial = min(cut.ahead, cut.stages);
@@ -447,7 +430,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(&ring.ready[m], kWarp);
     }
     mbarrier_init_fence();
-    stream.prefetch();
     wait_for_predecessor();
     stream.produce(true);
   }
@@ -492,7 +474,6 @@ cudaError_t launch_channel_stream(const InstanceNormParams& params, const Instan
   cut.stages = schedule.stages;
   cut.held = schedule.held;
   cut.ahead = schedule.ahead;
-  cut.prefetched = schedule.prefetched;
   cut.stage_bytes = static_cast<int>(ceil_div(schedule.share * schedule.lanes * 16, 128)) * 128;
   cut.direct = schedule.direct;
   cut.read_once = schedule.read_once;

@@ -11,10 +11,11 @@
 // A part says by itself that it is there (grid.cuh). Blocks mark their own parts as absent at the start; only who reads
 // those of others waits for the grid, while the first tiles are on their way. Launched cooperatively: all blocks run.
 //
-// Measured (H200, cold, in turns with the way taken before, us, half and float): 16x128x128x128 48.7 -> 42.3, 85.9 ->
-// 74.2 (clusters); 8x128x128x128 27.7 -> 24.1, 48.4 -> 40.4; 17x128x129x129 55.7 -> 48.7, 103 -> 82; 4x64x256x256 27.0
-// -> 24.5, 48.5 -> 46.5 (stream_channels_last.cu); 16x256x64x64 33.9 -> 25.7, 75 -> 42; 64x128x64x64 100 -> 44.7, 213
-// -> 80 (held_channels.cu).
+// Measured (H200, cold, in turns with the way taken before, us, half and float): 16x128x128x128 47.6 -> 41.2, 86.2 ->
+// 73.9 (clusters); 8x128x128x128 26.9 -> 22.9, 47.2 -> 38.1; 17x128x129x129 54.7 -> 45.4, 102 -> 79.9; 4x64x256x256
+// 26.9 -> 24.2, 48.7 -> 46.1 (stream_channels_last.cu); 16x256x64x64 34.1 -> 23.9, 75 -> 41.7; 64x128x64x64 98 -> 43.5,
+// 213 -> 79.0 (held_channels.cu). With a residual 16x128x128x128 85.6 -> 62.2, 134 -> 111; with silu 146 -> 110, 176 ->
+// 134.
 //
 // What limits it, by kernels that leave out what they wait for (16x128x128x128, us in half and float): nothing is
 // waited for, 40.7 and 75.7; a block waits for its own part of a unit, 41.1 and 76; all, 42.3 and 74.2. So it is no
@@ -61,8 +62,7 @@ struct TeamCut {
   int tiles;     // of a block
   int teams;
   int stages;
-  int ahead;       // tiles on their way at a time
-  int prefetched;  // of the first ones, those that the L2 cache gets before the predecessor is through
+  int ahead;  // tiles on their way at a time
   int stage_bytes;
   bool read_once;      // what is loaded is the first that the L2 cache lets go
   bool stream_stores;  // what is stored, too
@@ -112,16 +112,6 @@ struct TeamStream {
     return min(max(cut.rows - r * each, 0), each);
   }
   __device__ __forceinline__ int rows_of(int tile) const { return min(cut.share, count - tile * cut.share); }
-
-  // One thread: the first tiles on their way to the L2 cache, while the predecessor drains.
-  __device__ __forceinline__ void prefetch() const {
-    if (team >= cut.units) return;
-    const int sample = team / cut.slices;
-    const int channel = (team - sample * cut.slices) * cut.channels;
-    for (int tile = 0; tile < min(own, cut.prefetched); ++tile) {
-      prefetch_slice(map, channel, begin + tile * cut.share, sample);
-    }
-  }
 
   // One thread: loads what may be on its way at first, or what comes after that.
   __device__ __forceinline__ void produce(bool first) const {
@@ -491,7 +481,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(&ring.taken[place], kApplyWarps * kWarp);
     }
     mbarrier_init_fence();
-    stream.prefetch();
     wait_for_predecessor();
     stream.produce(true);
   }
@@ -537,7 +526,6 @@ cudaError_t launch_channel_team(const InstanceNormParams& params, const Instance
   cut.teams = schedule.teams;
   cut.stages = schedule.stages;
   cut.ahead = schedule.ahead;
-  cut.prefetched = schedule.prefetched;
   cut.stage_bytes = cut.share * cut.lanes * 16;
   cut.read_once = schedule.read_once;
   cut.stream_stores = schedule.stream_stores;
