@@ -109,6 +109,7 @@ CALLS: dict[str, tuple[str, Callable[[], Call]]] = {
     "norm, clusters": ("plane", _norm((1, 16, 192, 192), FLOAT)),
     "norm, split": ("split", _norm((2, 16, 96, 96), FLOAT)),
     "norm, ticket": ("ticket", _norm((1, 3, 1024, 1024), HALF)),
+    "norm, bulk copies": ("bulk", _norm((2, 20, 192, 192), FLOAT)),
     "norm, stream": ("stream", _norm((3, 50, 132, 144), HALF)),
     "norm, channels_last": ("", _norm((1, 64, 64, 64), HALF, last=True)),
     "norm, channels_last, stream": ("stream", _norm((3, 64, 96, 100), FLOAT, last=True)),

@@ -32,6 +32,7 @@ PATHS = [
     ("portable", "contiguous", (1, 3, 511, 513)),
     ("ticket", "contiguous", (1, 2, 2048, 2048)),
     ("", "contiguous", (1, 3, 512, 512)),
+    ("bulk", "contiguous", (2, 20, 192, 192)),
     ("stream", "contiguous", (3, 50, 132, 144)),  # more than a tile a plane, more than one a multiprocessor
     ("stream", "contiguous", (1, 3, 512, 512)),  # a tile a multiprocessor
     ("stream", "contiguous", (5, 60, 72, 64)),  # a plane a tile: no workspace

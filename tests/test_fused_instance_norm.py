@@ -328,7 +328,11 @@ PATHS: list[tuple[str, str, tuple[int, ...], str]] = [
     ("", "contiguous", (2, 32, 256, 256), "plane:cluster"),
     ("", "contiguous", (1, 10, 80, 66), "plane:cluster"),
     ("", "contiguous", (1, 3, 1024, 1024), "stream"),
-    ("", "contiguous", (2, 64, 256, 256), "stream"),
+    ("", "contiguous", (5, 64, 256, 256), "plane:bulk"),
+    ("bulk", "contiguous", (4, 64, 16, 16), "plane:bulk"),
+    ("bulk", "contiguous", (3, 5, 8, 1), "plane:bulk"),
+    ("bulk", "contiguous", (2, 31, 52, 50), "plane:bulk"),
+    ("stream", "contiguous", (2, 64, 256, 256), "stream"),
     ("stream", "contiguous", (1, 3, 512, 512), "stream"),
     ("stream", "contiguous", (4, 64, 16, 16), "stream"),
     ("stream", "contiguous", (3, 5, 8, 1), "stream"),
@@ -415,7 +419,7 @@ def test_every_cuda_path(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    needs_sm90 = "cluster" in expected or expected.startswith(("stream", "held"))
+    needs_sm90 = "cluster" in expected or "bulk" in expected or expected.startswith(("stream", "held"))
     if needs_sm90 and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs thread block clusters or bulk copies (compute capability 9.0)")
     _forced(monkeypatch, forced)
@@ -426,7 +430,7 @@ def test_every_cuda_path(
         and forced != "split"
     ):
         sizes = (*sizes[:2], 2 * sizes[2], sizes[3])  # as many bytes as in float32
-    if dtype != torch.float32 and expected in ("plane:cluster", "stream"):
+    if dtype != torch.float32 and expected in ("plane:cluster", "plane:bulk", "stream"):
         sizes = (*sizes[:2], 2 * sizes[2], sizes[3])
     x = tensor(*sizes, dtype=dtype, device="cuda", layout=layout, offset=2.0)
     half_l2 = torch.cuda.get_device_properties(0).L2_cache_size // 2

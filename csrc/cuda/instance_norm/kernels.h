@@ -26,6 +26,10 @@ constexpr int kHeldThreads = 512;
 constexpr int kHeldVectors = 8;
 cudaError_t launch_held_plane(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
                               cudaStream_t stream);
+// Large planes whose part of a block comes by one bulk copy: threads of a block at most.
+constexpr int kBulkPlaneThreads = 256;
+cudaError_t launch_bulk_plane(const InstanceNormParams& params, const InstanceNormSchedule& schedule,
+                              cudaStream_t stream);
 // The same by clusters, each with units of its own.
 constexpr int kClusterChannels = 64;
 cudaError_t launch_channel_cluster(const InstanceNormParams& params, const InstanceNormSchedule& schedule,

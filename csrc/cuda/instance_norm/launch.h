@@ -2,7 +2,8 @@
 //
 //   path     format         what stays on chip                                launches  where
 //   plane    NCHW           a plane, in one block's or one cluster's shared      1      plane.cu,
-//                           memory or registers: one read, one write                    held_plane.cu
+//                           memory or registers: one read, one write                    held_plane.cu,
+//                                                                                       bulk_plane.cu
 //   stream   NCHW           tiles of planes on their way through shared memory: 1 - 2    stream.cu
 //                           one read, one write, planes of any size (sm_90+)
 //            channels_last  the same of slices of the channels; all blocks       1      stream_channels_last.cu,
@@ -26,6 +27,7 @@ namespace styleforge::cuda {
 enum class InstanceNormPath {
   kPlane,
   kHeldPlane,
+  kBulkPlane,
   kStream,
   kChannelStream,
   kChannelCluster,
@@ -72,9 +74,9 @@ struct InstanceNormSchedule {
 };
 
 // A pure function of the shape and the device, but for STYLEFORGE_PATH, which tests set: plane takes a cluster of 16
-// where that is not the choice, stream the ring where the tensor allows it, resident and held hold what they can of
-// channels_last, split takes the two passes, ticket the two passes by tickets (NCHW), portable does as on a device
-// without clusters, as do calls without `clusters`.
+// where that is not the choice, bulk the planes by bulk copies, stream the ring where the tensor allows it, resident
+// and held hold what they can of channels_last, split takes the two passes, ticket the two passes by tickets (NCHW),
+// portable does as on a device without clusters, as do calls without `clusters`.
 cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNormSchedule& schedule,
                                    bool clusters = true);
 

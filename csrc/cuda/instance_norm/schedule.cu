@@ -68,6 +68,7 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
                                      schedule_stream(params, facts, shape, overrides, true, schedule))) {
     return cudaSuccess;
   }
+  if (overrides.forced("bulk") && schedule_bulk_plane(params, facts, shape, overrides, true, schedule)) return cudaSuccess;
   const bool free = !overrides.forced("plane") && !overrides.forced("split") && !overrides.forced("ticket") &&
                     !overrides.forced("portable");
   if (free && schedule_few_channels(params, facts, overrides, schedule)) return cudaSuccess;
@@ -118,7 +119,8 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
         prefers_stream(params, shape, fits ? &schedule : nullptr)) {
       InstanceNormSchedule other;
       other.vectorized = shape.vectorized;
-      if (schedule_stream(params, facts, shape, overrides, false, other)) {
+      if (schedule_bulk_plane(params, facts, shape, overrides, false, other) ||
+          schedule_stream(params, facts, shape, overrides, false, other)) {
         schedule = other;
         return cudaSuccess;
       }
@@ -151,6 +153,8 @@ cudaError_t launch_instance_norm(const InstanceNormParams& params, const Instanc
       return launch_plane(params, schedule, stream);
     case InstanceNormPath::kHeldPlane:
       return launch_held_plane(params, schedule, stream);
+    case InstanceNormPath::kBulkPlane:
+      return launch_bulk_plane(params, schedule, stream);
     case InstanceNormPath::kChannelStream:
       return launch_channel_stream(params, schedule, workspace, stream);
     case InstanceNormPath::kChannelCluster:

@@ -14,6 +14,8 @@ namespace {
 
 // Three blocks of this size share a multiprocessor, so that one loads while another one stores.
 constexpr int64_t kPreferredShare = 64 * 1024;
+constexpr int64_t kBulkShare = 32 * 1024;
+constexpr int kBulkCluster = 8;  // by bulk copies: 16 cover 112 of 132 multiprocessors
 // Stream: what a block's ring holds at most, what of it is loaded before a ticket is drawn, what of that the L2 cache
 // gets before the predecessor is through, and the tensors and planes it is for. Measured: smaller tiles, and more of
 // them, pay for planes of more than kManyTiles.
@@ -99,6 +101,38 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
   return true;
 }
 
+// Measured (H200, cold): parts of kBulkShare (4x64x256x256 in float 34.4 us, of twice as much 35.6, 2x64x256x256 18.3
+// and 19.0); larger ones where the cluster does not suffice, for tensors that the L2 cache does not hold (4x64x512x512
+// in half 71.8 against 73.4 by the stream; 1x64x512x512 22.7 against 21.1). Such tensors are kept in the cache as far as
+// it goes, smaller ones are not. 4x64x256x256 in half 20.2 against 20.5 by the stream, in bfloat16 21.4 against 20.8.
+// `wanted`: as below.
+bool schedule_bulk_plane(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
+                         const Overrides& overrides, bool wanted, InstanceNormSchedule& s) {
+  if (!facts.has_cluster() || !shape.vectorized || p.channels_last || p.dtype == DType::kFloat64) return false;
+  const int64_t vectors = p.pixels / shape.width;
+  const int64_t bytes = vectors * shape.vector_bytes;
+  const int64_t planes = p.batch * p.channels;
+  const bool cached = planes * bytes <= facts.l2_bytes;
+  if (cached && !wanted && p.dtype == DType::kBFloat16) return false;
+  int cluster = 1;
+  while (cluster < kBulkCluster && bytes > kBulkShare * cluster) cluster *= 2;
+  cluster = static_cast<int>(std::min<int64_t>(overrides.tuned("cluster", cluster), largest_cluster(facts, overrides)));
+  s.share = ceil_div(ceil_div(vectors, cluster), kLine) * kLine;
+  if (s.share * shape.vector_bytes > (cached && !wanted ? kBulkShare : 2 * kBulkShare)) return false;
+  s.path = InstanceNormPath::kBulkPlane;
+  s.cluster = cluster;
+  s.threads = static_cast<int>(
+      std::min<int64_t>(overrides.tuned("threads", round_threads(ceil_div(s.share, 16), 32, kBulkPlaneThreads)),
+                        kBulkPlaneThreads));
+  s.shared_bytes = static_cast<size_t>(s.share * shape.vector_bytes);
+  s.prefetched = static_cast<int>(overrides.tuned("prefetch", facts.multiprocessors));
+  const int64_t cache = overrides.tuned("cache", cached ? 3 : 4);
+  s.read_once = (cache & 1) != 0;
+  s.stream_stores = (cache & 2) != 0;
+  s.name = "instance_norm:cuda:plane:bulk";
+  return true;
+}
+
 // `wanted`: asked for by name, so whether it pays is not looked at.
 bool schedule_stream(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
                      const Overrides& overrides, bool wanted, InstanceNormSchedule& s) {
@@ -158,8 +192,8 @@ bool prefers_stream(const InstanceNormParams& p, const Shape& shape, const Insta
   const int64_t planes = p.batch * p.channels;
   if (plane != nullptr) {
     // One block a multiprocessor, which holds a large plane alone, loads and stores by turns (4x64x256x256 in half 25.3
-    // us against 23.9).
-    return (plane->cluster > 1 || total / planes > kPreferredShare * 3 / 2) && total >= kLeastAgainstPlane;
+    // us against 23.9, 8x64x192x192 32.3 against 24.7).
+    return (plane->cluster > 1 || total / planes > kPreferredShare) && total >= kLeastAgainstPlane;
   }
   // Two passes keep up as long as the L2 cache holds the tensor and a plane has few tiles (1x32x512x512 in half 13.2 us
   // against 16.6; 1x3x1024x1024 in float 14.0 against 12.5).
