@@ -1,6 +1,8 @@
-"""Planes whose blocks get their part by one bulk copy: clusters of every size, even and ragged cuts, in place."""
+"""Planes whose blocks get their part by one bulk copy: clusters of every size, even and ragged cuts."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -35,7 +37,9 @@ def test_however_a_plane_is_cut(
     for activation, residual in (("relu", None), ("leaky_relu", r), ("silu", r)):
         reference = instance_norm(x, weight, bias, activation=activation, residual=residual)
         for threads, cache in ((32, 4), (96, 3), (256, 3)):
-            monkeypatch.setenv("STYLEFORGE_TUNE", f"cluster={cluster},threads={threads},cache={cache},prefetch=3")
+            monkeypatch.setenv(
+                "STYLEFORGE_TUNE", f"cluster={cluster},threads={threads},cache={cache},prefetch=3"
+            )
             poison(x.numel(), dtype, "cuda")
             first = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
             assert styleforge.last_path() == "instance_norm:cuda:plane:bulk"
@@ -69,5 +73,5 @@ def test_many_launches_in_a_row_and_from_two_streams(
         chained.append(call(chained[-1]))
     torch.cuda.synchronize()
     assert all(torch.equal(result, expected) for result in results)
-    for before, after in zip(chained, chained[1:], strict=False):
+    for before, after in itertools.pairwise(chained):
         assert torch.equal(after, call(before))

@@ -68,7 +68,8 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
                                      schedule_stream(params, facts, shape, overrides, true, schedule))) {
     return cudaSuccess;
   }
-  if (overrides.forced("bulk") && schedule_bulk_plane(params, facts, shape, overrides, true, schedule)) return cudaSuccess;
+  if (overrides.forced("bulk") && schedule_bulk_plane(params, facts, shape, overrides, true, schedule))
+    return cudaSuccess;
   const bool free = !overrides.forced("plane") && !overrides.forced("split") && !overrides.forced("ticket") &&
                     !overrides.forced("portable");
   if (free && schedule_few_channels(params, facts, overrides, schedule)) return cudaSuccess;

@@ -103,9 +103,9 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
 
 // Measured (H200, cold): parts of kBulkShare (4x64x256x256 in float 34.4 us, of twice as much 35.6, 2x64x256x256 18.3
 // and 19.0); larger ones where the cluster does not suffice, for tensors that the L2 cache does not hold (4x64x512x512
-// in half 71.8 against 73.4 by the stream; 1x64x512x512 22.7 against 21.1). Such tensors are kept in the cache as far as
-// it goes, smaller ones are not. 4x64x256x256 in half 20.2 against 20.5 by the stream, in bfloat16 21.4 against 20.8.
-// `wanted`: as below.
+// in half 71.8 against 73.4 by the stream; 1x64x512x512 22.7 against 21.1). Such tensors are kept in the cache as far
+// as it goes, smaller ones are not. 4x64x256x256 in half 20.2 against 20.5 by the stream, in bfloat16 21.4
+// against 20.8. `wanted`: as below.
 bool schedule_bulk_plane(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
                          const Overrides& overrides, bool wanted, InstanceNormSchedule& s) {
   if (!facts.has_cluster() || !shape.vectorized || p.channels_last || p.dtype == DType::kFloat64) return false;
@@ -121,9 +121,8 @@ bool schedule_bulk_plane(const InstanceNormParams& p, const DeviceFacts& facts, 
   if (s.share * shape.vector_bytes > (cached && !wanted ? kBulkShare : 2 * kBulkShare)) return false;
   s.path = InstanceNormPath::kBulkPlane;
   s.cluster = cluster;
-  s.threads = static_cast<int>(
-      std::min<int64_t>(overrides.tuned("threads", round_threads(ceil_div(s.share, 16), 32, kBulkPlaneThreads)),
-                        kBulkPlaneThreads));
+  s.threads = static_cast<int>(std::min<int64_t>(
+      overrides.tuned("threads", round_threads(ceil_div(s.share, 16), 32, kBulkPlaneThreads)), kBulkPlaneThreads));
   s.shared_bytes = static_cast<size_t>(s.share * shape.vector_bytes);
   s.prefetched = static_cast<int>(overrides.tuned("prefetch", facts.multiprocessors));
   const int64_t cache = overrides.tuned("cache", cached ? 3 : 4);
