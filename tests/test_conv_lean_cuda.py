@@ -24,6 +24,7 @@ pytestmark = [
 
 OP = torch.ops.styleforge.fused_conv_instance_norm_relu.default
 KINDS = [(torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32")]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 LIMITS = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 1e-3}
 
 # batch, input channels, output channels, (H, W), kernel, stride: one warpgroup and two, tiles of 32 to 128
@@ -42,11 +43,13 @@ CASES = [
 ]
 
 
-def _given(case: Any, dtype: torch.dtype, offset: float = 0.3) -> tuple[Any, ...]:
+def _given(
+    case: Any, dtype: torch.dtype, offset: float = 0.3, layout: str = "channels_last"
+) -> tuple[Any, ...]:
     batch, ci, co, size, kernel, stride = case
-    x = tensor(batch, ci, *size, dtype=dtype, device="cuda", layout="channels_last", offset=offset)
+    x = tensor(batch, ci, *size, dtype=dtype, device="cuda", layout=layout, offset=offset)
     scale = (ci * kernel * kernel) ** -0.5
-    w = tensor(co, ci, kernel, kernel, dtype=dtype, device="cuda", layout="channels_last", scale=scale)
+    w = tensor(co, ci, kernel, kernel, dtype=dtype, device="cuda", layout=layout, scale=scale)
     params = [torch.randn(co, device="cuda") for _ in range(2)]
     return x, w, None, *params, (stride, stride), (kernel // 2, kernel // 2)
 
@@ -70,16 +73,18 @@ def test_against_float64(
     case: Any, dtype: torch.dtype, precision: str, tune: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STYLEFORGE_PATH", "sm90")
-    for mode, activation, with_residual in (("zeros", "relu", False), ("reflect", "leaky_relu", True)):
-        given = _given(case, dtype)
+    epilogues = (("zeros", "relu", False), ("reflect", "leaky_relu", True))
+    for layout, (mode, activation, with_residual) in itertools.product(LAYOUTS, epilogues):
+        given = _given(case, dtype, layout=layout)
         args: tuple[Any, ...] = (*given, mode, 1, 1e-5, activation, 0.1)
         reference = conv_instance_norm(*args)
-        residual = torch.randn_like(reference).to(dtype) if with_residual else None
+        residual = tensor(*reference.shape, dtype=dtype, device="cuda", layout=layout) if with_residual else None
         reference = conv_instance_norm(*args, residual)
         monkeypatch.setenv("STYLEFORGE_CONV_TUNE", tune)
         poison(reference.numel(), dtype, "cuda")
         result = OP(*args, residual, precision)
         assert styleforge.last_path().endswith("sm90:one_pass:lean")
+        assert result.is_contiguous(memory_format=LAYOUTS[layout])
         assert rms_error(result, reference) < LIMITS[dtype]
         # Launches that begin while the one before is still at work.
         assert all(torch.equal(result, OP(*args, residual, precision)) for _ in range(10))
@@ -89,11 +94,12 @@ def test_against_float64(
         assert rms_error(result, reference) <= 1.1 * rms_error(general, reference) + 1e-7
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
 @pytest.mark.parametrize("case", CASES[:7], ids=str)
-def test_replayed_without_a_pause(case: Any, dtype: torch.dtype, precision: str) -> None:
+def test_replayed_without_a_pause(case: Any, dtype: torch.dtype, precision: str, layout: str) -> None:
     """Each of a chain begins before the one in front has ended, in a graph and on two streams at once."""
-    x, *rest = _given(case, dtype)
+    x, *rest = _given(case, dtype, layout=layout)
     inputs = [torch.randn_like(x) for _ in range(6)]
     expected = [OP(v, *rest, precision=precision) for v in inputs]
     assert styleforge.last_path().endswith(":lean")

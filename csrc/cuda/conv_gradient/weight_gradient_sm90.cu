@@ -118,28 +118,31 @@ __device__ __forceinline__ void write_turned_weights(const TurnedWeightsParams& 
   }
 }
 
-// Adds what both groups have and writes it: this one's half of the vectors, and gives the other one its half.
+// Each group gives the other one its half of the vectors, of which that one writes both groups' sum.
 template <int kGroup>
-__device__ __forceinline__ void write_half(const float (&sum)[kSide][kSide * kInputChannels / 2], float4* exchange,
-                                           float4* out) {
-  constexpr int kHalf = kVectors / 2;
-  constexpr int kOwn = kGroup * kHalf, kOther = kHalf - kOwn;
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  constexpr int kOfRow = kVectors / kSide;
-  named_barrier(kConsumerBarrier, kConsumers);  // nobody multiplies what is overwritten
+struct Half {
+  static constexpr int kCount = kVectors / 2;
+  static constexpr int kOwn = kGroup * kCount, kOther = kCount - kOwn;
+  static constexpr int kOfRow = kVectors / kSide;
+  using Sums = float[kSide][kSide * kInputChannels / 2];
+
+  static __device__ __forceinline__ void give(const Sums& sum, float4* exchange, int thread) {
 #pragma unroll
-  for (int v = 0; v < kHalf; ++v) {
-    const float* d = &sum[(kOther + v) / kOfRow][(kOther + v) % kOfRow * 4];
-    exchange[(kOther + v) * 128 + thread] = make_float4(d[0], d[1], d[2], d[3]);
+    for (int v = kOther; v < kOther + kCount; ++v) {
+      const float* d = &sum[v / kOfRow][v % kOfRow * 4];
+      exchange[v * 128 + thread] = make_float4(d[0], d[1], d[2], d[3]);
+    }
   }
-  named_barrier(kConsumerBarrier, kConsumers);
+
+  static __device__ __forceinline__ void write(const Sums& sum, const float4* exchange, int thread, float4* out) {
 #pragma unroll
-  for (int v = 0; v < kHalf; ++v) {
-    const float* d = &sum[(kOwn + v) / kOfRow][(kOwn + v) % kOfRow * 4];
-    const float4 other = exchange[(kOwn + v) * 128 + thread];
-    out[(kOwn + v) * 128 + thread] = make_float4(d[0] + other.x, d[1] + other.y, d[2] + other.z, d[3] + other.w);
+    for (int v = kOwn; v < kOwn + kCount; ++v) {
+      const float* d = &sum[v / kOfRow][v % kOfRow * 4];
+      const float4 other = exchange[v * 128 + thread];
+      out[v * 128 + thread] = make_float4(d[0] + other.x, d[1] + other.y, d[2] + other.z, d[3] + other.w);
+    }
   }
-}
+};
 
 #endif  // STYLEFORGE_HAS_WGMMA
 
@@ -273,10 +276,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t block = (split * gridDim.z + blockIdx.z) * gridDim.y + blockIdx.y;
   float4* out = reinterpret_cast<float4*>(p.partials) + block * kBlockVectors;
   float4* exchange = reinterpret_cast<float4*>(ring);
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  // Both groups at the same barrier: where each has its own, synccheck calls their threads divergent.
+  named_barrier(kConsumerBarrier, kConsumers);  // nobody multiplies what is overwritten
   if (group == 0) {
-    write_half<0>(sum, exchange, out);
+    Half<0>::give(sum, exchange, thread);
   } else {
-    write_half<1>(sum, exchange, out);
+    Half<1>::give(sum, exchange, thread);
+  }
+  named_barrier(kConsumerBarrier, kConsumers);
+  if (group == 0) {
+    Half<0>::write(sum, exchange, thread, out);
+  } else {
+    Half<1>::write(sum, exchange, thread, out);
   }
 #endif
 }

@@ -931,6 +931,14 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       }
       out.template normalize<false>(p, norm, affine, stash(tile));
     };
+    [[maybe_unused]] const auto write_tile = [&](int tile) {
+      if (norm.output_channels_last) {
+        write_out(Out(p, n, first_column, tile_at(tile), warp), tile);
+      } else {
+        RowOutNchw<T, kOut>(p, n, first_column, tile_at(tile), warp)
+            .template write_runs<false>(norm, statistics, shifts, stash(tile));
+      }
+    };
     if constexpr (kMayBeGated) {
       if (is_gated() && called_off) {
 #pragma unroll 1
@@ -997,10 +1005,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       }
       barrier();
 #pragma unroll 1
-      for (int tile = begin; tile < end; ++tile) {
-        const Out out(p, n, first_column, tile_at(tile), warp);
-        write_out(out, tile);
-      }
+      for (int tile = begin; tile < end; ++tile) write_tile(tile);
     } else {
       if (s.merge_apart) {
         const int slices = p.out_channels / kMergeSlice;
@@ -1029,13 +1034,12 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       for (int tile = begin; tile < end; ++tile) {
         const ConvTileAt at = tile_at(tile);
         if constexpr (kLean > 0) {
-          const Out out(p, n, first_column, at, warp);
-          write_out(out, tile);
+          write_tile(tile);
         } else {
           if (!norm.output_channels_last) {
             const RowOutNchw<T, kOut> out(p, n, first_column, at, warp);
             if (p.out_width % kFullWidth<T> == 0) {
-              out.write_runs(norm, statistics, shifts, stash(tile));
+              out.template write_runs<true>(norm, statistics, shifts, stash(tile));
             } else {
               out.write_elements(norm, statistics, shifts, stash(tile));
             }

@@ -55,7 +55,8 @@ cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const Instan
   }
   GateOfLaunch gate;
   if constexpr (kGated<T, Traits, kLean>) {
-    if (s.gated) gate = gate_of_launch(facts, stream);
+    // Called off, raw tiles lie in the output, which an NCHW result would overwrite before they are read.
+    if (s.gated && norm.output_channels_last) gate = gate_of_launch(facts, stream);
   }
   return launch(kernel, grid, dim3(Traits::kThreads), s.shared_bytes,
                 Together{kShare * s.same_input, s.resident && gate.place == 0}, facts, stream, p, s, norm, input,

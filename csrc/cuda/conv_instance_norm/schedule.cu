@@ -138,8 +138,9 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
   // 4x256x128x128, 1x1).
   const bool by_blocks = element == 4 && !split && (s.columns == 64 || one_tap);
   if (!s.resident && !fit(s.share > 1 ? 1 : tuned("tiles", by_blocks ? 1 : tiles), false) && !fit(1, false)) return;
-  // To NCHW, the phases of an upsampling would each write every second element. Contiguous tensors, all launches: 21.5
-  // us in one pass and 22.9 in two (16 bits, 1x128x128x128), 33.2 and 39.3 (8x128x64x64), 30.2 and 34.0 (TF32).
+  // To NCHW, the phases of an upsampling would each write every second element. Contiguous tensors, all launches,
+  // general kernels: 21.5 us in one pass and 22.9 in two (16 bits, 1x128x128x128), 33.2 and 39.3 (8x128x64x64), 30.2
+  // and 34.0 (TF32).
   s.resident_nchw = s.resident && p.phases == 1;
   // Blocks with other columns of the same tile bring its input for each other, where all of it has a place of its own:
   // 0.3 us of 6 to 9 in 16 bits; of four chunks 0.2 more, but for a single tap, where it is what a block reads that

@@ -51,7 +51,8 @@ struct RowOutNchw {
     return lane;
   }
 
-  // Where runs of pixels are 16-byte pieces of the tensor.
+  // Where runs of pixels are 16-byte pieces of the tensor. kSmooth: the activation may be of any kind.
+  template <bool kSmooth>
   __device__ __forceinline__ void write_runs(const InstanceNormParams& norm, const float2* statistics,
                                              const float* shifts, const unsigned char* row) const {
     const int lane = fresh_lane();
@@ -83,7 +84,7 @@ struct RowOutNchw {
           const int c = channel(from + u, k);
           if (!valid || c >= columns) continue;
           const Affine affine(statistics[c], shifts[c]);
-          const V y = affine.template finish<true>(norm, *reinterpret_cast<const V*>(&own.run[k]), residual[u][k]);
+          const V y = affine.template finish<kSmooth>(norm, *reinterpret_cast<const V*>(&own.run[k]), residual[u][k]);
           *reinterpret_cast<V*>(static_cast<T*>(norm.output) + index(from + u, k)) = y;
         }
       }
