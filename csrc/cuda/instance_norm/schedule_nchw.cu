@@ -15,7 +15,7 @@ namespace {
 // Three blocks of this size share a multiprocessor, so that one loads while another one stores.
 constexpr int64_t kPreferredShare = 64 * 1024;
 constexpr int64_t kBulkShare = 32 * 1024;
-constexpr int kBulkCluster = 8;  // by bulk copies: 16 cover 112 of 132 multiprocessors
+constexpr int kBulkCluster = 8;  // by bulk copies, of tensors that the L2 cache does not hold
 // Stream: what a block's ring holds at most, what of it is loaded before a ticket is drawn, what of that the L2 cache
 // gets before the predecessor is through, and the tensors and planes it is for. Measured: smaller tiles, and more of
 // them, pay for planes of more than kManyTiles.
@@ -103,9 +103,11 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
 
 // Measured (H200, cold): parts of kBulkShare (4x64x256x256 in float 34.4 us, of twice as much 35.6, 2x64x256x256 18.3
 // and 19.0); larger ones where the cluster does not suffice, for tensors that the L2 cache does not hold (4x64x512x512
-// in half 71.8 against 73.4 by the stream; 1x64x512x512 22.7 against 21.1). Such tensors are kept in the cache as far
-// as it goes, smaller ones are not. 4x64x256x256 in half 20.2 against 20.5 by the stream, in bfloat16 21.4
-// against 20.8. `wanted`: as below.
+// in half 71.8 against 73.4 by the stream). What it holds may stay there (4x64x256x256 in half 18.8 us, 19.9 where it
+// is the first to go, 18.4 where two blocks of a multiprocessor ask for their part beforehand, 21.4 by the stream; in
+// bfloat16 19.4, 20.8, 18.9, 21.5), and clusters of 16 pay (1x64x512x512 in half 19.1 against 21.8 by the stream),
+// which cover 112 of 132 multiprocessors and are slower for larger ones (4x64x256x256 in float 35.8 against 34.2).
+// `wanted`: as below.
 bool schedule_bulk_plane(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
                          const Overrides& overrides, bool wanted, InstanceNormSchedule& s) {
   if (!facts.has_cluster() || !shape.vectorized || p.channels_last || p.dtype == DType::kFloat64) return false;
@@ -113,9 +115,9 @@ bool schedule_bulk_plane(const InstanceNormParams& p, const DeviceFacts& facts, 
   const int64_t bytes = vectors * shape.vector_bytes;
   const int64_t planes = p.batch * p.channels;
   const bool cached = planes * bytes <= facts.l2_bytes;
-  if (cached && !wanted && p.dtype == DType::kBFloat16) return false;
+  const int most = cached ? 16 : kBulkCluster;
   int cluster = 1;
-  while (cluster < kBulkCluster && bytes > kBulkShare * cluster) cluster *= 2;
+  while (cluster < most && bytes > kBulkShare * cluster) cluster *= 2;
   cluster = static_cast<int>(std::min<int64_t>(overrides.tuned("cluster", cluster), largest_cluster(facts, overrides)));
   s.share = ceil_div(ceil_div(vectors, cluster), kLine) * kLine;
   if (s.share * shape.vector_bytes > (cached && !wanted ? kBulkShare : 2 * kBulkShare)) return false;
@@ -124,8 +126,8 @@ bool schedule_bulk_plane(const InstanceNormParams& p, const DeviceFacts& facts, 
   s.threads = static_cast<int>(std::min<int64_t>(
       overrides.tuned("threads", round_threads(ceil_div(s.share, 16), 32, kBulkPlaneThreads)), kBulkPlaneThreads));
   s.shared_bytes = static_cast<size_t>(s.share * shape.vector_bytes);
-  s.prefetched = static_cast<int>(overrides.tuned("prefetch", facts.multiprocessors));
-  const int64_t cache = overrides.tuned("cache", cached ? 3 : 4);
+  s.prefetched = static_cast<int>(overrides.tuned("prefetch", facts.multiprocessors * (cached ? 2 : 1)));
+  const int64_t cache = overrides.tuned("cache", 4);
   s.read_once = (cache & 1) != 0;
   s.stream_stores = (cache & 2) != 0;
   s.name = "instance_norm:cuda:plane:bulk";
