@@ -116,12 +116,13 @@ cudaError_t schedule_instance_norm(const InstanceNormParams& params, InstanceNor
   if (!overrides.forced("split") && !overrides.forced("ticket")) {
     const bool fits = params.channels_last ? schedule_slab(params, facts, shape, overrides, schedule)
                                            : schedule_plane(params, facts, shape, overrides, schedule);
-    if (!overrides.forced("plane") && !overrides.forced("portable") &&
-        prefers_stream(params, shape, fits ? &schedule : nullptr)) {
+    if (!overrides.forced("plane") && !overrides.forced("portable")) {
+      const InstanceNormSchedule* held = fits ? &schedule : nullptr;
       InstanceNormSchedule other;
       other.vectorized = shape.vectorized;
-      if (schedule_bulk_plane(params, facts, shape, overrides, false, other) ||
-          schedule_stream(params, facts, shape, overrides, false, other)) {
+      if ((prefers_bulk_plane(params, shape, held) &&
+           schedule_bulk_plane(params, facts, shape, overrides, false, other)) ||
+          (prefers_stream(params, shape, held) && schedule_stream(params, facts, shape, overrides, false, other))) {
         schedule = other;
         return cudaSuccess;
       }

@@ -20,8 +20,8 @@ namespace styleforge::cuda {
 // (tiles on their way at a time), direct (2: every block merges all statistics for itself, 1: not), units (2: units
 // that a cluster holds wherever there are such, with cluster, lanes, stages, ahead, cache and grid (clusters), 1:
 // never), teams (blocks in teams, this many, with lanes, stages, ahead, cache and grid (blocks)). Of the plane path:
-// prefetch (blocks that do so), by bulk copies also cache, registers (2: held in registers, 1: in shared memory), copies
-// (clusters of a plane, 1 or 2, where in registers). Few channels: each (vectors of a thread).
+// prefetch (blocks that do so), by bulk copies also cache, registers (2: held in registers, 1: in shared memory),
+// copies (clusters of a plane, 1 or 2, where in registers). Few channels: each (vectors of a thread).
 inline constexpr const char* kTuneVariable = "STYLEFORGE_TUNE";
 
 // Shared memory that plane and slab declare statically (reductions, the parts of a cluster); the rest holds the data.
@@ -82,6 +82,7 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
 // `wanted`: asked for by name, so whether it pays is not looked at.
 bool schedule_bulk_plane(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
                          const Overrides& overrides, bool wanted, InstanceNormSchedule& s);
+bool prefers_bulk_plane(const InstanceNormParams& p, const Shape& shape, const InstanceNormSchedule* plane);
 bool schedule_stream(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
                      const Overrides& overrides, bool wanted, InstanceNormSchedule& s);
 

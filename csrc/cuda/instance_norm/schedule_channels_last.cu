@@ -179,7 +179,7 @@ bool schedule_channel_team(const InstanceNormParams& p, const DeviceFacts& facts
   }
   if (least == 0) return false;
   s.ahead = static_cast<int>(overrides.tuned("ahead", kTilesAhead));
-  const int64_t cache = overrides.tuned("cache", total > facts.l2_bytes ? 2 : 1);
+  const int64_t cache = overrides.tuned("cache", total > facts.l2_bytes ? 4 : 1);
   s.read_once = (cache & 1) != 0;
   s.stream_stores = (cache & 2) != 0;
   s.path = InstanceNormPath::kChannelTeam;

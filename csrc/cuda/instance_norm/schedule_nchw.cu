@@ -14,8 +14,9 @@ namespace {
 
 // Three blocks of this size share a multiprocessor, so that one loads while another one stores.
 constexpr int64_t kPreferredShare = 64 * 1024;
+// By bulk copies: what a block has, and the smallest tensor.
 constexpr int64_t kBulkShare = 32 * 1024;
-constexpr int kBulkCluster = 8;  // by bulk copies, of tensors that the L2 cache does not hold
+constexpr int64_t kLeastBulkTensor = 12 << 20;
 // Stream: what a block's ring holds at most, what of it is loaded before a ticket is drawn, what of that the L2 cache
 // gets before the predecessor is through, and the tensors and planes it is for. Measured: smaller tiles, and more of
 // them, pay for planes of more than kManyTiles.
@@ -27,6 +28,7 @@ constexpr int64_t kManyTilesRing = 208 * 1024;
 constexpr int64_t kStreamStatic = 3 * 1024;  // barriers and statistics, declared statically
 constexpr int64_t kLeastStreamTile = 4 * 1024;
 constexpr int64_t kLeastStreamTensor = 8 << 20;                   // bytes, where no cluster holds a plane
+constexpr int64_t kLeastAgainstTwoPasses = 16 << 20;              // the same, planes of few tiles
 constexpr int64_t kLeastAgainstPlane = 24 << 20;                  // where one does
 constexpr int64_t kLargestHeldTensor = 9 << 20;                   // bytes, where a plane's blocks have it in registers
 constexpr int64_t kLargestHeldByClusters = 17 << 20;              // where they are four or more
@@ -78,10 +80,12 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
       "threads", round_threads(ceil_div(s.share, cluster > 1 && element_bytes > 2 ? 16 : 8), 64, 1024)));
   s.shared_bytes =
       static_cast<size_t>(std::max(s.share * shape.vector_bytes, spread(planes * cluster, cluster, facts, overrides)));
-  // Measured (16x128x128x128 in half, of 2048 blocks): none 35.8 us, 132 35.5, all 35.0; in float 67.6, 66.9, 66.4. Of
-  // 512 blocks (8x64x128x128 in float): none 19.3, 132 18.5, 264 19.1.
+  // Measured (16x128x128x128 in half, of 2048 blocks): none 35.0 us, 132 34.3, 198 34.0, 264 34.2, 330 34.9, all 35.3;
+  // in float none 66.9, 132 66.1, all others 66.5 to 66.9. Of 512 blocks (8x64x128x128 in float): none 18.4, 132 17.8,
+  // more 18.5 to 18.9.
   const bool many = planes * cluster >= 8 * facts.multiprocessors;
-  s.prefetched = static_cast<int>(overrides.tuned("prefetch", many ? planes * cluster : facts.multiprocessors));
+  s.prefetched =
+      static_cast<int>(overrides.tuned("prefetch", facts.multiprocessors * (many && element_bytes == 2 ? 3 : 2) / 2));
   // Measured: a tenth to a quarter less for small tensors (4x64x64x64 in half 3.5 -> 2.8 us, 1x64x256x256 7.3 -> 6.7),
   // more for others.
   if (held) {
@@ -102,12 +106,13 @@ bool schedule_plane(const InstanceNormParams& p, const DeviceFacts& facts, const
 }
 
 // Measured (H200, cold): parts of kBulkShare (4x64x256x256 in float 34.4 us, of twice as much 35.6, 2x64x256x256 18.3
-// and 19.0); larger ones where the cluster does not suffice, for tensors that the L2 cache does not hold (4x64x512x512
-// in half 71.8 against 73.4 by the stream). What it holds may stay there (4x64x256x256 in half 18.8 us, 19.9 where it
-// is the first to go, 18.4 where two blocks of a multiprocessor ask for their part beforehand, 21.4 by the stream; in
-// bfloat16 19.4, 20.8, 18.9, 21.5), and clusters of 16 pay (1x64x512x512 in half 19.1 against 21.8 by the stream),
-// which cover 112 of 132 multiprocessors and are slower for larger ones (4x64x256x256 in float 35.8 against 34.2).
-// `wanted`: as below.
+// and 19.0), by clusters of 16 where it takes them (1x64x512x512 in half 18.4 us, 21.8 by the stream;
+// 2x64x512x512 35.3, of twice as much in clusters of eight 39.7), which cover 112 of 132 multiprocessors and pay only
+// there (4x64x256x256 in float 35.8); larger parts no more (1x64x512x512 in float 37.9, 37.1 by the stream). Half as
+// much for tensors that are less than one such part for each block which finds a place (2x64x256x256 in half 10.2 us,
+// of kBulkShare 12.7, by blocks of whole planes 11.7). What the L2 cache holds may stay there (4x64x256x256 in
+// half 18.8 us, 19.9 where it is the first to go, 18.4 where two blocks of a multiprocessor ask for their part
+// beforehand, 21.4 by the stream; in bfloat16 19.4, 20.8, 18.9, 21.5). `wanted`: as below.
 bool schedule_bulk_plane(const InstanceNormParams& p, const DeviceFacts& facts, const Shape& shape,
                          const Overrides& overrides, bool wanted, InstanceNormSchedule& s) {
   if (!facts.has_cluster() || !shape.vectorized || p.channels_last || p.dtype == DType::kFloat64) return false;
@@ -115,12 +120,12 @@ bool schedule_bulk_plane(const InstanceNormParams& p, const DeviceFacts& facts, 
   const int64_t bytes = vectors * shape.vector_bytes;
   const int64_t planes = p.batch * p.channels;
   const bool cached = planes * bytes <= facts.l2_bytes;
-  const int most = cached ? 16 : kBulkCluster;
+  const int64_t share = planes * bytes < kLeastAgainstPlane ? kBulkShare / 2 : kBulkShare;
   int cluster = 1;
-  while (cluster < most && bytes > kBulkShare * cluster) cluster *= 2;
+  while (cluster < 16 && bytes > share * cluster) cluster *= 2;
   cluster = static_cast<int>(std::min<int64_t>(overrides.tuned("cluster", cluster), largest_cluster(facts, overrides)));
   s.share = ceil_div(ceil_div(vectors, cluster), kLine) * kLine;
-  if (s.share * shape.vector_bytes > (cached && !wanted ? kBulkShare : 2 * kBulkShare)) return false;
+  if (s.share * shape.vector_bytes > (wanted ? 2 * kBulkShare : kBulkShare)) return false;
   s.path = InstanceNormPath::kBulkPlane;
   s.cluster = cluster;
   s.threads = static_cast<int>(std::min<int64_t>(
@@ -183,6 +188,15 @@ bool schedule_stream(const InstanceNormParams& p, const DeviceFacts& facts, cons
   return true;
 }
 
+// Measured (H200, cold) where a block would hold a plane alone, clusters, or two passes be taken: 2x64x256x256 in
+// half 10.2 us against 11.7, 3x32x256x256 8.7 (11.3), 2x48x300x300 11.8 (17.2), 1x32x512x512 11.3 (13.8), 1x64x256x256
+// in float 9.5 (11.7), but in half, of 8 MB, 7.5 (6.6); smaller planes 9.1 (9.0: 4x64x128x128 in float).
+bool prefers_bulk_plane(const InstanceNormParams& p, const Shape& shape, const InstanceNormSchedule* plane) {
+  const int64_t bytes = p.pixels / shape.width * shape.vector_bytes;
+  return p.batch * p.channels * bytes >= kLeastBulkTensor &&
+         (plane == nullptr || plane->cluster > 1 || bytes > kPreferredShare);
+}
+
 // Measured (H200): the stream path's two launches and its way through three kinds of warps cost microseconds, which
 // single blocks and the L2 cache do not; large tensors earn them back. So not where a plane fits one block
 // (8x64x128x128 in float 21.9 us against 24.8), nor for small tensors (1x3x512x512 two passes 5.3 against 6.3;
@@ -196,10 +210,10 @@ bool prefers_stream(const InstanceNormParams& p, const Shape& shape, const Insta
     // us against 23.9, 8x64x192x192 32.3 against 24.7).
     return (plane->cluster > 1 || total / planes > kPreferredShare) && total >= kLeastAgainstPlane;
   }
-  // Two passes keep up as long as the L2 cache holds the tensor and a plane has few tiles (1x32x512x512 in half 13.2 us
-  // against 16.6; 1x3x1024x1024 in float 14.0 against 12.5).
+  // Two passes keep up as long as the L2 cache holds the tensor and a plane has few tiles (1x16x512x512 in float 13.2
+  // us against 11.5, in half 9.1 and 9.3; 1x3x1024x1024 in float 14.0 against 12.5).
   const bool few_tiles = total / planes <= kManyTiles * kStreamTile;
-  return total >= (few_tiles ? kLeastAgainstPlane : kLeastStreamTensor);
+  return total >= (few_tiles ? kLeastAgainstTwoPasses : kLeastStreamTensor);
 }
 
 }  // namespace styleforge::cuda
