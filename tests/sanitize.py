@@ -2,10 +2,11 @@
 
 Run ``compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py`` on a GPU machine (then
 racecheck, initcheck and synccheck), with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` so that the tools see every
-allocation. Names of groups (norm, products, attention, conv) restrict it to them; "captured", what runs in
-graphs, is a run of its own without that variable: graphs need the cache. ``--no-conv`` leaves out cuDNN's and
-other libraries' large kernels, ``--no-copy-engine`` what reads results of cuBLAS: initcheck does not see its
-kernels' stores by the copy engine and calls every such result uninitialised.
+allocation. Names of groups (norm, products, attention, formats, gradients, conv, or conv-contiguous and
+conv-channels-last) restrict it to them; "captured", what runs in graphs, is a run of its own without that
+variable: graphs need the cache. ``--no-conv`` leaves out cuDNN's and other libraries' large kernels,
+``--no-copy-engine`` what reads results of cuBLAS: initcheck does not see its kernels' stores by the copy
+engine and calls every such result uninitialised.
 """
 
 from __future__ import annotations
@@ -107,16 +108,15 @@ def _captured_convolutions(paths: set[str]) -> None:
         ("share=2,columns=64,height=8", tf32),
     )
     options = ("gate=3,lean=1", "gate=3,lean=2", "gate=3,lean=2,merged=1", "gate=2", "gate=2,tiles=2")
-    for (cut, (dtype, precision)), option, (ci, co, kernel, stride) in itertools.product(
-        cuts, options, ((128, 128, 3, 1), (64, 128, 3, 2))
+    formats = torch.channels_last, torch.contiguous_format
+    for (cut, (dtype, precision)), option, (ci, co, kernel, stride), memory_format in itertools.product(
+        cuts, options, ((128, 128, 3, 1), (64, 128, 3, 2)), formats
     ):
         os.environ["STYLEFORGE_CONV_TUNE"] = f"{cut},{option}"
         size = 32 * stride
-        x = torch.randn(1, ci, size, size, device="cuda", dtype=dtype).contiguous(
-            memory_format=torch.channels_last
-        )
+        x = torch.randn(1, ci, size, size, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
         w = torch.randn(co, ci, kernel, kernel, device="cuda", dtype=dtype)
-        w = w.contiguous(memory_format=torch.channels_last)
+        w = w.contiguous(memory_format=memory_format)
         call = partial(
             fused_conv_instance_norm_relu, x, w, stride=stride, padding=kernel // 2, precision=precision
         )
@@ -356,7 +356,8 @@ def _instance_norms(paths: set[str]) -> None:
     with torch.inference_mode():
         # Clusters with several units each, blocks with several tiles, and without any.
         os.environ["STYLEFORGE_PATH"] = ""
-        for tune in ("units=2,grid=2", "units=2,lanes=2,cluster=2,grid=3", "teams=2,grid=6", "teams=3,lanes=4"):
+        tunes = "units=2,grid=2", "units=2,lanes=2,cluster=2,grid=3", "teams=2,grid=6", "teams=3,lanes=4"
+        for tune in tunes:
             os.environ["STYLEFORGE_TUNE"] = tune
             for dtype in (torch.float32, torch.float16):
                 for shape in ((3, 128, 40, 33), (2, 64, 5, 3)):
@@ -405,12 +406,16 @@ def main() -> None:
             _attention(paths)
     with torch.inference_mode():
         # Elsewhere it is cuDNN's, which takes some tools minutes.
-        if runs("conv") and torch.cuda.get_device_capability() == (9, 0):
+        hopper = torch.cuda.get_device_capability() == (9, 0)
+        if runs("formats") and hopper:
             _memory_formats(paths)
+        if runs("gradients") and hopper:
             _convolution_gradients(paths)
-        if "captured" in wanted and torch.cuda.get_device_capability() == (9, 0):
+        if "captured" in wanted and hopper:
             _captured_convolutions(paths)
-        for channels_last in (False, True) if runs("conv") else ():
+        for channels_last, half in ((False, "conv-contiguous"), (True, "conv-channels-last")):
+            if not runs("conv") and half not in wanted:
+                continue
             x = torch.randn(1, 8, 9, 11, device=device)
             if channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)

@@ -159,7 +159,7 @@ constexpr bool kGated =
 
 // kSide: of a square kernel with stride 1 whose taps are unrolled, which is 10% faster; 0: any kernel.
 // kShare: blocks of a cluster that share a tile's input channels, and then its columns.
-// kLean: of a resident grid of full tiles, plain convolution to channels_last, activations without transcendental
+// kLean: of a resident grid of full tiles, plain convolution, activations without transcendental
 // functions: one of tiles.h. 0: any.
 template <typename T, int kColumns, int kGroups, bool kSplit, int kSide, int kShare, int kLean>
 __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kThreads,
@@ -921,31 +921,33 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     float2* sums = reinterpret_cast<float2*>(ring + s.parts_offset) + Traits::kRows * kOut;
     const auto barrier = [] { named_barrier(kConsumerBarrier, Traits::kConsumers); };
     using Out = RowOut<T, kOut>;
-    [[maybe_unused]] const auto write_out = [&](const Out& out, int tile) {
+    using OutNchw = RowOutNchw<T, kOut>;
+    [[maybe_unused]] const auto write_out = [&](int of, int columns, int tile, const unsigned char* from) {
+      if (!norm.output_channels_last) {
+        const OutNchw out(p, of, columns, tile_at(tile), warp);
+        out.template write_runs<false>(norm, statistics, shifts, from);
+        return;
+      }
+      const Out out(p, of, columns, tile_at(tile), warp);
       const typename Out::Affine affine(statistics, shifts, out.column);
       if constexpr (sizeof(T) == 2) {
         if (norm.activation == Activation::kRelu && norm.residual == nullptr) {
-          out.normalize_relu(p, affine, stash(tile));
+          out.normalize_relu(p, affine, from);
           return;
         }
       }
-      out.template normalize<false>(p, norm, affine, stash(tile));
-    };
-    [[maybe_unused]] const auto write_tile = [&](int tile) {
-      if (norm.output_channels_last) {
-        write_out(Out(p, n, first_column, tile_at(tile), warp), tile);
-      } else {
-        RowOutNchw<T, kOut>(p, n, first_column, tile_at(tile), warp)
-            .template write_runs<false>(norm, statistics, shifts, stash(tile));
-      }
+      out.template normalize<false>(p, norm, affine, from);
     };
     if constexpr (kMayBeGated) {
       if (is_gated() && called_off) {
 #pragma unroll 1
         for (int tile = begin; tile < end; ++tile) {
-          const Out out(p, n, first_column, tile_at(tile), warp);
           __syncwarp();
-          out.write(p, stash(tile));
+          if (norm.output_channels_last) {
+            Out(p, n, first_column, tile_at(tile), warp).write(p, stash(tile));
+          } else {
+            OutNchw(p, n, first_column, tile_at(tile), warp).write(static_cast<T*>(p.output), stash(tile));
+          }
         }
         __threadfence();
         barrier();
@@ -981,10 +983,13 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
             barrier();
 #pragma unroll 1
             for (int tile = 0; tile < s.entries; ++tile) {
-              const Out out(p, of, columns, tile_at(tile), warp);
-              out.read(p, own);
+              if (norm.output_channels_last) {
+                Out(p, of, columns, tile_at(tile), warp).read(p, own);
+              } else {
+                OutNchw(p, of, columns, tile_at(tile), warp).read(static_cast<const T*>(p.output), own);
+              }
               __syncwarp();
-              write_out(out, end - 1);
+              write_out(of, columns, tile, own);
               __syncwarp();
             }
           }
@@ -1005,7 +1010,7 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       }
       barrier();
 #pragma unroll 1
-      for (int tile = begin; tile < end; ++tile) write_tile(tile);
+      for (int tile = begin; tile < end; ++tile) write_out(n, first_column, tile, stash(tile));
     } else {
       if (s.merge_apart) {
         const int slices = p.out_channels / kMergeSlice;
@@ -1034,10 +1039,10 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       for (int tile = begin; tile < end; ++tile) {
         const ConvTileAt at = tile_at(tile);
         if constexpr (kLean > 0) {
-          write_tile(tile);
+          write_out(n, first_column, tile, stash(tile));
         } else {
           if (!norm.output_channels_last) {
-            const RowOutNchw<T, kOut> out(p, n, first_column, at, warp);
+            const OutNchw out(p, n, first_column, at, warp);
             if (p.out_width % kFullWidth<T> == 0) {
               out.template write_runs<true>(norm, statistics, shifts, stash(tile));
             } else {

@@ -54,12 +54,13 @@ cudaError_t launch_tile(const ConvParams& p, const ConvSchedule& s, const Instan
     }
   }
   GateOfLaunch gate;
+  ConvSchedule own = s;
   if constexpr (kGated<T, Traits, kLean>) {
-    // Called off, raw tiles lie in the output, which an NCHW result would overwrite before they are read.
-    if (s.gated && norm.output_channels_last) gate = gate_of_launch(facts, stream);
+    if (s.gated) gate = gate_of_launch(facts, stream);
+    if (!norm.output_channels_last) own.early = 0;  // the input is what the launch before makes
   }
   return launch(kernel, grid, dim3(Traits::kThreads), s.shared_bytes,
-                Together{kShare * s.same_input, s.resident && gate.place == 0}, facts, stream, p, s, norm, input,
+                Together{kShare * s.same_input, s.resident && gate.place == 0}, facts, stream, p, own, norm, input,
                 weights, weights_lo, gate);
 }
 

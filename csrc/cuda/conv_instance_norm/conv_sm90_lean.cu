@@ -1,13 +1,15 @@
 // Kernels of conv_sm90.cuh for what is most frequent: a resident grid of full tiles, 16 bits or TF32, no activation or
-// one of relu's kind. What they know beforehand brings the first loads out earlier and
-// lets the tensor cores find the moments (mma_moments.cuh); where blocks merge for themselves, merge_lean.cuh. Of the
-// general kernels' time (H200, STYLEFORGE_CONV_TUNE="lean=3", in turns): 16 bits 0.75 (1x64x64x64), 0.86
-// (1x128x128x128), 0.77 (1x64x256x256), 0.83 (1x128x32x32), 0.88 (1x256x64x64, 1x1), 0.73 (stride 2), 0.83
-// (8x128x64x64); TF32 0.75, 0.92, 0.89, 0.82, 0.98, 0.95, 0.93.
+// one of relu's kind. What they know beforehand brings the first loads out earlier and lets the tensor cores find the
+// moments (mma_moments.cuh); where blocks merge for themselves, merge_lean.cuh. Of the general kernels' time (H200,
+// STYLEFORGE_CONV_TUNE="lean=3", in turns): 16 bits 0.75 (1x64x64x64), 0.86 (1x128x128x128), 0.77 (1x64x256x256), 0.83
+// (1x128x32x32), 0.88 (1x256x64x64, 1x1), 0.73 (stride 2), 0.83 (8x128x64x64); TF32 0.75, 0.92, 0.89, 0.82, 0.98, 0.95,
+// 0.93.
 //
-// Contiguous tensors pay for a transposition of the input before it, 2 to 6 us of all: 16 bits 6.5 us instead of the
+// Contiguous tensors pay for a transposition of the input before it, 2 to 10 us of all: 16 bits 6.5 us instead of the
 // general kernels' 8.6, 16.4 (19.3), 22.0 (26.9), 7.2 (9.1), 9.7 (10.8), 11.1 (13.1), 26.5 (30.3); TF32 8.2
-// (10.5), 25.3 (27.9), 36.7 (42.3), 8.5 (9.9), 11.0 (12.6), 12.3 (13.9), 44.4 (48.9).
+// (10.5), 25.3 (27.9), 36.7 (42.3), 8.5 (9.9), 11.0 (12.6), 11.6 (13.9), 44.4 (48.9). That launch asking for its lines
+// before the one in front of it has ended changes little (0.3 more to 0.5 less); without the cooperative launch
+// (gate.h) the kernels behind it are faster only where they are in channels_last.
 //
 // Half a multiprocessor a block, so that the next kernel's blocks wait beside it (128 columns in 16 bits): the way from
 // the end of one kernel to the first tile of the next is 1.6 thousand clocks shorter, but the products take 13.8

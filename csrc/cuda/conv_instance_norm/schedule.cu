@@ -178,8 +178,8 @@ void schedule_conv_sm90(const ConvParams& p, const DeviceFacts& facts, const Ove
     if (s.lean > 0 && with_spare && used * rows_of_blocks <= facts.multiprocessors) {
       s.spare = facts.multiprocessors / rows_of_blocks / neighbours * neighbours - used;
     }
-    // 8.67 instead of 9.46 us (TF32, stride 2, 1x64x128x128 to 128 channels; 8.88 without `early`); several large tiles
-    // a block: 34.6 instead of 34.8 (TF32, 8x128x64x64).
+    // 8.67 instead of 9.46 us (TF32, stride 2, 1x64x128x128 to 128 channels; 8.88 without `early`; contiguous tensors
+    // 11.6 and 12.3); several large tiles a block: 34.6 instead of 34.8 (TF32, 8x128x64x64).
     const bool takes_gate = large_share || (s.columns == 128 && s.tiles > 1);
     s.gated = s.lean > 0 && !pairs && s.spare == 0 && (s.lean == kLeanMerge || !s.merge_apart) &&
               tuned("gate", takes_gate ? 2 : 1) >= 2;

@@ -4,6 +4,8 @@
 // The tile lies in shared memory as it does for channels_last, so that all before this step is one code.
 #pragma once
 
+#include <type_traits>
+
 #include "../layout/runs.cuh"
 #include "normalize.cuh"
 #include "tiles.h"
@@ -88,6 +90,28 @@ struct RowOutNchw {
           *reinterpret_cast<V*>(static_cast<T*>(norm.output) + index(from + u, k)) = y;
         }
       }
+    }
+  }
+
+  // Raw, to the tensor and back, for who need not hurry (gate.h): a lane has one pixel, and every second channel.
+  __device__ __forceinline__ void write(T* output, const unsigned char* row) const {
+    for_each([&](int64_t index, int offset) { output[index] = *reinterpret_cast<const T*>(row + offset); });
+  }
+  // What another block wrote.
+  __device__ __forceinline__ void read(const T* output, unsigned char* row) const {
+    using Bits = std::conditional_t<kElement == 2, unsigned short, unsigned>;
+    for_each([&](int64_t index, int offset) {
+      *reinterpret_cast<Bits*>(row + offset) = __ldcg(reinterpret_cast<const Bits*>(output) + index);
+    });
+  }
+  template <typename Body>
+  __device__ __forceinline__ void for_each(Body&& body) const {
+    const int lane = fresh_lane();
+    const int x = lane % ConvSchedule::kTileWidth;
+    if (x >= pixels) return;
+#pragma unroll 4
+    for (int c = lane / ConvSchedule::kTileWidth; c < columns; c += 2) {
+      body(at + c * area + x, x * kPitch + c * kElement);
     }
   }
 
