@@ -569,7 +569,7 @@ def assert_as_accurate(
     floor = ulps * torch.finfo(dtype).eps * magnitude + torch.finfo(dtype).tiny
     worst = 0.0
     if wavering is not None and wavering.numel():
-        floor += torch.finfo(dtype).eps * rms(wavering)
+        floor += 3 * torch.finfo(dtype).eps * rms(wavering)  # of few numbers: three times is no rarity
         worst = 2 * torch.finfo(dtype).eps * wavering.max().item()  # an element alone, further from the usual
     ours, theirs = rms_error(result, reference), rms_error(yardstick, reference)
     assert ours <= factor * theirs + floor, (

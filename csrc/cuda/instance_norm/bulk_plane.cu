@@ -22,6 +22,7 @@
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/mbarrier.cuh"
+#include "awaited_param.cuh"
 #include "kernels.h"
 #include "moments.cuh"
 #include "normalize.cuh"
@@ -111,8 +112,7 @@ __global__ void __launch_bounds__(kBulkPlaneThreads, kBlocks)
   if (blocks > 1) cluster_arrive_relaxed();  // the fence is all that has to be seen
   wait_for_predecessor();
   const int64_t param = param_of(p, plane);
-  const float weight = load_param(p.weight, p.param_dtype, param, 1.0f);
-  const float shift = load_param(p.bias, p.param_dtype, param, 0.0f);
+  const AwaitedParam<float> weight(p.weight, p.param_dtype, param), bias(p.bias, p.param_dtype, param);
 
   mbarrier_wait(&full, 0);
   const auto own = thread_moments(held, count, stride);
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kBulkPlaneThreads, kBlocks)
   const float rstd = whole.rstd(p.eps);
   if (rank == 0 && thread == 0) store_statistics(p, plane, whole.mean, rstd);
 
-  const PlaneAffine<float> affine{whole.mean, rstd * weight, shift};
+  const PlaneAffine<float> affine{whole.mean, rstd * weight.value(1.0f), bias.value(0.0f)};
   const auto* words = reinterpret_cast<const uint4*>(shared);
   const auto* residual = reinterpret_cast<const uint4*>(p.residual) + first;
   auto* output = reinterpret_cast<uint4*>(p.output) + first;

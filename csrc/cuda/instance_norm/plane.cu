@@ -14,6 +14,7 @@
 #include "../common/launch.h"
 #include "../common/mbarrier.cuh"
 #include "../common/reduce.cuh"
+#include "awaited_param.cuh"
 #include "kernels.h"
 #include "moments.cuh"
 #include "normalize.cuh"
@@ -50,8 +51,7 @@ __global__ void __launch_bounds__(1024, 1)
 #endif
   wait_for_predecessor();
   const int64_t param = param_of(p, plane);
-  const Acc weight = load_param(p.weight, p.param_dtype, param, Acc(1));
-  const Acc shift = load_param(p.bias, p.param_dtype, param, Acc(0));
+  const AwaitedParam<Acc> weight(p.weight, p.param_dtype, param), bias(p.bias, p.param_dtype, param);
 
   // 1. load and sum
   Acc sum = 0;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(1024, 1)
 
   // 4. normalise
   if (rank == 0 && threadIdx.x == 0) store_statistics(p, plane, mean, rstd);
-  const PlaneAffine<Acc> affine{mean, rstd * weight, shift};
+  const PlaneAffine<Acc> affine{mean, rstd * weight.value(1), bias.value(0)};
   switch_finish(p, [&]<Finish kFinish>() {
     if (!has_residual<kFinish>(p)) {
 #pragma unroll(kFinish == Finish::kSmooth ? 1 : 4)

@@ -41,6 +41,7 @@
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/mbarrier.cuh"
+#include "awaited_param.cuh"
 #include "kernels.h"
 #include "moments.cuh"
 #include "normalize.cuh"
@@ -279,7 +280,8 @@ struct Stream {
   // Merger `m` takes tiles m, m + kMergers, ... of the block.
   __device__ __forceinline__ void merge(int m) const {
     int64_t known = -1;
-    Acc mean = 0, rstd = 0, weight = 0, shift = 0;
+    Acc mean = 0, rstd = 0;
+    AwaitedParam<Acc> weight, bias;
     int others = m;  // tiles until the next of its own
     for (Turn turn;; turn.next(cut.stages)) {
       const int s = turn.stage;
@@ -292,8 +294,8 @@ struct Stream {
       if (at.plane != known) {
         // On their way while the parts are waited for.
         const int64_t param = param_of(p, static_cast<unsigned>(at.plane));
-        weight = load_param(p.weight, p.param_dtype, param, Acc(1));
-        shift = load_param(p.bias, p.param_dtype, param, Acc(0));
+        weight = {p.weight, p.param_dtype, param};
+        bias = {p.bias, p.param_dtype, param};
         // Before this tile's part is there, no look at the others is of use.
         mbarrier_wait(&ring.summed[s], turn.parity);
         Moments<Acc> whole{static_cast<Acc>(p.pixels), ring.part[s].mean, ring.part[s].m2};
@@ -309,7 +311,7 @@ struct Stream {
         rstd = whole.rstd(p.eps);
       }
       if (threadIdx.x % kWarp == 0) {
-        ring.affine[s] = {mean, rstd * weight, shift};
+        ring.affine[s] = {mean, rstd * weight.value(1), bias.value(0)};
         mbarrier_arrive(&ring.ready[s]);
         if (at.part == 0) store_statistics(p, at.plane, mean, rstd);
       }

@@ -35,6 +35,7 @@
 #include "../common/launch.h"
 #include "../common/mbarrier.cuh"
 #include "../common/tensor_map.h"
+#include "awaited_param.cuh"
 #include "channel_sums.cuh"
 #include "channel_walk.cuh"
 #include "kernels.h"
@@ -267,10 +268,11 @@ struct TeamStream {
       const int place = turn & 1;
       const int sample = unit / cut.slices;
       const int channel = (unit - sample * cut.slices) * cut.channels + t;
-      float weight = 1, bias = 0;
+      AwaitedParam<float> weight, bias;
       if (t < cut.channels) {
-        weight = load_param(p.weight, p.param_dtype, sample * p.param_batch_stride + channel, 1.0f);
-        bias = load_param(p.bias, p.param_dtype, sample * p.param_batch_stride + channel, 0.0f);
+        const int64_t param = sample * p.param_batch_stride + channel;
+        weight = {p.weight, p.param_dtype, param};
+        bias = {p.bias, p.param_dtype, param};
       }
       const float2* from = pairs + static_cast<int64_t>(unit) * blocks * cut.channels + 2 * column;
       mbarrier_wait(&ring.closed[place], turn / 2 & 1);
@@ -354,8 +356,8 @@ struct TeamStream {
       const float rstd = whole.rstd(p.eps);
       if (turn >= 2) mbarrier_wait(&ring.taken[place], (turn / 2 - 1) & 1);
       ring.affine[place][0][t] = whole.mean;
-      ring.affine[place][1][t] = rstd * weight;
-      ring.affine[place][2][t] = bias;
+      ring.affine[place][1][t] = rstd * weight.value(1.0f);
+      ring.affine[place][2][t] = bias.value(0.0f);
       mbarrier_arrive(&ring.ready[place]);
       if (rank == 0) store_statistics(p, static_cast<int64_t>(sample) * p.channels + channel, whole.mean, rstd);
     }
