@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
+
+on_compute_9 = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+        reason="needs compute capability 9.0 (thread block clusters, bulk copies)",
+    ),
+]
+"""Marks of a module whose kernels are for sm_90 and later."""
 
 
 @contextmanager

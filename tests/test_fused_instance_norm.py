@@ -516,6 +516,22 @@ def test_stream_where_planes_are_larger_than_all_rings(
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
+def _holds_in_channels_last(sizes: tuple[int, ...], dtype: torch.dtype, path: str) -> None:
+    """Every kind of epilogue against float64, by the path that is named, and again to the bit."""
+    x = tensor(*sizes, dtype=dtype, device="cuda", layout="channels_last", offset=2.0)
+    r = tensor(*sizes, dtype=dtype, device="cuda", layout="channels_last")
+    weight, bias = torch.rand(sizes[:2], device="cuda") + 0.5, torch.randn(sizes[:2], device="cuda")
+    for activation, residual in (("relu", None), ("leaky_relu", r), ("silu", r)):
+        reference = instance_norm(x, weight, bias, activation=activation, residual=residual)
+        poison(x.numel(), dtype, "cuda")
+        first = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
+        assert styleforge.last_path() == f"instance_norm:cuda:{path}"
+        assert rms_error(first[0], reference) < 8 * torch.finfo(dtype).eps
+        for _ in range(3):
+            again = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
+            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
 @pytest.mark.cuda
 @needs_bulk_copies
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -542,18 +558,7 @@ def test_channels_last_stream_however_it_is_cut(
     """Units that the rings hold and that they do not, statistics by one journey and by two."""
     _forced(monkeypatch, "stream")
     monkeypatch.setenv("STYLEFORGE_TUNE", tune)
-    x = tensor(*sizes, dtype=dtype, device="cuda", layout="channels_last", offset=2.0)
-    r = tensor(*sizes, dtype=dtype, device="cuda", layout="channels_last")
-    weight, bias = torch.rand(sizes[:2], device="cuda") + 0.5, torch.randn(sizes[:2], device="cuda")
-    for activation, residual in (("relu", None), ("leaky_relu", r), ("silu", r)):
-        reference = instance_norm(x, weight, bias, activation=activation, residual=residual)
-        poison(x.numel(), dtype, "cuda")
-        first = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
-        assert styleforge.last_path() == "instance_norm:cuda:stream:channels_last"
-        assert rms_error(first[0], reference) < 8 * torch.finfo(dtype).eps
-        for _ in range(3):
-            again = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
-            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+    _holds_in_channels_last(sizes, dtype, "stream:channels_last")
 
 
 @pytest.mark.cuda
@@ -578,18 +583,7 @@ def test_channels_last_in_clusters_however_it_is_cut(
     """Several units of a cluster; blocks of the cluster without pixels."""
     _forced(monkeypatch, "")
     monkeypatch.setenv("STYLEFORGE_TUNE", f"units=2,{tune}")
-    x = tensor(*sizes, dtype=dtype, device="cuda", layout="channels_last", offset=2.0)
-    r = tensor(*sizes, dtype=dtype, device="cuda", layout="channels_last")
-    weight, bias = torch.rand(sizes[:2], device="cuda") + 0.5, torch.randn(sizes[:2], device="cuda")
-    for activation, residual in (("relu", None), ("leaky_relu", r), ("silu", r)):
-        reference = instance_norm(x, weight, bias, activation=activation, residual=residual)
-        poison(x.numel(), dtype, "cuda")
-        first = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
-        assert styleforge.last_path() == "instance_norm:cuda:stream:channels_last:cluster"
-        assert rms_error(first[0], reference) < 8 * torch.finfo(dtype).eps
-        for _ in range(3):
-            again = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
-            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+    _holds_in_channels_last(sizes, dtype, "stream:channels_last:cluster")
 
 
 @pytest.mark.cuda
@@ -614,18 +608,7 @@ def test_channels_last_by_teams_however_it_is_cut(
     """Several units of a team; blocks without pixels."""
     _forced(monkeypatch, "")
     monkeypatch.setenv("STYLEFORGE_TUNE", tune)
-    x = tensor(*sizes, dtype=dtype, device="cuda", layout="channels_last", offset=2.0)
-    r = tensor(*sizes, dtype=dtype, device="cuda", layout="channels_last")
-    weight, bias = torch.rand(sizes[:2], device="cuda") + 0.5, torch.randn(sizes[:2], device="cuda")
-    for activation, residual in (("relu", None), ("leaky_relu", r), ("silu", r)):
-        reference = instance_norm(x, weight, bias, activation=activation, residual=residual)
-        poison(x.numel(), dtype, "cuda")
-        first = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
-        assert styleforge.last_path() == "instance_norm:cuda:stream:channels_last:team"
-        assert rms_error(first[0], reference) < 8 * torch.finfo(dtype).eps
-        for _ in range(3):
-            again = FORWARD(x, weight, bias, 1e-5, activation, 0.01, residual)
-            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+    _holds_in_channels_last(sizes, dtype, "stream:channels_last:team")
 
 
 @pytest.mark.cuda

@@ -8,15 +8,10 @@ import pytest
 import torch
 
 import styleforge
+from _cuda import on_compute_9
 from _reference import conv_instance_norm, instance_norm, poison, rms_error, tensor
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
-        reason="needs thread block clusters (compute capability 9.0)",
-    ),
-]
+pytestmark = on_compute_9
 
 FORWARD = torch.ops.styleforge._fused_instance_norm_forward.default
 CONVOLUTION = torch.ops.styleforge.fused_conv_instance_norm_relu.default

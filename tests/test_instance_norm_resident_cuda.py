@@ -12,15 +12,10 @@ import torch
 from torch import Tensor
 
 import styleforge
+from _cuda import on_compute_9
 from _reference import instance_norm, max_error, poison, rms_error, tensor
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
-        reason="needs compute capability 9.0",
-    ),
-]
+pytestmark = on_compute_9
 
 FORWARD = torch.ops.styleforge._fused_instance_norm_forward.default
 BACKWARD = torch.ops.styleforge._fused_instance_norm_backward.default

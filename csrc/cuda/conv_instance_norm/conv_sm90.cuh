@@ -159,8 +159,8 @@ constexpr bool kGated =
 
 // kSide: of a square kernel with stride 1 whose taps are unrolled, which is 10% faster; 0: any kernel.
 // kShare: blocks of a cluster that share a tile's input channels, and then its columns.
-// kLean: of a resident grid of full tiles, plain convolution, activations without transcendental
-// functions: one of tiles.h. 0: any.
+// kLean: of a resident grid of full tiles, plain convolution, activations without transcendental functions: one of
+// tiles.h. 0: any.
 template <typename T, int kColumns, int kGroups, bool kSplit, int kSide, int kShare, int kLean>
 __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kThreads,
                                   ConvTraits<T, kColumns, kGroups, kSplit, kShare>::kBlocks)
@@ -1037,10 +1037,10 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
       barrier();
 #pragma unroll 1
       for (int tile = begin; tile < end; ++tile) {
-        const ConvTileAt at = tile_at(tile);
         if constexpr (kLean > 0) {
           write_out(n, first_column, tile, stash(tile));
         } else {
+          const ConvTileAt at = tile_at(tile);
           if (!norm.output_channels_last) {
             const OutNchw out(p, n, first_column, at, warp);
             if (p.out_width % kFullWidth<T> == 0) {

@@ -51,24 +51,6 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int channel
                : "memory");
 }
 
-__device__ __forceinline__ void prefetch_line(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
-}
-// As mbarrier_test, which may wait for a while.
-__device__ __forceinline__ bool mbarrier_is_through(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}\n"
-      : "=r"(done)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
 // The same for several blocks of the cluster, a bit each: to the same places in all of them, counted by their barriers.
 __device__ __forceinline__ void load_box_for(uint32_t blocks, uint32_t to, const CUtensorMap* map, int channel, int x,
                                              int y, int n, uint64_t* barrier) {
