@@ -296,6 +296,31 @@ def test_last_path() -> None:
     assert styleforge.last_path() == "ffn_backward:cpu:aten_matmul"
 
 
+@pytest.mark.parametrize("activation", FFN_ACTIVATIONS)
+@pytest.mark.parametrize("biases", ["both", "first", "second", "none"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_hidden_units_in_rows(activation: str, biases: str, residual: bool) -> None:
+    """The sizes of which the CPU's first product is written transposed, and their neighbours."""
+    parameters = _parameters(512, 1030, 77, biases=biases)
+    for rows, path in ((64, ":transposed"), (320, ":transposed"), (63, ""), (576, "")):
+        r = random_tensor(2, rows // 2, 77) if residual and rows % 2 == 0 else None
+        x = random_tensor(2, rows // 2, 512) if rows % 2 == 0 else random_tensor(rows, 512)
+        _compare(x, *parameters, activation, r)
+        assert styleforge.last_path() == "ffn:cpu:aten_matmul" + path
+
+
+@pytest.mark.parametrize("layout", MATRIX_LAYOUTS)
+def test_hidden_units_in_rows_of_any_layout(layout: str) -> None:
+    parameters = _parameters(512, 1024, 64, layout=layout)
+    _compare(
+        random_tensor(128, 512, layout=layout), *parameters, "gelu", random_tensor(128, 64, layout=layout)
+    )
+    assert styleforge.last_path() == "ffn:cpu:aten_matmul:transposed"
+    with torch.enable_grad():
+        OP(random_tensor(128, 512).requires_grad_(), *parameters)  # hidden units that are kept lie as ever
+    assert styleforge.last_path() == "ffn:cpu:aten_matmul"
+
+
 # --- precision on CUDA ----------------------------------------------------------------------------
 
 

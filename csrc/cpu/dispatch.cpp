@@ -15,6 +15,7 @@ struct Kernels {
   void (*backward)(const InstanceNormBackwardParams&, ParallelFor);
   void (*phases)(const UpsamplePhasesParams&, ParallelFor);
   void (*bias_activation)(const BiasActivationParams&, ParallelFor);
+  void (*transposed_bias_activation)(const BiasActivationParams&, ParallelFor);
   void (*bias_activation_backward)(const BiasActivationBackwardParams&, ParallelFor);
   void (*bias_residual)(const BiasResidualParams&, ParallelFor);
 };
@@ -22,7 +23,7 @@ struct Kernels {
 #define STYLEFORGE_KERNELS(isa)                                                                                     \
   Kernels {                                                                                                         \
     #isa, isa::instance_norm_forward, isa::instance_norm_backward, isa::instance_norm_phases, isa::bias_activation, \
-        isa::bias_activation_backward, isa::bias_residual                                                           \
+        isa::transposed_bias_activation, isa::bias_activation_backward, isa::bias_residual                          \
   }
 
 Kernels choose() {
@@ -66,6 +67,10 @@ void instance_norm_phases(const UpsamplePhasesParams& params, ParallelFor parall
 
 void bias_activation(const BiasActivationParams& params, ParallelFor parallel_for) {
   kernels().bias_activation(params, parallel_for);
+}
+
+void transposed_bias_activation(const BiasActivationParams& params, ParallelFor parallel_for) {
+  kernels().transposed_bias_activation(params, parallel_for);
 }
 
 void bias_activation_backward(const BiasActivationBackwardParams& params, ParallelFor parallel_for) {

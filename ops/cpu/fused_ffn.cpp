@@ -3,11 +3,14 @@
 
 #include "../../csrc/cpu/ffn.h"
 #include "../../csrc/cpu/huge_pages.h"
+#include "../matrix.h"
 #include "matmul.h"
 #include "parallel.h"
 
 namespace styleforge {
 namespace {
+
+std::optional<FfnResult> run_transposed(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden);
 
 const FfnBackend kBackend{
     "ffn:cpu:aten_matmul",
@@ -24,11 +27,56 @@ const FfnBackend kBackend{
     },
     false,
     nullptr,
-    nullptr,
+    run_transposed,
     nullptr,
     nullptr,
     nullptr,
 };
+
+// MKL's first product is a tenth faster where it writes the hidden units in rows, [hidden, rows] (256x512 -> 2048 on
+// two cores of a Xeon with AVX-512: 1.8 against 2.0 ms; 256x768 -> 3072: 4.8 against 5.3), and its second product takes
+// either. With rows that are no multiple of 64, or very many, or small weights it is not faster.
+bool suits_transposed(const FfnArgs& args, const FfnPlan& plan) {
+  return args.input.scalar_type() == ScalarType::Float && plan.rows % 64 == 0 && plan.rows > 0 && plan.rows <= 512 &&
+         plan.embed >= 512 && plan.hidden >= 1024 && plan.out > 0;
+}
+
+std::optional<FfnResult> run_transposed(const FfnArgs& args, const FfnPlan& plan, bool keep_hidden) {
+  if (keep_hidden || !suits_transposed(args, plan)) return std::nullopt;
+  record_path("ffn:cpu:aten_matmul:transposed");
+  const Tensor output = empty_dense(args.input, plan.output_sizes, false, ScalarType::Float);
+  kBackend.fresh(output);
+  const Tensor hidden = empty_dense(args.input, {plan.hidden, plan.rows}, false, ScalarType::Float);
+  kBackend.fresh(hidden);
+  cpu_mm(hidden, args.fc1_weight, transposed(as_rows(args.input, plan.rows)));
+
+  OptionalTensor held;
+  BiasActivationParams params;
+  params.hidden = hidden.const_data_ptr();
+  params.output = hidden.mutable_data_ptr();
+  params.bias = bias_data(args.fc1_bias, held);
+  params.rows = plan.hidden;
+  params.columns = plan.rows;
+  params.activation = plan.activation;
+  cpu::transposed_bias_activation(params, parallel_for);
+  const Tensor result = strided_view(output, {plan.rows, plan.out}, {plan.out, 1});
+  if (args.residual || !args.fc2_bias) {
+    second_product(kBackend, args, plan, transposed(hidden), result);
+  } else {
+    cpu_mm(result, transposed(hidden), transposed(args.fc2_weight));
+    // In place: addmm would copy the bias to where the product goes first.
+    OptionalTensor held_bias;
+    BiasResidualParams bias;
+    bias.residual = result.const_data_ptr();
+    bias.bias = bias_data(args.fc2_bias, held_bias);
+    bias.output = result.mutable_data_ptr();
+    bias.rows = plan.rows;
+    bias.columns = plan.out;
+    bias.dtype = params.dtype;
+    cpu::bias_residual(bias, parallel_for);
+  }
+  return FfnResult{output, {}};
+}
 
 using Operators = FfnOperators<kBackend>;
 

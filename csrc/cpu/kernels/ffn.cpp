@@ -1,5 +1,5 @@
 // The passes around the matrix products of a feed-forward network, for one instruction set: rows of vectors with a bias
-// that is the same for each row. Threads take rows.
+// that is the same for each row, or, transposed, a number for each row. Threads take rows.
 #include "gelu_math.h"
 #include "kernels.h"
 #include "tasks.h"
@@ -54,6 +54,20 @@ void activate_rows(const BiasActivationParams& p, int64_t begin, int64_t end) {
 }
 
 template <typename T, FfnActivation kActivation>
+void activate_transposed_rows(const BiasActivationParams& p, int64_t begin, int64_t end) {
+  constexpr int kN = kLanes<T>;
+  const auto* biases = static_cast<const T*>(p.bias);
+  for (int64_t row = begin; row < end; ++row) {
+    const Compute<T> bias = biases == nullptr ? Compute<T>(0) : static_cast<Compute<T>>(biases[row]);
+    const auto* hidden = static_cast<const T*>(p.hidden) + row * p.columns;
+    auto* output = static_cast<T*>(p.output) + row * p.columns;
+    for_each_vector<T>(p.columns, [&](auto load, auto store, int64_t column) {
+      store(output + column, ffn_activate<kActivation, sizeof(T) == 2, kN, Compute<T>>(load(hidden + column) + bias));
+    });
+  }
+}
+
+template <typename T, FfnActivation kActivation>
 void activation_gradient_rows(const BiasActivationBackwardParams& p, int64_t begin, int64_t end) {
   constexpr int kN = kLanes<T>;
   const auto* bias = static_cast<const T*>(p.bias);
@@ -95,6 +109,14 @@ void bias_activation(const BiasActivationParams& params, ParallelFor parallel_fo
           activate_rows<decltype(zero), activation.value, bias.value>(params, begin, end);
         });
       });
+    });
+  });
+}
+
+void transposed_bias_activation(const BiasActivationParams& params, ParallelFor parallel_for) {
+  with_ffn_activation(params.activation, [&](auto activation) {
+    run_tasks(parallel_for, params.rows, params.columns, [&](int64_t begin, int64_t end) {
+      activate_transposed_rows<float, activation.value>(params, begin, end);
     });
   });
 }

@@ -11,6 +11,7 @@
   void instance_norm_backward(const InstanceNormBackwardParams& params, ParallelFor parallel_for);     \
   void instance_norm_phases(const UpsamplePhasesParams& params, ParallelFor parallel_for);             \
   void bias_activation(const BiasActivationParams& params, ParallelFor parallel_for);                  \
+  void transposed_bias_activation(const BiasActivationParams& params, ParallelFor parallel_for);       \
   void bias_activation_backward(const BiasActivationBackwardParams& params, ParallelFor parallel_for); \
   void bias_residual(const BiasResidualParams& params, ParallelFor parallel_for);                      \
   }

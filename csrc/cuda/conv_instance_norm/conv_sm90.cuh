@@ -396,8 +396,10 @@ __global__ void __launch_bounds__(ConvTraits<T, kColumns, kGroups, kSplit, kShar
     const auto load_norm = [&] {
       for (int c = lane; c < kOut && first_column + c < p.out_channels; c += 32) {
         const int64_t param = n * norm.param_batch_stride + first_column + c;
-        scales[c] = load_param(norm.weight, norm.param_dtype, param, 1.0f);
-        shifts[c] = load_param(norm.bias, norm.param_dtype, param, 0.0f);
+        const AwaitedParam<float> weight(norm.weight, norm.param_dtype, param);
+        const AwaitedParam<float> bias(norm.bias, norm.param_dtype, param);
+        scales[c] = weight.value(1.0f);
+        shifts[c] = bias.value(0.0f);
       }
     };
 

@@ -2,6 +2,7 @@
 // thread asks for all it needs at once, and then only for what was not there.
 #pragma once
 
+#include "../common/awaited_param.cuh"
 #include "normalize.cuh"
 
 namespace styleforge::cuda {
@@ -103,7 +104,7 @@ __device__ __forceinline__ float2 merge_channel(const ConvParams& c, const ConvS
   constexpr int kBatch = 8;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int channels = c.out_channels;
-  const float weight = load_param(p.weight, p.param_dtype, n * p.param_batch_stride + channel, 1.0f);
+  const AwaitedParam<float> weight(p.weight, p.param_dtype, n * p.param_batch_stride + channel);
   const float share = __fdividef(1.0f, static_cast<float>(p.pixels));
   const float2* own = c.moments + n * entries * channels + channel;
   float pilot = 0, sum = 0, m2 = 0, squares = 0;
@@ -134,7 +135,7 @@ __device__ __forceinline__ float2 merge_channel(const ConvParams& c, const ConvS
   const float count = pixels_of_partial(s);
   sum = warp_sum(sum * count);
   m2 = warp_sum(fmaf(squares, count, m2));
-  return finish_moments(pilot, sum, m2, share, static_cast<float>(p.eps), weight);
+  return finish_moments(pilot, sum, m2, share, static_cast<float>(p.eps), weight.value(1.0f));
 }
 
 // Two neighbouring channels of what merge_channel found; `from` is aligned to 16 bytes.

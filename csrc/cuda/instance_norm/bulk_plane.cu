@@ -19,10 +19,10 @@
 //
 // Lines of the L2 cache are let go as the cache does it: input and output that are the first to go cost 4x64x256x256 in
 // half a microsecond. Results that are kept (none is written over another within a graph) take 0.7 us more there.
+#include "../common/awaited_param.cuh"
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/mbarrier.cuh"
-#include "awaited_param.cuh"
 #include "kernels.h"
 #include "moments.cuh"
 #include "normalize.cuh"

@@ -10,6 +10,7 @@
 // and whose code is three times as long: 1x3x512x512 in half 5.4 -> 4.7 us, in float 6.7 -> 5.6; 1x3x256x256 in
 // half 4.2 -> 3.5. Blocks must all run at once: with two for each multiprocessor 6.3 where one takes 4.7. Tried and no
 // better: one launch whose blocks exchange their moments as in held_channels.cu, 5.9 in half and 6.7 in float.
+#include "../common/awaited_param.cuh"
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/reduce.cuh"
@@ -176,11 +177,11 @@ __global__ void __launch_bounds__(kThreads)
   Tile tile(p, gridDim.x - 1 - blockIdx.x, parts);
   tile.load(p.input);
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  float weight = 1, bias = 0;
+  AwaitedParam<float> weight, bias;
   if (warp < kChannels) {
     const int64_t param = tile.n * p.param_batch_stride + warp;
-    weight = load_param(p.weight, p.param_dtype, param, 1.0f);
-    bias = load_param(p.bias, p.param_dtype, param, 0.0f);
+    weight = {p.weight, p.param_dtype, param};
+    bias = {p.bias, p.param_dtype, param};
   }
   wait_for_predecessor();
   release_successor();
@@ -191,8 +192,8 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x % kWarp == 0) {
       const float rstd = whole.rstd(p.eps);
       facts[0][warp] = whole.mean;
-      facts[1][warp] = rstd * weight;
-      facts[2][warp] = bias;
+      facts[1][warp] = rstd * weight.value(1.0f);
+      facts[2][warp] = bias.value(0.0f);
       if (tile.part == 0) store_statistics(p, plane, whole.mean, rstd);
     }
   }

@@ -9,6 +9,7 @@
 // 8x128x64x64 11.3 -> 8.2; 8x64x128x128 17.1 -> 14.2, with a residual 26.3 -> 18.6. Loads of the residual before the
 // exchange hide nothing: what they take away is the registers.
 
+#include "../common/awaited_param.cuh"
 #include "../common/launch.h"
 #include "held_channels.cuh"
 #include "moments.cuh"
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (is_apart(kEach) ? kWarp
   const int channel = static_cast<int>(threadIdx.x);  // the steward's
   const int64_t of_tensor = static_cast<int64_t>(at.slice) * at.channels + channel;
   const bool owns = channel < at.channels && of_tensor < p.channels;
-  float weight = 1.0f, bias = 0.0f;
+  AwaitedParam<float> weight, bias;
   uint32_t token = 0;
   if (!at.is_steward()) {
     load();
@@ -78,8 +79,8 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (is_apart(kEach) ? kWarp
     if constexpr (!kApart) load();
     __syncwarp();
     if (!alone && channel == 0) grid_arrive_unanswered();
-    weight = load_param(p.weight, p.param_dtype, param, 1.0f);
-    bias = load_param(p.bias, p.param_dtype, param, 0.0f);
+    weight = {p.weight, p.param_dtype, param};
+    bias = {p.bias, p.param_dtype, param};
   }
   release_successor();
 
@@ -162,8 +163,8 @@ __global__ void __launch_bounds__(kHeldChannelThreads + (is_apart(kEach) ? kWarp
     const Moments<float> whole{static_cast<float>(pixels), own.x, own.y};
     const float rstd = whole.rstd(p.eps);
     facts[0][channel] = own.x;
-    facts[1][channel] = rstd * weight;
-    facts[2][channel] = bias;
+    facts[1][channel] = rstd * weight.value(1.0f);
+    facts[2][channel] = bias.value(0.0f);
     if (at.part == 0 && owns) store_statistics(p, at.n * p.channels + of_tensor, own.x, rstd);
   }
   __syncthreads();

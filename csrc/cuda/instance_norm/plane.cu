@@ -10,11 +10,11 @@
 // into the other blocks instead of reading them there needs a second barrier and was slower); 4. normalise from
 // shared memory, add the residual, activate, write. The variance is taken about a mean, never as E[x^2] - E[x]^2, which
 // cancels.
+#include "../common/awaited_param.cuh"
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/mbarrier.cuh"
 #include "../common/reduce.cuh"
-#include "awaited_param.cuh"
 #include "kernels.h"
 #include "moments.cuh"
 #include "normalize.cuh"

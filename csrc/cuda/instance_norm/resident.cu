@@ -4,6 +4,7 @@
 //
 // Measured in half: 1x128x128x128 8.4 us (slabs 9.0, two passes 12.8), 8x128x64x64 9.9 (11.2, 14.3), 8x64x128x128 14.1
 // (28.0, 20.9); 1x64x64x64 9.2 (5.1), as the exchange over the grid costs more than a cluster's barrier.
+#include "../common/awaited_param.cuh"
 #include "../common/launch.h"
 #include "moments.cuh"
 #include "normalize.cuh"
@@ -42,8 +43,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t channel = static_cast<int64_t>(at.slice) * at.channels + threadIdx.x;
   const bool owns = threadIdx.x < at.channels && channel < p.channels;
   const int64_t param = owns ? at.n * p.param_batch_stride + channel : 0;
-  const float weight = load_param(p.weight, p.param_dtype, param, 1.0f);
-  const float bias = load_param(p.bias, p.param_dtype, param, 0.0f);
+  const AwaitedParam<float> weight(p.weight, p.param_dtype, param);
+  const AwaitedParam<float> bias(p.bias, p.param_dtype, param);
 
   // 1. means of the block, then squares about them
   float sum[kWidth] = {};
@@ -110,8 +111,8 @@ __global__ void __launch_bounds__(kThreads)
     const auto merged = merge_moments(static_cast<float>(pixels), each, [](float v) { return v; });
     const float rstd = merged.rstd(p.eps);
     result[0][threadIdx.x] = merged.mean;
-    result[1][threadIdx.x] = rstd * weight;
-    result[2][threadIdx.x] = bias;
+    result[1][threadIdx.x] = rstd * weight.value(1.0f);
+    result[2][threadIdx.x] = bias.value(0.0f);
     if (at.part == 0 && owns) store_statistics(p, at.n * p.channels + channel, merged.mean, rstd);
   }
   __syncthreads();

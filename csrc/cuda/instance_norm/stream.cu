@@ -38,10 +38,10 @@
 // another block looks at its part again afterwards, and drops what it computed if the part is there by then.
 #include <algorithm>
 
+#include "../common/awaited_param.cuh"
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/mbarrier.cuh"
-#include "awaited_param.cuh"
 #include "kernels.h"
 #include "moments.cuh"
 #include "normalize.cuh"

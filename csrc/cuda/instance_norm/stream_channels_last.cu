@@ -48,6 +48,7 @@
 
 #include <algorithm>
 
+#include "../common/awaited_param.cuh"
 #include "../common/cluster.cuh"
 #include "../common/launch.h"
 #include "../common/mbarrier.cuh"
@@ -248,12 +249,12 @@ struct ChannelStream {
   __device__ __forceinline__ void collect(int at, int present, int64_t param, const Part<float>* of_unit) const {
     constexpr int kEach = kChannelStreamChannels / kWarp;
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    float weight[kEach], bias[kEach];
+    AwaitedParam<float> weight[kEach], bias[kEach];
 #pragma unroll
     for (int u = 0; u < kEach; ++u) {
       const int c = min(lane + u * kWarp, present - 1);
-      weight[u] = load_param(p.weight, p.param_dtype, param + c, 1.0f);
-      bias[u] = load_param(p.bias, p.param_dtype, param + c, 0.0f);
+      weight[u] = {p.weight, p.param_dtype, param + c};
+      bias[u] = {p.bias, p.param_dtype, param + c};
     }
     uint64_t words[kEach];
     wait_for(words, [&](int u) {
@@ -264,7 +265,8 @@ struct ChannelStream {
     for (int u = 0; u < kEach; ++u) {
       Moments<float> known;
       unpack(words[u], known);
-      if (lane + u * kWarp < present) put_affine(at, lane + u * kWarp, known.mean, known.m2, weight[u], bias[u]);
+      if (lane + u * kWarp < present)
+        put_affine(at, lane + u * kWarp, known.mean, known.m2, weight[u].value(1.0f), bias[u].value(0.0f));
     }
   }
 

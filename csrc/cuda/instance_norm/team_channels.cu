@@ -30,12 +30,12 @@
 // own: equal. Three teams 54, which take slices of the same pixels at different times.
 #include <algorithm>
 
+#include "../common/awaited_param.cuh"
 #include "../common/cluster.cuh"
 #include "../common/grid.cuh"
 #include "../common/launch.h"
 #include "../common/mbarrier.cuh"
 #include "../common/tensor_map.h"
-#include "awaited_param.cuh"
 #include "channel_sums.cuh"
 #include "channel_walk.cuh"
 #include "kernels.h"

@@ -5,7 +5,7 @@
 // short, has a form without branches.
 #pragma once
 
-#include "../common/types.cuh"
+#include "types.cuh"
 
 namespace styleforge::cuda {
 
