@@ -46,4 +46,10 @@ struct BiasResidualParams {
   DType dtype = DType::kFloat32;
 };
 
+// output = product^T + bias + residual, for a second product that was written as [columns, rows]; bias and residual may
+// be null, all is float32.
+struct TransposedSumParams : BiasResidualParams {
+  const void* product = nullptr;
+};
+
 }  // namespace styleforge

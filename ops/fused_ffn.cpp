@@ -31,6 +31,30 @@ Tensor fresh_matrix(const FfnBackend& backend, const Tensor& like, int64_t rows,
   return matrix;
 }
 
+// The second product: into `output` [rows, out], on top of what stands behind it in the formula.
+void second_product(const FfnBackend& backend, const FfnArgs& args, const FfnPlan& plan, const Tensor& activated,
+                    const Tensor& output) {
+  const Tensor weight = transposed(args.fc2_weight);
+  if (!args.residual) {
+    if (args.fc2_bias) return backend.addmm(output, *args.fc2_bias, activated, weight);
+    return backend.mm(output, activated, weight);
+  }
+  if (!args.fc2_bias) return backend.addmm(output, as_rows(*args.residual, plan.rows), activated, weight);
+  // The product is added to what is already in its place: a pass over the output alone, which a pass after it, reading
+  // the product again, would not be.
+  const Tensor residual = args.residual->is_contiguous() ? *args.residual : to_contiguous(*args.residual, false);
+  OptionalTensor held;
+  BiasResidualParams params;
+  params.residual = residual.const_data_ptr();
+  params.bias = bias_data(args.fc2_bias, held);
+  params.output = output.mutable_data_ptr();
+  params.rows = plan.rows;
+  params.columns = plan.out;
+  params.dtype = kernel_dtype(kOp, "input", output.scalar_type());
+  backend.bias_residual(params, output);
+  backend.addmm(output, output, activated, weight);
+}
+
 }  // namespace
 
 const void* bias_data(const OptionalTensor& bias, OptionalTensor& holder) {
@@ -73,29 +97,6 @@ FfnPlan plan_ffn(const FfnFacts& args) {
   plan.hidden_sizes.back() = plan.hidden;
   if (args.residual.handle != nullptr) check_like(kOp, "residual", args.residual, input, &plan.output_sizes);
   return plan;
-}
-
-void second_product(const FfnBackend& backend, const FfnArgs& args, const FfnPlan& plan, const Tensor& activated,
-                    const Tensor& output) {
-  const Tensor weight = transposed(args.fc2_weight);
-  if (!args.residual) {
-    if (args.fc2_bias) return backend.addmm(output, *args.fc2_bias, activated, weight);
-    return backend.mm(output, activated, weight);
-  }
-  if (!args.fc2_bias) return backend.addmm(output, as_rows(*args.residual, plan.rows), activated, weight);
-  // The product is added to what is already in its place: a pass over the output alone, which a pass after it, reading
-  // the product again, would not be.
-  const Tensor residual = args.residual->is_contiguous() ? *args.residual : to_contiguous(*args.residual, false);
-  OptionalTensor held;
-  BiasResidualParams params;
-  params.residual = residual.const_data_ptr();
-  params.bias = bias_data(args.fc2_bias, held);
-  params.output = output.mutable_data_ptr();
-  params.rows = plan.rows;
-  params.columns = plan.out;
-  params.dtype = kernel_dtype(kOp, "input", output.scalar_type());
-  backend.bias_residual(params, output);
-  backend.addmm(output, output, activated, weight);
 }
 
 FfnResult run_ffn(const FfnBackend& backend, const FfnArgs& args, const FfnPlan& plan, bool keep_hidden) {

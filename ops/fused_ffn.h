@@ -94,10 +94,6 @@ FfnResult run_ffn(const FfnBackend& backend, const FfnArgs& args, const FfnPlan&
 const void* bias_data(const OptionalTensor& bias, OptionalTensor& holder);
 const void* bias_data(const TensorFacts& bias, OptionalTensor& holder);
 
-// The second product: into `output` [rows, out], on top of what stands behind it in the formula.
-void second_product(const FfnBackend& backend, const FfnArgs& args, const FfnPlan& plan, const Tensor& activated,
-                    const Tensor& output);
-
 struct FfnBackwardArgs {
   const Tensor& grad_output;
   const Tensor& input;

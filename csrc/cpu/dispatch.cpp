@@ -18,12 +18,13 @@ struct Kernels {
   void (*transposed_bias_activation)(const BiasActivationParams&, ParallelFor);
   void (*bias_activation_backward)(const BiasActivationBackwardParams&, ParallelFor);
   void (*bias_residual)(const BiasResidualParams&, ParallelFor);
+  void (*transposed_sum)(const TransposedSumParams&, ParallelFor);
 };
 
 #define STYLEFORGE_KERNELS(isa)                                                                                     \
   Kernels {                                                                                                         \
     #isa, isa::instance_norm_forward, isa::instance_norm_backward, isa::instance_norm_phases, isa::bias_activation, \
-        isa::transposed_bias_activation, isa::bias_activation_backward, isa::bias_residual                          \
+        isa::transposed_bias_activation, isa::bias_activation_backward, isa::bias_residual, isa::transposed_sum     \
   }
 
 Kernels choose() {
@@ -79,6 +80,10 @@ void bias_activation_backward(const BiasActivationBackwardParams& params, Parall
 
 void bias_residual(const BiasResidualParams& params, ParallelFor parallel_for) {
   kernels().bias_residual(params, parallel_for);
+}
+
+void transposed_sum(const TransposedSumParams& params, ParallelFor parallel_for) {
+  kernels().transposed_sum(params, parallel_for);
 }
 
 const char* instruction_set() { return kernels().name; }

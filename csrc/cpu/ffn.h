@@ -12,5 +12,6 @@ void bias_activation(const BiasActivationParams& params, ParallelFor parallel_fo
 void transposed_bias_activation(const BiasActivationParams& params, ParallelFor parallel_for);
 void bias_activation_backward(const BiasActivationBackwardParams& params, ParallelFor parallel_for);
 void bias_residual(const BiasResidualParams& params, ParallelFor parallel_for);
+void transposed_sum(const TransposedSumParams& params, ParallelFor parallel_for);
 
 }  // namespace styleforge::cpu

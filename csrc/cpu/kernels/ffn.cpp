@@ -1,5 +1,7 @@
 // The passes around the matrix products of a feed-forward network, for one instruction set: rows of vectors with a bias
 // that is the same for each row, or, transposed, a number for each row. Threads take rows.
+#include <utility>
+
 #include "gelu_math.h"
 #include "kernels.h"
 #include "tasks.h"
@@ -99,6 +101,47 @@ void residual_rows(const BiasResidualParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// Lanes of a block of rows and columns, kStep of them a side, change places across its diagonal.
+template <int kStep, typename V, int... kLane>
+inline void exchange(V& low, V& high, std::integer_sequence<int, kLane...>) {
+  constexpr int kN = sizeof...(kLane);
+  const V above = __builtin_shufflevector(low, high, (kLane & kStep ? kN + kLane - kStep : kLane)...);
+  high = __builtin_shufflevector(low, high, (kLane & kStep ? kN + kLane : kLane + kStep)...);
+  low = above;
+}
+
+// The square matrix whose rows are the vectors, transposed in place.
+template <int kN, int kStep = kN / 2, typename V>
+inline void transpose(V (&vectors)[kN]) {
+  for (int i = 0; i < kN; ++i) {
+    if ((i & kStep) == 0) exchange<kStep>(vectors[i], vectors[i + kStep], std::make_integer_sequence<int, kN>());
+  }
+  if constexpr (kStep > 1) transpose<kN, kStep / 2>(vectors);
+}
+
+// `columns` columns of `rows` rows of the sum, at most as many as a vector has lanes.
+template <bool kWhole>
+inline void sum_transposed_block(const TransposedSumParams& p, int64_t row, int rows, int64_t column, int columns) {
+  constexpr int kN = kLanes<float>;
+  using V = Vector<float, kN>;
+  const auto take = [](const float* from, int some) { return kWhole ? load<kN>(from) : load_some<kN>(from, some); };
+  const auto* product = static_cast<const float*>(p.product) + column * p.rows + row;
+  V vectors[kN];
+  for (int i = 0; i < kN; ++i) vectors[i] = kWhole || i < columns ? take(product + i * p.rows, rows) : V{};
+  transpose(vectors);
+  const V bias = p.bias == nullptr ? V{} : take(static_cast<const float*>(p.bias) + column, columns);
+  for (int i = 0; i < (kWhole ? kN : rows); ++i) {
+    const int64_t at = (row + i) * p.columns + column;
+    V sum = vectors[i] + bias;
+    if (p.residual != nullptr) sum += take(static_cast<const float*>(p.residual) + at, columns);
+    if constexpr (kWhole) {
+      store<kN>(static_cast<float*>(p.output) + at, sum);
+    } else {
+      store_some<kN>(static_cast<float*>(p.output) + at, sum, columns);
+    }
+  }
+}
+
 }  // namespace
 
 void bias_activation(const BiasActivationParams& params, ParallelFor parallel_for) {
@@ -135,6 +178,23 @@ void bias_residual(const BiasResidualParams& params, ParallelFor parallel_for) {
   with_dtype(params.dtype, [&](auto zero) {
     run_tasks(parallel_for, params.rows, params.columns,
               [&](int64_t begin, int64_t end) { residual_rows<decltype(zero)>(params, begin, end); });
+  });
+}
+
+void transposed_sum(const TransposedSumParams& params, ParallelFor parallel_for) {
+  constexpr int64_t kN = kLanes<float>;
+  run_tasks(parallel_for, ceil_div(params.rows, kN), kN * params.columns, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * kN; row < min(end * kN, params.rows); row += kN) {
+      const int rows = static_cast<int>(min(kN, params.rows - row));
+      for (int64_t column = 0; column < params.columns; column += kN) {
+        const int columns = static_cast<int>(min(kN, params.columns - column));
+        if (rows == kN && columns == kN) {
+          sum_transposed_block<true>(params, row, rows, column, columns);
+        } else {
+          sum_transposed_block<false>(params, row, rows, column, columns);
+        }
+      }
+    }
   });
 }
 

@@ -14,6 +14,7 @@
   void transposed_bias_activation(const BiasActivationParams& params, ParallelFor parallel_for);       \
   void bias_activation_backward(const BiasActivationBackwardParams& params, ParallelFor parallel_for); \
   void bias_residual(const BiasResidualParams& params, ParallelFor parallel_for);                      \
+  void transposed_sum(const TransposedSumParams& params, ParallelFor parallel_for);                    \
   }
 
 STYLEFORGE_DECLARE_KERNELS(baseline)
